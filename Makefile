@@ -1,0 +1,88 @@
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+.PHONY: help setup constraints demo teacher dump student pipeline test lint bench clean
+
+PYTHON ?= python3
+DATASET ?= digits
+TEACHER ?= cnn
+STUDENT ?= mlp
+TEMPERATURE ?= 2
+ALPHA ?= 0.5
+EPOCHS ?= 5
+DATA ?= data
+OUT ?= runs/$(DATASET)
+ARGS ?=
+
+BIN := .venv/bin
+KDCACHE := $(BIN)/kdcache
+READY := .venv/.ready
+# Settings that change a result are part of its folder's name, so a stage never passes for another one.
+TEACHER_RUN := $(OUT)/teacher-$(TEACHER)-$(EPOCHS)
+CACHE := $(OUT)/$(TEACHER)-$(EPOCHS).zarr
+ALONE_RUN := $(OUT)/alone-$(STUDENT)-$(EPOCHS)
+STUDENT_RUN := $(OUT)/student-$(STUDENT)-$(EPOCHS)-$(TEACHER)-T$(TEMPERATURE)-a$(ALPHA)
+SOURCE := --data-root $(DATA)
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@echo
+	@echo "  DATASET=$(DATASET) TEACHER=$(TEACHER) STUDENT=$(STUDENT) TEMPERATURE=$(TEMPERATURE) ALPHA=$(ALPHA)"
+	@echo "  EPOCHS=$(EPOCHS) DATA=$(DATA) OUT=$(OUT)"
+
+setup: $(READY) ## make .venv with kdcache and all it needs
+
+$(READY): pyproject.toml .ci/constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint .ci/constraints.txt --editable '.[dev]'
+	@touch $@
+
+constraints: $(READY) ## renew the tested set of dependencies
+	$(BIN)/uv pip compile --quiet --universal --upgrade --no-header --no-annotate --no-emit-index-url \
+		--all-extras --output-file .ci/constraints.txt pyproject.toml
+
+demo: ## the whole pipeline on the embedded digits
+	@$(MAKE) --no-print-directory pipeline DATASET=digits EPOCHS=30
+
+teacher: $(TEACHER_RUN)/result.json ## train a teacher
+dump: $(CACHE)/.dumped ## run the teacher once, keep its logits
+student: $(STUDENT_RUN)/result.json ## train a student from the cache
+
+pipeline: $(TEACHER_RUN)/result.json $(ALONE_RUN)/result.json $(STUDENT_RUN)/result.json ## all three, and a table
+	@echo
+	@$(KDCACHE) compare $(TEACHER_RUN) $(ALONE_RUN) $(STUDENT_RUN)
+
+# A run that was stopped is continued.
+resume = $(if $(wildcard $(1)/config.json),--resume)
+
+$(TEACHER_RUN)/result.json: | $(READY)
+	$(KDCACHE) train-teacher --dataset $(DATASET) $(SOURCE) --model $(TEACHER) --epochs $(EPOCHS) \
+		--out $(TEACHER_RUN) $(call resume,$(TEACHER_RUN)) $(ARGS)
+
+$(CACHE)/.dumped: $(TEACHER_RUN)/result.json | $(READY)
+	$(KDCACHE) dump-teacher --dataset $(DATASET) $(SOURCE) --teacher $(TEACHER) \
+		--checkpoint $(TEACHER_RUN)/best.pt --split train --split test --out $(CACHE)
+	@touch $@
+
+$(STUDENT_RUN)/result.json: $(CACHE)/.dumped | $(READY)
+	$(KDCACHE) train-student --cache $(CACHE) $(SOURCE) --student $(STUDENT) --epochs $(EPOCHS) \
+		--temperature $(TEMPERATURE) --alpha $(ALPHA) --out $(STUDENT_RUN) $(call resume,$(STUDENT_RUN)) $(ARGS)
+
+$(ALONE_RUN)/result.json: $(CACHE)/.dumped | $(READY)
+	$(KDCACHE) train-student --cache $(CACHE) $(SOURCE) --student $(STUDENT) --epochs $(EPOCHS) \
+		--no-distill --out $(ALONE_RUN) $(call resume,$(ALONE_RUN)) $(ARGS)
+
+test: $(READY) ## run the tests
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(READY) ## style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(READY) ## time the cache against the live teacher, side by side
+	$(BIN)/python -m tests.benchmarks $(ARGS)
+
+clean: ## remove what make made: runs and caches of tools, not the data
+	rm -rf .venv runs build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info
+	find kdcache tests -name __pycache__ -type d -exec rm -rf {} +

@@ -1,0 +1,58 @@
+"""Run a teacher once, keep its logits in a chunked Zarr store, train any number of students from them.
+
+Names are imported when they are first used, so that opening a cache needs no torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from kdcache.cache.manifest import Manifest, Preprocess
+    from kdcache.cache.reader import Cache, cache_splits, open_cache
+    from kdcache.config import DumpConfig, StudentConfig, TrainConfig
+    from kdcache.dump import DumpResult, dump_teacher, plan_dump
+    from kdcache.errors import KdcacheError
+    from kdcache.student import train_student
+    from kdcache.training import TrainResult
+
+_HOMES = {
+    "Cache": "kdcache.cache.reader",
+    "DumpConfig": "kdcache.config",
+    "DumpResult": "kdcache.dump",
+    "KdcacheError": "kdcache.errors",
+    "Manifest": "kdcache.cache.manifest",
+    "Preprocess": "kdcache.cache.manifest",
+    "StudentConfig": "kdcache.config",
+    "TrainConfig": "kdcache.config",
+    "TrainResult": "kdcache.training",
+    "cache_splits": "kdcache.cache.reader",
+    "dump_teacher": "kdcache.dump",
+    "open_cache": "kdcache.cache.reader",
+    "plan_dump": "kdcache.dump",
+    "train_student": "kdcache.student",
+}
+
+__all__ = [
+    "Cache",
+    "DumpConfig",
+    "DumpResult",
+    "KdcacheError",
+    "Manifest",
+    "Preprocess",
+    "StudentConfig",
+    "TrainConfig",
+    "TrainResult",
+    "cache_splits",
+    "dump_teacher",
+    "open_cache",
+    "plan_dump",
+    "train_student",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)

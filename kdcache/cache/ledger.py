@@ -1,0 +1,120 @@
+"""Which shards are committed, and the checksums of what they hold. What the ledger does not name does not exist.
+
+The ledger is a Zarr array of its own: `ledger`, (view, shard, column), uint64, little-endian, crc32c behind each chunk.
+The columns of one entry are, for each of the manifest's arrays in order, the length of the shard's file in bytes and
+the crc32c of each of its chunks. An entry whose first length is 0 is not committed. One chunk holds up to 256 entries
+of one view and is replaced as a whole, so a commit needs no append and no lock shared between views.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kdcache.cache.files import write_durable
+from kdcache.cache.layout import chunks_per_shard
+from kdcache.cache.manifest import ArrayRecord, Manifest
+from kdcache.cache.shards import CRC_BYTES, crc32c
+from kdcache.errors import CacheDamaged
+
+NAME = "ledger"
+BLOCK_SHARDS = 256
+
+
+class Ledger:
+    """The ledger of one split, held in memory; every commit goes to disk before the call returns.
+
+    Args:
+        split_path: folder of the split's Zarr group.
+
+    Raises:
+        CacheDamaged: a ledger file fails its checksum or has the wrong length.
+    """
+
+    def __init__(self, split_path: Path, manifest: Manifest) -> None:
+        self._path = split_path / NAME
+        self._manifest = manifest
+        self._columns: dict[str, tuple[int, int]] = {}
+        width = 0
+        for array in manifest.arrays:
+            self._columns[array.name] = (width, width + 1 + chunks_per_shard(manifest, array))
+            width = self._columns[array.name][1]
+        self._block = min(manifest.shards, BLOCK_SHARDS)
+        blocks = -(-manifest.shards // self._block)
+        self._entries = np.zeros((manifest.views, blocks * self._block, width), "<u8")
+        for view in range(manifest.views):
+            for block in range(blocks):
+                self._load(view, block)
+
+    @staticmethod
+    def zarr_array_options(manifest: Manifest) -> dict[str, Any]:
+        """Arguments of `zarr.Group.create_array` for the ledger."""
+        from zarr.codecs import Crc32cCodec
+
+        width = sum(1 + chunks_per_shard(manifest, array) for array in manifest.arrays)
+        return {
+            "name": NAME,
+            "shape": (manifest.views, manifest.shards, width),
+            "dtype": "uint64",
+            "chunks": (1, min(manifest.shards, BLOCK_SHARDS), width),
+            "compressors": [Crc32cCodec()],
+            "fill_value": 0,
+            "dimension_names": ["view", "shard", "column"],
+        }
+
+    @property
+    def entries(self) -> NDArray[np.uint64]:
+        """(views, shards, columns), uint64."""
+        return self._entries[:, : self._manifest.shards]
+
+    def committed(self, view: int) -> NDArray[np.bool_]:
+        """(shards,): which shards of a view are committed."""
+        return np.asarray(self.entries[view, :, 0] != 0)
+
+    def lookup(self, array: ArrayRecord, view: int, shard: int) -> tuple[int, NDArray[np.uint64]]:
+        """Bytes of the shard's file and the crc32c of each of its chunks."""
+        start, stop = self._columns[array.name]
+        entry = self.entries[view if array.per_view else 0, shard, start:stop]
+        return int(entry[0]), entry[1:]
+
+    def digest(self, view: int) -> str:
+        """sha256 of a view's entries."""
+        return hashlib.sha256(self.entries[view].tobytes()).hexdigest()
+
+    def commit(self, view: int, shard: int, entry: dict[str, tuple[int, list[int]]]) -> None:
+        """Record a shard whose data is already durable.
+
+        Args:
+            entry: for each array, the length of its file and the crc32c of each of its chunks.
+        """
+        block = shard // self._block
+        target = self._entries[view, block * self._block : (block + 1) * self._block]
+        updated = target.copy()
+        for name, (length, crcs) in entry.items():
+            start, stop = self._columns[name]
+            updated[shard % self._block, start:stop] = [length, *crcs]
+        payload = updated.tobytes()
+        write_durable(self._file(view, block), payload + crc32c(payload).to_bytes(CRC_BYTES, "little"))
+        target[:] = updated
+
+    def _file(self, view: int, block: int) -> Path:
+        return self._path / "c" / str(view) / str(block) / "0"
+
+    def _load(self, view: int, block: int) -> None:
+        try:
+            data = self._file(view, block).read_bytes()
+        except FileNotFoundError:
+            return
+        target = self._entries[view, block * self._block : (block + 1) * self._block]
+        payload, stored = data[:-CRC_BYTES], data[-CRC_BYTES:]
+        if len(payload) != target.nbytes or crc32c(payload).to_bytes(CRC_BYTES, "little") != stored:
+            raise CacheDamaged(
+                f"the ledger file {self._file(view, block)} is damaged",
+                f"{target.nbytes + CRC_BYTES} bytes that match their crc32c",
+                "restore it from a copy, or dump again into another folder",
+            )
+        target[:] = np.frombuffer(payload, "<u8").reshape(target.shape)

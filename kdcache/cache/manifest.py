@@ -1,0 +1,242 @@
+"""What a cache is of. One manifest a split, kept as JSON in the attributes of the split's Zarr group, with its sha256.
+
+The manifest is the root of trust: it carries the digest of each finished view's ledger, the ledger carries the crc32c
+of every chunk, and so one hash answers for every byte of a finished split.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kdcache.cache.files import storage_errors
+from kdcache.errors import CacheDamaged, CacheIncomplete
+from kdcache.records import canonical_json, from_json, to_json
+
+SCHEMA = 1
+ATTRIBUTE = "kdcache"
+METADATA = "zarr.json"
+
+# What may differ between two runs of one dump: results, hints and circumstances, not settings.
+NOT_IDENTITY = frozenset({"view_sha256", "dataset.data_root", "teacher.accuracy", "device", "batch_size"})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Preprocess:
+    """The deterministic way from a shared input to what one network takes.
+
+    Attributes:
+        resize: length of the shorter side after resizing, in pixels; None keeps the size.
+        crop: side of the centre square kept after resizing, in pixels; None keeps everything.
+        interpolation: how pixels are resampled: `nearest`, `bilinear` or `bicubic`.
+        antialias: whether resampling smooths first.
+        mean: per channel, subtracted after scaling uint8 to [0, 1]; empty subtracts nothing.
+        std: per channel, divided by; as long as `mean`.
+    """
+
+    resize: int | None = None
+    crop: int | None = None
+    interpolation: str = "bilinear"
+    antialias: bool = True
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        if len(self.mean) != len(self.std):
+            raise ValueError(f"mean has {len(self.mean)} channels and std has {len(self.std)}: both must name the same")
+        if any(value <= 0 for value in self.std):
+            raise ValueError(f"std is {self.std}: every channel must be positive")
+        for name in ("resize", "crop"):
+            if (size := getattr(self, name)) is not None and size < 1:
+                raise ValueError(f"{name} is {size}: it must be at least 1 pixel")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DatasetRecord:
+    """Which samples, in which order.
+
+    Attributes:
+        name: the dataset's spec, such as `mnist` or `folder:images`.
+        classes: class names; a label is a position in this tuple.
+        input_dtype: of the shared input, such as `uint8`.
+        input_shape: of one shared input, channels first; None where samples differ in size.
+        sample_sha256: fingerprint of a keyed sample of the shared inputs (indices, shapes and bytes).
+        labels_sha256: fingerprint of all labels as little-endian int64; None until all are known.
+        data_root: where the dump found the data; a hint for training on the same machine.
+    """
+
+    name: str
+    split: str
+    length: int
+    classes: tuple[str, ...]
+    input_dtype: str
+    input_shape: tuple[int, ...] | None
+    sample_sha256: str
+    labels_sha256: str | None = None
+    data_root: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.length < 1:
+            raise ValueError(f"length is {self.length}: a cache needs at least one sample")
+        if not self.classes:
+            raise ValueError("classes is empty: a cache needs class names")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TeacherRecord:
+    """Who answered.
+
+    Attributes:
+        weights_sha256: hash of names, shapes, dtypes and bytes of the weights.
+        parameters: number of parameters.
+        accuracy: top-1 accuracy on the dumped split's view 0, 0 to 1; None until the dump is complete.
+    """
+
+    spec: str
+    weights_sha256: str
+    parameters: int
+    preprocess: Preprocess
+    accuracy: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ArrayRecord:
+    """One array of a split and how it is stored.
+
+    Attributes:
+        name: of the Zarr array.
+        dtype: stored, as numpy spells it without byte order: `float16`, `int64`, …; always little-endian on disk.
+        row_shape: shape of one row: (C,) for logits, () for labels.
+        row_names: dimension names of `row_shape`.
+        chunk_rows: rows of one chunk, the unit that is read, checked and decoded whole.
+        per_view: whether each view has rows of its own (logits) or all views share them (labels).
+        compression: `none` or `zstd:LEVEL`.
+    """
+
+    name: str
+    dtype: str
+    row_shape: tuple[int, ...] = ()
+    row_names: tuple[str, ...] = ()
+    chunk_rows: int
+    per_view: bool = True
+    compression: str = "none"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """What one split of a cache is of.
+
+    Attributes:
+        views: how many versions of every sample the teacher answers for.
+        arrays: what is stored for each row; `logits` is the first.
+        shard_rows: rows of one shard, the unit that is written and committed whole.
+        versions: of every package that could change an input or an answer.
+        amp: precision of the teacher's forward pass: `off`, `bf16` or `fp16`.
+        view_sha256: digest of the ledger of each finished view, in view order.
+    """
+
+    schema: int = SCHEMA
+    dataset: DatasetRecord
+    teacher: TeacherRecord
+    views: int = 1
+    arrays: tuple[ArrayRecord, ...]
+    shard_rows: int
+    seed: int
+    amp: str
+    device: str
+    batch_size: int
+    versions: dict[str, str]
+    view_sha256: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.schema != SCHEMA:
+            raise ValueError(f"schema is {self.schema}: this version reads {SCHEMA}")
+        if self.views < 1:
+            raise ValueError(f"views is {self.views}: a cache needs at least one")
+        for array in self.arrays:
+            if self.shard_rows % array.chunk_rows:
+                raise ValueError(
+                    f"shard_rows is {self.shard_rows}, chunk_rows of {array.name} is {array.chunk_rows}: "
+                    "a shard must hold a whole number of chunks"
+                )
+
+    @property
+    def complete(self) -> bool:
+        """Whether every row of every view is committed."""
+        return len(self.view_sha256) == self.views
+
+    @property
+    def shards(self) -> int:
+        """Shards of one view."""
+        return -(-self.dataset.length // self.shard_rows)
+
+    def array(self, name: str) -> ArrayRecord:
+        """The record of one array.
+
+        Raises:
+            KeyError: the cache does not hold it.
+        """
+        for record in self.arrays:
+            if record.name == name:
+                return record
+        raise KeyError(name)
+
+    def rows_of(self, shard: int) -> range:
+        """The sample indices of one shard."""
+        start = shard * self.shard_rows
+        return range(start, min(start + self.shard_rows, self.dataset.length))
+
+
+def manifest_attributes(manifest: Manifest) -> dict[str, Any]:
+    """The group attributes that carry a manifest."""
+    data = to_json(manifest)
+    return {ATTRIBUTE: {"manifest": data, "sha256": hashlib.sha256(canonical_json(data)).hexdigest()}}
+
+
+def read_manifest(split_path: Path) -> Manifest:
+    """The manifest of a split, checked against its digest.
+
+    Raises:
+        CacheIncomplete: there is none (yet).
+        CacheDamaged: it was edited, or a version wrote it that this one cannot read.
+    """
+    where = str(split_path)
+    attributes = read_attributes(split_path)
+    holder = attributes.get(ATTRIBUTE) if isinstance(attributes, dict) else None
+    if holder is None:
+        raise CacheIncomplete(
+            f"{where} has no kdcache manifest",
+            "a split written by dump-teacher",
+            "run the same dump-teacher command again; it continues what is there",
+        )
+    remedy = "restore the file from a copy, or dump again into another folder"
+    if not isinstance(holder, dict) or not {"manifest", "sha256"} <= holder.keys():
+        raise CacheDamaged(f"{where}: the kdcache attribute is not a manifest with its sha256", remedy=remedy)
+    digest = hashlib.sha256(canonical_json(holder["manifest"])).hexdigest()
+    if digest != holder["sha256"]:
+        raise CacheDamaged(f"{where}: the manifest's sha256 is {digest}", f"{holder['sha256']}, as written", remedy)
+    return from_json(Manifest, holder["manifest"], where=where, error=CacheDamaged)
+
+
+def read_attributes(group_path: Path) -> Any:
+    """The attributes of the Zarr group at a folder.
+
+    Raises:
+        CacheDamaged: its zarr.json is not the metadata of a group.
+    """
+    path = group_path / METADATA
+    try:
+        with storage_errors("read", path):
+            document = json.loads(path.read_bytes())
+        if document["node_type"] != "group" or document["zarr_format"] != 3:
+            raise ValueError(f"node_type {document['node_type']!r}, zarr_format {document['zarr_format']!r}")
+        return document["attributes"]
+    except (ValueError, KeyError, TypeError) as problem:
+        raise CacheDamaged(
+            f"{path} is not the metadata of a Zarr group: {problem}",
+            "node_type group, zarr_format 3 and attributes",
+            "restore the file from a copy, or dump again into another folder",
+        ) from problem

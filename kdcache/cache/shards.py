@@ -1,0 +1,104 @@
+"""The bytes of one shard, as Zarr's format 3 lays them out: chunks, each followed by its crc32c, then their index.
+
+Written here rather than by zarr because the ledger needs each chunk's checksum as it left memory, and a shard must be
+flushed before it is committed. The tests read every layout back with zarr.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import google_crc32c
+import numpy as np
+from numcodecs.zstd import Zstd
+from numpy.typing import NDArray
+
+from kdcache.cache.layout import chunks_per_shard, fill_value, is_sharded, row_bytes, zstd_level
+from kdcache.cache.manifest import ArrayRecord, Manifest
+
+CRC_BYTES = 4
+_ABSENT = 2**64 - 1
+
+
+class BadChunk(Exception):
+    """A chunk's bytes are not the committed ones; the reader says which shard and what to do."""
+
+
+def crc32c(data: bytes | NDArray[Any]) -> int:
+    """crc32c of the bytes of `data`; an array must be contiguous."""
+    if isinstance(data, np.ndarray) and data.flags.writeable:
+        # The library takes read-only buffers only; a read-only view costs nothing, a copy would.
+        data = data.view()
+        data.flags.writeable = False
+    return int(google_crc32c.value(data))
+
+
+def encode_shard(manifest: Manifest, array: ArrayRecord, values: NDArray[Any]) -> tuple[bytes, list[int]]:
+    """The file of one shard and the crc32c of each of its chunks, as many as a full shard has (0 where there is none).
+
+    Args:
+        values: the shard's rows, (rows, *row_shape), in the array's dtype; fewer than `shard_rows` in the last shard.
+    """
+    level = zstd_level(array.compression)
+    parts: list[bytes] = []
+    index = np.full((chunks_per_shard(manifest, array), 2), _ABSENT, "<u8")
+    crcs = [0] * len(index)
+    offset = 0
+    for chunk, start in enumerate(range(0, len(values), array.chunk_rows)):
+        rows = values[start : start + array.chunk_rows]
+        if len(rows) < array.chunk_rows:
+            padding = np.full((array.chunk_rows - len(rows), *array.row_shape), fill_value(array.dtype), array.dtype)
+            rows = np.concatenate([rows, padding])
+        payload = np.ascontiguousarray(rows, np.dtype(array.dtype).newbyteorder("<")).tobytes()
+        if level is not None:
+            payload = bytes(Zstd(level=level).encode(payload))
+        crcs[chunk] = crc32c(payload)
+        parts += [payload, crcs[chunk].to_bytes(CRC_BYTES, "little")]
+        index[chunk] = offset, len(payload) + CRC_BYTES
+        offset += len(payload) + CRC_BYTES
+    if is_sharded(manifest, array):
+        parts += [index.tobytes(), crc32c(index.tobytes()).to_bytes(CRC_BYTES, "little")]
+    return b"".join(parts), crcs
+
+
+def index_bytes(manifest: Manifest, array: ArrayRecord) -> int:
+    """Bytes of the index at the end of a shard; 0 where a shard is one plain chunk."""
+    return 16 * chunks_per_shard(manifest, array) + CRC_BYTES if is_sharded(manifest, array) else 0
+
+
+def chunk_stride(array: ArrayRecord) -> int:
+    """Bytes from one uncompressed chunk to the next."""
+    return array.chunk_rows * row_bytes(array.dtype, array.row_shape) + CRC_BYTES
+
+
+def decode_index(index: bytes) -> NDArray[np.uint64]:
+    """(chunks, 2) offsets and lengths.
+
+    Raises:
+        BadChunk: the index does not match its own crc32c.
+    """
+    table, stored = index[:-CRC_BYTES], int.from_bytes(index[-CRC_BYTES:], "little")
+    if crc32c(table) != stored:
+        raise BadChunk("the index fails its crc32c")
+    return np.frombuffer(table, "<u8").reshape(-1, 2)
+
+
+def decode_chunk(array: ArrayRecord, data: bytes, committed_crc: int) -> NDArray[Any]:
+    """The rows of one chunk, (chunk_rows, *row_shape), read-only; rows past the last sample are padding.
+
+    Args:
+        data: the chunk's bytes with the crc32c that follows them.
+        committed_crc: the ledger's.
+
+    Raises:
+        BadChunk: the bytes are not the committed ones.
+    """
+    payload, stored = data[:-CRC_BYTES], int.from_bytes(data[-CRC_BYTES:], "little")
+    found = crc32c(payload)
+    if found != committed_crc or stored != committed_crc:
+        raise BadChunk(
+            f"crc32c is {found:#010x} (stored beside it: {stored:#010x}), the ledger says {committed_crc:#010x}"
+        )
+    if array.compression != "none":
+        payload = bytes(Zstd().decode(payload))
+    return np.frombuffer(payload, np.dtype(array.dtype).newbyteorder("<")).reshape(array.chunk_rows, *array.row_shape)

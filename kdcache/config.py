@@ -1,0 +1,259 @@
+"""Settings: one frozen dataclass for each kind of run. A default, a bound and a help text are written once, here.
+
+The dataclasses stand apart from their consumers because the command line is made from them, and `kdcache --help` must
+answer without importing torch.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tomllib
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+from kdcache.errors import UsageError
+from kdcache.records import from_json, to_json
+
+T = TypeVar("T", bound="Settings")
+
+
+def option(
+    default: Any,
+    help: str,
+    *,
+    minimum: float | None = None,
+    above: float | None = None,
+    maximum: float | None = None,
+    choices: tuple[str, ...] = (),
+    argument: bool = False,
+    required: bool = False,
+) -> Any:
+    """A setting: its default, its help text and what it may be.
+
+    Args:
+        above: exclusive lower bound, where `minimum` is inclusive.
+        argument: given on the command line by position instead of by name.
+        required: on the command line; a missing value is a usage error there.
+    """
+    metadata = {
+        "help": help,
+        "minimum": minimum,
+        "above": above,
+        "maximum": maximum,
+        "choices": choices,
+        "argument": argument,
+        "required": required,
+    }
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Base of all settings: checks every value against its bounds.
+
+    Raises:
+        UsageError: a value is out of bounds or not among the choices.
+    """
+
+    def __post_init__(self) -> None:
+        for each in fields(self):
+            value, rule = getattr(self, each.name), each.metadata
+            flag = "--" + each.name.replace("_", "-")
+            if value is None or not rule:
+                continue
+            if rule["choices"] and value not in rule["choices"]:
+                raise UsageError(f"{flag} is {value!r}", f"one of {', '.join(rule['choices'])}")
+            for number in value if isinstance(value, tuple) else (value,):
+                if rule["minimum"] is not None and not number >= rule["minimum"]:
+                    raise UsageError(f"{flag} is {number}", f"at least {rule['minimum']:g}")
+                if rule["above"] is not None and not number > rule["above"]:
+                    raise UsageError(f"{flag} is {number}", f"more than {rule['above']:g}")
+                if rule["maximum"] is not None and not number <= rule["maximum"]:
+                    raise UsageError(f"{flag} is {number}", f"at most {rule['maximum']:g}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Execution(Settings):
+    """How a run is carried out."""
+
+    device: str = option("auto", "auto (a GPU when there is one), cpu, cuda, cuda:N or mps.")
+    batch_size: int = option(128, "Samples in a batch.", minimum=1)
+    workers: int = option(0, "Processes that load samples; 0 loads in the main one.", minimum=0)
+    seed: int = option(0, "Everything random is drawn from it.", minimum=0)
+    amp: str = option("off", "Automatic mixed precision: off, bf16 or fp16.", choices=("off", "bf16", "fp16"))
+
+
+DATASET_HELP = "digits, mnist, fashion-mnist, cifar10, cifar100, folder:PATH or py:package.module:function."
+MODEL_HELP = (
+    "cnn, mlp, resnet20, resnet56, resnet110, resnet8x4, resnet32x4, torchvision:NAME[@WEIGHTS], timm:NAME or "
+    "py:package.module:factory."
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetSource(Settings):
+    """Where the samples come from; what is not given is taken from the cache or the run, where there is one."""
+
+    dataset: str | None = option(None, f"Where it is now, if not where it was: {DATASET_HELP}")
+    data_root: str | None = option(None, "Folder that holds torchvision's datasets. [default: data]")
+    download: bool = option(False, "Download the dataset if it is not in the data root.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Input(Settings):
+    """What a network takes, where it does not say so itself or should be told otherwise."""
+
+    mean: tuple[float, ...] | None = option(None, "Mean of each channel, as 0.5,0.5,0.5.")
+    std: tuple[float, ...] | None = option(None, "Standard deviation of each channel, as 0.2,0.2,0.2.", above=0)
+    size: int | None = option(None, "Resize and crop to a square of this many pixels.", minimum=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DumpConfig(Execution):
+    """How a teacher's answers are computed and stored."""
+
+    batch_size: int = option(256, "Samples in a batch.", minimum=1)
+    encoding: str = option(
+        "float16", "Stored as float16, float32 or float64.", choices=("float16", "float32", "float64")
+    )
+    compression: str = option("none", "none or zstd:LEVEL. Logits hardly compress, and uncompressed ones read faster.")
+    shard_rows: int | None = option(None, "Rows of a shard, a power of two. [default: 16384, fewer if rows are large]")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(Execution):
+    """How a network is trained; teacher and student share the loop."""
+
+    epochs: int = option(5, "Passes over the training samples.", minimum=1)
+    optimizer: str = option("adam", "adam, adamw or sgd.", choices=("adam", "adamw", "sgd"))
+    learning_rate: float = option(1e-3, "Peak learning rate.", above=0)
+    momentum: float = option(0.9, "Of sgd, with Nesterov's correction.", minimum=0, maximum=1)
+    weight_decay: float = option(0.0, "L2 penalty; decoupled with adamw.", minimum=0)
+    schedule: str = option("constant", "constant, cosine or step.", choices=("constant", "cosine", "step"))
+    milestones: tuple[float, ...] = option(
+        (0.5, 0.75), "Of step: where the rate drops, as parts of all epochs.", above=0, maximum=1
+    )
+    gamma: float = option(0.1, "Of step: what the rate is multiplied by at each milestone.", above=0)
+    warmup_epochs: float = option(0.0, "Epochs of linear warm-up from 0; may be a fraction.", minimum=0)
+    label_smoothing: float = option(0.0, "Part of the label's weight spread over all classes.", minimum=0, maximum=1)
+    clip_norm: float | None = option(None, "Largest norm of the gradient; a larger one is scaled down.", above=0)
+    ema: float | None = option(
+        None, "Decay of an exponential moving average of the weights, which is then the result.", above=0, maximum=1
+    )
+    val_fraction: float = option(
+        0.0,
+        "Part of the training split kept out to choose best.pt; with 0 the last epoch is best.",
+        minimum=0,
+        maximum=0.9,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudentConfig(TrainConfig):
+    """How a student is trained from a cache: alpha · T² · KL(teacher_T ‖ student_T) + (1 − alpha) · CE(label)."""
+
+    temperature: float = option(2.0, "T: softens teacher and student alike.", above=0)
+    alpha: float = option(0.5, "Weight of the teacher; the label has 1 - alpha.", minimum=0, maximum=1)
+    distill: bool = option(True, "--no-distill trains on the labels alone, through the same loop.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainTeacher(TrainConfig, DatasetSource, Input):
+    """`kdcache train-teacher`."""
+
+    dataset: str = option("digits", DATASET_HELP)
+    model: str = option("cnn", MODEL_HELP)
+    out: str = option("", "Folder for the run.", required=True)
+    resume: bool = option(False, "Continue the run in --out.")
+    plots: bool = option(False, "Draw a confusion matrix into --out (extra: plots).")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DumpTeacher(DumpConfig, DatasetSource, Input):
+    """`kdcache dump-teacher`."""
+
+    dataset: str = option("digits", DATASET_HELP)
+    teacher: str = option("cnn", MODEL_HELP)
+    checkpoint: str | None = option(None, "The teacher's weights: .pt, .pth or .safetensors.")
+    split: tuple[str, ...] = option(("train",), "Split to dump; repeat for several.")
+    out: str = option("", "The cache, a folder such as runs/mnist.zarr.", required=True)
+    dry_run: bool = option(False, "Tell rows, bytes and shards, and write nothing.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainStudent(StudentConfig, DatasetSource, Input):
+    """`kdcache train-student`."""
+
+    cache: str = option("", "A cache made by dump-teacher.", required=True)
+    student: str = option("mlp", MODEL_HELP)
+    out: str = option("", "Folder for the run.", required=True)
+    resume: bool = option(False, "Continue the run in --out.")
+    plots: bool = option(False, "Draw a confusion matrix into --out (extra: plots).")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluate(Execution, DatasetSource):
+    """`kdcache evaluate`."""
+
+    run: str = option("", "Folder of a run.", required=True)
+    split: str = option("test", "Split to judge on.")
+    plots: bool = option(False, "Draw a confusion matrix into the run's folder (extra: plots).")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inspect(Settings):
+    """`kdcache inspect`."""
+
+    cache: str = option("", "A cache made by dump-teacher.", argument=True, required=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compare(Settings):
+    """`kdcache compare`."""
+
+    runs: tuple[str, ...] = option((), "Folders of finished runs.", argument=True, required=True)
+
+
+def read_settings(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The settings in a TOML file or in a run's config.json, as plain values.
+
+    Raises:
+        UsageError: the file is missing or is neither.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text()
+        data = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
+    except OSError as problem:
+        raise UsageError(
+            f"cannot read settings from {path}: {problem.strerror}", "a TOML file or a config.json"
+        ) from problem
+    except ValueError as problem:
+        raise UsageError(
+            f"{path} is neither TOML (.toml) nor JSON: {problem}", "a TOML file or a config.json"
+        ) from problem
+    if not isinstance(data, dict):
+        raise UsageError(f"{path} holds a {type(data).__name__}", "a table of settings")
+    return {key.replace("-", "_"): value for key, value in data.items()}
+
+
+def merge(config_class: type[T], *layers: dict[str, Any], where: str = "settings") -> T:
+    """Settings from several layers of plain values, the last one on top.
+
+    Raises:
+        UsageError: a name that is not a setting, or a value out of bounds.
+    """
+    merged: dict[str, Any] = {}
+    for layer in layers:
+        merged |= layer
+    return from_json(config_class, merged, where=where, error=UsageError)
+
+
+def narrow(config_class: type[T], settings: Settings) -> T:
+    """The part of some settings that `config_class` names."""
+    data = to_json(settings)
+    return from_json(
+        config_class, {each.name: data[each.name] for each in fields(config_class)}, where="settings", error=UsageError
+    )

@@ -1,0 +1,244 @@
+"""Names to indexed datasets, and what tells one dataset from another. Start here: the rest is re-exported."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torchvision  # type: ignore[import-untyped]
+from numpy.typing import ArrayLike
+from torch import Tensor
+
+from kdcache import keys
+from kdcache.errors import DatasetError, KdcacheError
+from kdcache.indexed import ArrayDataset, IndexedDataset, MapDataset, as_indexed, dtype_name, pil_to_tensor
+from kdcache.loading import Batch, Batches, BatchLoader, batch_crc32c, batch_loader, input_crc32c
+from kdcache.plugins import PREFIX, call_with_accepted, describe, did_you_mean, require_extra, resolve
+from kdcache.records import canonical_json
+
+__all__ = [
+    "ArrayDataset",
+    "Batch",
+    "BatchLoader",
+    "Batches",
+    "IndexedDataset",
+    "MapDataset",
+    "as_indexed",
+    "batch_loader",
+    "check_deterministic",
+    "fingerprint_labels",
+    "fingerprint_samples",
+    "input_crc32c",
+    "open_dataset",
+]
+
+DIGITS_TRAIN = 1437
+# Of ImageNet; the usual choice for photographs.
+PHOTO_MEAN, PHOTO_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def open_dataset(spec: str, *, split: str, data_root: str = "data", download: bool = False) -> IndexedDataset:
+    """Open a dataset by its spec.
+
+    Args:
+        spec: a name of `DATASETS`, `folder:PATH` (with `train/` and `test/` or `val/` in it, a folder a class), or
+            `py:package.module:function`, which returns a map-style dataset.
+        split: `train` or `test`; for folders the name of any, for functions whatever they take.
+        data_root: folder of torchvision's datasets.
+        download: fetch what is not there.
+
+    Raises:
+        DatasetError: no such dataset or split, files that are missing or damaged, or a function that fails.
+        MissingExtra: `digits` without scikit-learn.
+    """
+    if spec.startswith("folder:"):
+        return _folder(spec, split)
+    if spec.startswith(PREFIX):
+        return _from_function(spec, split, data_root, download)
+    if spec not in DATASETS:
+        raise DatasetError(
+            f"there is no dataset {spec!r}",
+            f"{', '.join(DATASETS)}, folder:PATH or py:package.module:function",
+            did_you_mean(spec, list(DATASETS)),
+        )
+    if split not in ("train", "test"):
+        raise DatasetError(f"{spec} has no split {split!r}", "train or test", "choose one of them")
+    source = DATASETS[spec]
+    inputs, labels, classes = source.load(spec, split, data_root, download)
+    dataset = ArrayDataset(inputs, np.asarray(labels, dtype=np.int64), name=spec, split=split, classes=tuple(classes))
+    dataset.default_mean, dataset.default_std = source.mean, source.std
+    dataset.data_root = data_root if source.has_files else None
+    return dataset
+
+
+def check_deterministic(dataset: IndexedDataset, count: int = 8) -> None:
+    """Read some samples twice.
+
+    Raises:
+        DatasetError: two reads of one differ.
+    """
+    indices = keys.keyed_sample(len(dataset), count, 0, "determinism")
+    (first, first_labels), (second, second_labels) = dataset.fetch(indices), dataset.fetch(indices)
+    before, after = batch_crc32c(first), batch_crc32c(second)
+    for at, index in enumerate(indices):
+        if before[at] != after[at] or first[at].shape != second[at].shape or first_labels[at] != second_labels[at]:
+            raise DatasetError(
+                f"two reads of sample {index} of {dataset.name} differ: the dataset augments at random",
+                "the plain sample: the student must see the pixels that the teacher saw",
+                "take the random transforms out of the dataset",
+            )
+
+
+def fingerprint_labels(labels: ArrayLike) -> str:
+    """sha256 of labels as little-endian int64."""
+    return hashlib.sha256(np.ascontiguousarray(labels, dtype="<i8").tobytes()).hexdigest()
+
+
+def fingerprint_samples(dataset: IndexedDataset, count: int = 64) -> str:
+    """sha256 over index, shape, dtype and crc32c of the shared inputs of a keyed sample."""
+    indices = keys.keyed_sample(len(dataset), count, 0, "fingerprint")
+    inputs = dataset.shared_inputs(indices)
+    rows = [
+        [int(index), list(value.shape), dtype_name(value), crc32c]
+        for index, value, crc32c in zip(indices, inputs, batch_crc32c(inputs), strict=True)
+    ]
+    return hashlib.sha256(canonical_json(rows)).hexdigest()
+
+
+Loaded = tuple[Tensor, ArrayLike, list[str]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """A dataset that is held in memory, and its known statistics for pixels in [0, 1]."""
+
+    load: Callable[[str, str, str, bool], Loaded]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    has_files: bool = True
+
+
+def _digits(spec: str, split: str, data_root: str, download: bool) -> Loaded:
+    """8×8 digits that scikit-learn bundles: the first 1437 train, the last 360 test.
+
+    The file is ordered by writer, so most of the test digits come from hands that no training digit comes from.
+    """
+    bunch = require_extra("sklearn.datasets", "demo", "the dataset digits").load_digits()
+    # 0..16 to 0..255, rounded; 16 levels apart, so it can be undone.
+    pixels = (bunch.images.astype(np.int64) * 255 + 8) // 16
+    part = slice(DIGITS_TRAIN) if split == "train" else slice(DIGITS_TRAIN, None)
+    inputs = torch.from_numpy(pixels[part].astype(np.uint8)[:, None])
+    return inputs, bunch.target[part], [str(name) for name in bunch.target_names]
+
+
+def _torchvision(class_name: str, folder: str) -> Callable[[str, str, str, bool], Loaded]:
+    def load(spec: str, split: str, data_root: str, download: bool) -> Loaded:
+        path = Path(data_root) / folder
+        try:
+            dataset = getattr(torchvision.datasets, class_name)(data_root, train=split == "train", download=download)
+        except Exception as problem:  # readers of broken files and of broken connections raise all kinds
+            if download:
+                raise DatasetError(
+                    f"{spec} could not be downloaded to {path}: {type(problem).__name__}: {problem}",
+                    "a connection, and room on the disk",
+                    f"check the connection, or copy its files to {path}",
+                ) from problem
+            raise DatasetError(
+                f"{spec} could not be read from {path}: {problem}",
+                "its files in that folder",
+                "--download fetches them; --data-root names the folder that has them",
+            ) from problem
+        data = torch.as_tensor(dataset.data)
+        inputs = data.unsqueeze(1) if data.ndim == 3 else data.permute(0, 3, 1, 2)
+        return inputs.contiguous(), dataset.targets, [str(name) for name in dataset.classes]
+
+    return load
+
+
+DATASETS: dict[str, Source] = {
+    "digits": Source(load=_digits, mean=(0.3054,), std=(0.3753,), has_files=False),
+    "mnist": Source(load=_torchvision("MNIST", "MNIST/raw"), mean=(0.1307,), std=(0.3081,)),
+    "fashion-mnist": Source(load=_torchvision("FashionMNIST", "FashionMNIST/raw"), mean=(0.2860,), std=(0.3530,)),
+    "cifar10": Source(
+        load=_torchvision("CIFAR10", "cifar-10-batches-py"),
+        mean=(0.4914, 0.4822, 0.4465),
+        std=(0.2470, 0.2435, 0.2616),
+    ),
+    "cifar100": Source(
+        load=_torchvision("CIFAR100", "cifar-100-python"),
+        mean=(0.5071, 0.4865, 0.4409),
+        std=(0.2673, 0.2564, 0.2762),
+    ),
+}
+
+
+def _folder(spec: str, split: str) -> IndexedDataset:
+    root = Path(spec.removeprefix("folder:"))
+    names = sorted(path.name for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
+    chosen = "val" if split == "test" and "test" not in names else split
+    if chosen not in names:
+        what = f"holds {', '.join(names[:8]) or 'no folders'}" if root.is_dir() else "is no folder"
+        raise DatasetError(
+            f"{spec} has no split {split!r}: {root.absolute()} {what}",
+            f"{root}/{'test or val' if split == 'test' else split}/CLASS/IMAGE",
+            "arrange the images so, or correct the path",
+        )
+    classes = _class_folders(root / chosen)
+    for other in sorted({"train", "test", "val"} & set(names)):
+        others = _class_folders(root / other)
+        if others != classes:
+            raise DatasetError(
+                f"{root / chosen} has the classes {_brief(classes)}; {root / other} has {_brief(others)}",
+                "the same class folders in every split: a label is a position among them",
+                "rename or add the folders that differ",
+            )
+    try:
+        images = torchvision.datasets.ImageFolder(root / chosen, loader=_read_image)
+    except OSError as problem:
+        raise DatasetError(
+            f"{spec} cannot be read: {problem}", "images in every class folder", "add images, or remove empty folders"
+        ) from problem
+    dataset = as_indexed(images, name=spec, split=split)
+    dataset.default_mean, dataset.default_std = PHOTO_MEAN, PHOTO_STD
+    return dataset
+
+
+def _class_folders(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if path.is_dir())
+
+
+def _brief(names: list[str]) -> str:
+    return f"{len(names)}: {', '.join(names[:10])}{', …' if len(names) > 10 else ''}"
+
+
+def _read_image(path: str) -> Tensor:
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            return pil_to_tensor(image.convert("RGB"))
+    except Exception as problem:  # Pillow's decoders raise OSError, SyntaxError, ValueError and struct.error
+        raise DatasetError(
+            f"{path} cannot be read as an image: {type(problem).__name__}: {problem}",
+            "a whole image file",
+            "copy the file again, or remove it",
+        ) from problem
+
+
+def _from_function(spec: str, split: str, data_root: str, download: bool) -> IndexedDataset:
+    function = resolve(spec, error=DatasetError)
+    try:
+        found: Any = call_with_accepted(function, split=split, data_root=data_root, download=download)
+    except KdcacheError:
+        raise
+    except Exception as problem:
+        raise DatasetError(f"{spec} fails with {describe(problem)}", "a function that returns a dataset") from problem
+    dataset = as_indexed(found, name=spec, split=split)
+    if dataset.data_root is None:
+        dataset.data_root = data_root
+    return dataset

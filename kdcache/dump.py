@@ -1,0 +1,399 @@
+"""Stage one: the teacher answers once for every sample, and the answers go to the store, shard by shard."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import os
+import shutil
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from kdcache.cache.encoding import encode_logits
+from kdcache.cache.layout import build_arrays, predicted_bytes
+from kdcache.cache.manifest import DatasetRecord, Manifest, Preprocess, TeacherRecord
+from kdcache.cache.reader import ChunkReader
+from kdcache.cache.writer import SplitWriter, check_target
+from kdcache.config import DumpConfig
+from kdcache.datasets import (
+    Batch,
+    IndexedDataset,
+    as_indexed,
+    batch_loader,
+    check_deterministic,
+    fingerprint_labels,
+    fingerprint_samples,
+)
+from kdcache.devices import autocast, evaluation_mode, floating_dtype, memory_errors, resolve_device, to_host
+from kdcache.errors import DatasetError, TeacherOutputError
+from kdcache.evaluate import output_logits
+from kdcache.models import count_parameters, weights_sha256
+from kdcache.preprocess import Preprocessor
+from kdcache.progress import Progress, log
+
+# Shards that wait for the disk while the teacher computes the next one; more would only cost memory.
+SHARDS_IN_FLIGHT = 2
+
+_VERSIONED = ("torch", "torchvision", "zarr", "pillow", "kdcache")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DumpPlan:
+    """What a dump would write.
+
+    Attributes:
+        existing: the manifest of the same dump that already stands there, finished or not.
+        bytes: of the arrays' files, without compression.
+        free_bytes: on the disk that would take them.
+    """
+
+    manifest: Manifest
+    existing: Manifest | None
+    rows: int
+    shards: int
+    bytes: int
+    free_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class DumpResult:
+    """What a dump left.
+
+    Attributes:
+        rows: of the split.
+        computed_rows: by this call; 0 where the split was already complete.
+        seconds: of this call's computing and writing.
+    """
+
+    path: Path
+    split: str
+    manifest: Manifest
+    rows: int
+    computed_rows: int
+    seconds: float
+
+
+def plan_dump(
+    teacher: nn.Module,
+    dataset: Any,
+    *,
+    out: str | os.PathLike[str],
+    split: str = "train",
+    teacher_name: str = "",
+    preprocess: Preprocess | None = None,
+    config: DumpConfig | None = None,
+) -> DumpPlan:
+    """Check that a dump can begin and tell what it would write; writes nothing. Arguments as for `dump_teacher`."""
+    return _Dump(teacher, dataset, Path(out), split, teacher_name, preprocess, config or DumpConfig()).plan
+
+
+def dump_teacher(
+    teacher: nn.Module,
+    dataset: Any,
+    *,
+    out: str | os.PathLike[str],
+    split: str = "train",
+    teacher_name: str = "",
+    preprocess: Preprocess | None = None,
+    config: DumpConfig | None = None,
+) -> DumpResult:
+    """Run a teacher once over a dataset and keep its logits.
+
+    Called again with the same arguments it continues where it was stopped; a finished split is left as it is.
+
+    Args:
+        teacher: takes (batch, …) and returns logits (batch, classes); is put in eval mode for the time of the call and
+            moved to the device.
+        dataset: an indexed dataset, or any map-style dataset of (input, label) pairs with a `classes` attribute.
+        out: the cache, a folder.
+        split: name of the subgroup that is written.
+        teacher_name: recorded in the manifest; the class's name where empty.
+        preprocess: from the dataset's inputs to what the teacher takes; None scales uint8 to [0, 1] and no more.
+
+    Raises:
+        DatasetError: a stream without an index, a dataset that gives another input at a second read, wrong labels.
+        TeacherOutputError: logits of the wrong shape, not finite, or beyond the encoding's range.
+        TargetExists: something else stands at `out`.
+        StorageError: the disk refused; what is committed stays, and the same call continues.
+    """
+    return _Dump(teacher, dataset, Path(out), split, teacher_name, preprocess, config or DumpConfig()).run()
+
+
+class _Dump:
+    def __init__(
+        self,
+        teacher: nn.Module,
+        dataset: Any,
+        out: Path,
+        split: str,
+        teacher_name: str,
+        preprocess: Preprocess | None,
+        config: DumpConfig,
+    ) -> None:
+        self.out, self.config = out, config
+        self.dataset = as_indexed(dataset, name=type(dataset).__name__, split=split)
+        self.device = resolve_device(config.device)
+        self.teacher = teacher.to(self.device)
+        preprocess = preprocess or Preprocess()
+        self.preprocessor = Preprocessor(preprocess)
+        check_deterministic(self.dataset)
+        self._probe()
+        name = teacher_name or type(teacher).__name__
+        manifest = build_manifest(teacher, self.dataset, split, name, preprocess, self.device, config)
+        existing = check_target(out, manifest)
+        self.plan = DumpPlan(
+            manifest=manifest,
+            existing=existing,
+            rows=manifest.dataset.length * manifest.views,
+            shards=manifest.shards * manifest.views,
+            bytes=predicted_bytes(manifest),
+            free_bytes=free_bytes(out),
+        )
+
+    def run(self) -> DumpResult:
+        manifest, existing = self.plan.manifest, self.plan.existing
+        split = manifest.dataset.split
+        result = {"path": self.out, "split": split, "rows": self.plan.rows}
+        if existing is not None and existing.complete:
+            log(f"{self.out / split} is already complete; nothing was computed")
+            return DumpResult(**result, manifest=existing, computed_rows=0, seconds=0.0)
+        began = time.perf_counter()
+        writer = SplitWriter(self.out, manifest)
+        pending = writer.pending()
+        computed = sum(len(manifest.rows_of(shard)) for _, shard in pending)
+        if computed < self.plan.rows:
+            log(f"{self.out / split}: {self.plan.rows - computed:,} of {self.plan.rows:,} rows stand; continuing")
+        tally = _Tally(writer)
+        with (
+            evaluation_mode(self.teacher),
+            memory_errors(self.config.batch_size),
+            Progress(f"dump {split}", self.plan.rows, "rows", self.plan.rows - computed) as progress,
+        ):
+            self._write(writer, pending, tally, progress)
+        finished = self._finish(writer, tally)
+        return DumpResult(**result, manifest=finished, computed_rows=computed, seconds=time.perf_counter() - began)
+
+    def _forward(self, batch: Batch) -> Callable[[], NDArray[Any]]:
+        """Queue the teacher's answer to a batch; calling the result waits for it."""
+        inputs = self.preprocessor.per_batch(
+            batch.inputs.to(self.device, non_blocking=True), floating_dtype(self.teacher)
+        )
+        with autocast(self.device, self.config.amp):
+            logits = output_logits(self.teacher(inputs))
+        if logits.shape != (len(inputs), len(self.dataset.classes)):
+            raise TeacherOutputError(
+                f"the teacher answers {tuple(logits.shape)} to a batch of {len(inputs)}",
+                f"{(len(inputs), len(self.dataset.classes))}: one logit for each of the dataset's classes",
+                "use a teacher trained for this dataset's classes",
+            )
+        return to_host(logits if logits.dtype == torch.float64 else logits.float())
+
+    def _probe(self) -> None:
+        """Let the teacher answer for one small batch, so that a wrong teacher is refused before anything is written."""
+        indices = np.arange(min(2, len(self.dataset)))
+        with evaluation_mode(self.teacher):
+            for batch in batch_loader(self.dataset, [indices], preprocessor=self.preprocessor, device=self.device):
+                encode_logits(self._forward(batch)(), self.config.encoding, first_sample=0)
+
+    def _write(self, writer: SplitWriter, pending: list[tuple[int, int]], tally: _Tally, progress: Progress) -> None:
+        manifest = self.plan.manifest
+        batches = _ShardBatches(manifest, [shard for _, shard in pending], self.config.batch_size)
+        loader = iter(
+            batch_loader(
+                self.dataset,
+                batches,
+                preprocessor=self.preprocessor,
+                workers=self.config.workers,
+                device=self.device,
+                checksums=True,
+            )
+        )
+        in_flight: deque[Future[int]] = deque()
+        with ThreadPoolExecutor(1, thread_name_prefix="kdcache-writer") as pool:
+            for view, shard in pending:
+                rows = manifest.rows_of(shard)
+                buffers = _buffers(len(rows), len(self.dataset.classes), self.teacher)
+                answer: Callable[[], NDArray[Any]] | None = None
+                filled = 0
+                for size in batches.sizes(shard):
+                    batch = next(loader)
+                    queued = self._forward(batch)
+                    if answer is not None:
+                        filled += _put(buffers["logits"], filled, answer())
+                    answer = queued
+                    at = slice(int(batch.indices[0]) - rows.start, int(batch.indices[0]) - rows.start + size)
+                    buffers["labels"][at] = batch.labels.numpy()
+                    buffers["input_crc32c"][at] = batch.input_crc32c.numpy()  # type: ignore[union-attr]
+                    progress.advance(size)
+                    if in_flight and in_flight[0].done():
+                        in_flight.popleft().result()
+                if answer is not None:
+                    _put(buffers["logits"], filled, answer())
+                while len(in_flight) >= SHARDS_IN_FLIGHT:
+                    in_flight.popleft().result()
+                in_flight.append(pool.submit(tally.commit, view, shard, buffers, self.config.encoding))
+            while in_flight:
+                in_flight.popleft().result()
+
+    def _finish(self, writer: SplitWriter, tally: _Tally) -> Manifest:
+        manifest = writer.manifest
+        labels_sha256 = tally.labels.hexdigest()
+        known = self.plan.manifest.dataset.labels_sha256
+        if known is not None and known != labels_sha256:
+            raise DatasetError(
+                f"the labels met while dumping have sha256 {labels_sha256}",
+                f"{known}, that of the dataset's own list of labels",
+                "make the dataset's targets agree with the labels of its samples, then dump again",
+            )
+        finished = replace(
+            manifest,
+            dataset=replace(manifest.dataset, labels_sha256=labels_sha256),
+            teacher=replace(manifest.teacher, accuracy=tally.correct / manifest.dataset.length),
+            view_sha256=tuple(writer.ledger.digest(view) for view in range(manifest.views)),
+        )
+        writer.finish(finished)
+        return finished
+
+
+class _Tally:
+    """What is known only once every row was seen: the accuracy on view 0 and the hash of all labels.
+
+    Shards are committed in order, so those of an earlier run come in between by being read back.
+    """
+
+    def __init__(self, writer: SplitWriter) -> None:
+        self.correct = 0
+        self.labels = hashlib.sha256()
+        self._writer = writer
+        self._reader = ChunkReader(writer.path, writer.manifest, writer.ledger)
+        self._next_shard = 0
+        self._catch_up()
+
+    def commit(self, view: int, shard: int, buffers: dict[str, NDArray[Any]], encoding: str) -> int:
+        first = self._writer.manifest.rows_of(shard).start
+        stored = encode_logits(buffers["logits"], encoding, first_sample=first)
+        self._writer.commit(view, shard, buffers | {"logits": stored})
+        if view == 0:
+            self._count(stored, buffers["labels"])
+            self._catch_up()
+        return shard
+
+    def _catch_up(self) -> None:
+        committed = self._writer.ledger.committed(0)
+        while self._next_shard < len(committed) and committed[self._next_shard]:
+            rows = self._writer.manifest.rows_of(self._next_shard)
+            self._count(self._reader.span("logits", 0, rows), self._reader.span("labels", 0, rows))
+
+    def _count(self, logits: NDArray[Any], labels: NDArray[Any]) -> None:
+        self.correct += int((logits.argmax(axis=1) == labels).sum())
+        self.labels.update(labels.astype("<i8", copy=False).tobytes())
+        self._next_shard += 1
+
+
+class _ShardBatches:
+    """Batches of consecutive indices that never straddle a shard.
+
+    A shard is thus computed from the same batches whenever it is computed, so that a continued dump equals an
+    uninterrupted one to the bit: a teacher's answers vary by about 1e-6 with the size of the batch.
+    """
+
+    def __init__(self, manifest: Manifest, shards: Sequence[int], batch_size: int) -> None:
+        self._manifest, self._shards, self._batch_size = manifest, shards, batch_size
+
+    def sizes(self, shard: int) -> Iterator[int]:
+        rows = len(self._manifest.rows_of(shard))
+        for start in range(0, rows, self._batch_size):
+            yield min(self._batch_size, rows - start)
+
+    def __iter__(self) -> Iterator[NDArray[np.int64]]:
+        for shard in self._shards:
+            start = self._manifest.rows_of(shard).start
+            for size in self.sizes(shard):
+                yield np.arange(start, start + size)
+                start += size
+
+    def __len__(self) -> int:
+        return sum(-(-len(self._manifest.rows_of(shard)) // self._batch_size) for shard in self._shards)
+
+
+def build_manifest(
+    teacher: nn.Module,
+    dataset: IndexedDataset,
+    split: str,
+    teacher_name: str,
+    preprocess: Preprocess,
+    device: torch.device,
+    config: DumpConfig,
+) -> Manifest:
+    """The manifest of a dump, without its results."""
+    labels = dataset.labels()
+    shard_rows, arrays = build_arrays(
+        length=len(dataset),
+        logits_dtype=config.encoding,
+        classes=len(dataset.classes),
+        compression=config.compression,
+        shard_rows=config.shard_rows,
+    )
+    return Manifest(
+        dataset=DatasetRecord(
+            name=dataset.name,
+            split=split,
+            length=len(dataset),
+            classes=dataset.classes,
+            input_dtype=dataset.input_dtype,
+            input_shape=dataset.input_shape,
+            sample_sha256=fingerprint_samples(dataset),
+            labels_sha256=None if labels is None else fingerprint_labels(labels),
+            data_root=dataset.data_root,
+        ),
+        teacher=TeacherRecord(
+            spec=teacher_name,
+            weights_sha256=weights_sha256(teacher),
+            parameters=count_parameters(teacher),
+            preprocess=preprocess,
+        ),
+        arrays=arrays,
+        shard_rows=shard_rows,
+        seed=config.seed,
+        amp=config.amp,
+        device=str(device),
+        batch_size=config.batch_size,
+        versions=package_versions(),
+    )
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of the packages that could change an input or an answer."""
+    return {name: importlib.metadata.version(name) for name in _VERSIONED}
+
+
+def free_bytes(path: Path) -> int:
+    """Room on the disk that holds, or would hold, a path."""
+    path = path.absolute()
+    while not path.exists():
+        path = path.parent
+    return shutil.disk_usage(path).free
+
+
+def _buffers(rows: int, classes: int, teacher: nn.Module) -> dict[str, NDArray[Any]]:
+    precise = np.float64 if floating_dtype(teacher) == torch.float64 else np.float32
+    return {
+        "logits": np.empty((rows, classes), precise),
+        "labels": np.empty(rows, np.int64),
+        "input_crc32c": np.empty(rows, np.uint32),
+    }
+
+
+def _put(buffer: NDArray[Any], start: int, values: NDArray[Any]) -> int:
+    buffer[start : start + len(values)] = values
+    return len(values)

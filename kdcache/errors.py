@@ -1,0 +1,100 @@
+"""Every error that kdcache raises on purpose.
+
+    KdcacheError                    exit 1
+    ├── UsageError                  exit 2   (ValueError)             flags or arguments that make no sense
+    ├── MissingExtra                         (ImportError)            an optional dependency is not installed
+    ├── DatasetError                         (ValueError)             a dataset that cannot be read or indexed
+    ├── ModelError                           (ValueError)             a model that cannot be built
+    ├── CheckpointError                      (ValueError)             weights that cannot be read or do not fit
+    ├── TeacherOutputError                   (ValueError)             logits that must not be stored
+    ├── TargetExists                         (FileExistsError)        an output path that holds something else
+    ├── StorageError                         (OSError)                the disk refused a write or a read
+    ├── TrainingDiverged                     (ArithmeticError)        a loss that is not finite
+    ├── CacheNotFound                        (FileNotFoundError)      no cache at a path, or no such split
+    ├── CacheIncomplete             exit 3   (ValueError)             shards are missing from the ledger
+    ├── CacheDamaged                exit 3   (ValueError)             bytes that fail their checksum
+    └── CacheMismatch               exit 4   (ValueError)             a cache of other data than the student's
+
+A message says what was found, what was needed and what to do next; each part is also an attribute.
+"""
+
+from __future__ import annotations
+
+
+class KdcacheError(Exception):
+    """Base of every error that kdcache raises on purpose.
+
+    Args:
+        found: what was met, with its value.
+        needed: what was required instead, with its value.
+        remedy: what the user can do next.
+    """
+
+    exit_code = 1
+
+    def __init__(self, found: str, needed: str = "", remedy: str = "") -> None:
+        # Positional arguments, so that the error survives pickling out of a DataLoader worker.
+        super().__init__(found, needed, remedy)
+        self.found = found
+        self.needed = needed
+        self.remedy = remedy
+
+    def __str__(self) -> str:
+        lines = [self.found]
+        if self.needed:
+            lines.append(f"  needed: {self.needed}")
+        if self.remedy:
+            lines.append(f"  to do:  {self.remedy}")
+        return "\n".join(lines)
+
+
+class UsageError(KdcacheError, ValueError):
+    exit_code = 2
+
+
+class MissingExtra(KdcacheError, ImportError):
+    pass
+
+
+class DatasetError(KdcacheError, ValueError):
+    pass
+
+
+class ModelError(KdcacheError, ValueError):
+    pass
+
+
+class CheckpointError(KdcacheError, ValueError):
+    pass
+
+
+class TeacherOutputError(KdcacheError, ValueError):
+    pass
+
+
+class TargetExists(KdcacheError, FileExistsError):
+    pass
+
+
+class StorageError(KdcacheError, OSError):
+    pass
+
+
+class TrainingDiverged(KdcacheError, ArithmeticError):
+    pass
+
+
+class CacheNotFound(KdcacheError, FileNotFoundError):
+    pass
+
+
+class CacheIncomplete(KdcacheError, ValueError):
+    exit_code = 3
+
+
+class CacheDamaged(KdcacheError, ValueError):
+    exit_code = 3
+
+
+class CacheMismatch(KdcacheError, ValueError):
+    exit_code = 4

@@ -1,0 +1,106 @@
+"""What a cache is of and how runs compare, for a person and for a program; needs no torch."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from kdcache.cache.ledger import Ledger
+from kdcache.cache.manifest import Manifest, read_manifest
+from kdcache.cache.reader import cache_splits
+from kdcache.errors import CacheIncomplete
+from kdcache.records import to_json
+from kdcache.runs import read_result
+
+
+def inspect_cache(path: str | os.PathLike[str]) -> tuple[dict[str, Any], str]:
+    """The manifests of a cache's splits with what is committed of each: as data and as text.
+
+    Raises:
+        CacheNotFound, CacheDamaged: the cache cannot be read.
+        CacheIncomplete: not even one split was begun.
+    """
+    splits = {name: _inspect_split(Path(path) / name) for name in cache_splits(path)}
+    if not splits:
+        raise CacheIncomplete(f"the cache {path} has no split yet", "a dump", "run dump-teacher again")
+    data = {"cache": str(path), "splits": {name: split[0] for name, split in splits.items()}}
+    return data, "\n\n".join(text for _, text in splits.values())
+
+
+def _inspect_split(split_path: Path) -> tuple[dict[str, Any], str]:
+    manifest = read_manifest(split_path)
+    ledger = Ledger(split_path, manifest)
+    committed = sum(int(ledger.committed(view).sum()) for view in range(manifest.views))
+    stored = sum(file.stat().st_size for file in split_path.rglob("*") if file.is_file())
+    shards = manifest.shards * manifest.views
+    data = {
+        "complete": manifest.complete,
+        "committed_shards": committed,
+        "shards": shards,
+        "rows": manifest.dataset.length * manifest.views,
+        "bytes": stored,
+        "manifest": to_json(manifest),
+    }
+    return data, _describe(split_path, manifest, committed, shards, stored)
+
+
+def _describe(split_path: Path, manifest: Manifest, committed: int, shards: int, stored: int) -> str:
+    dataset, teacher = manifest.dataset, manifest.teacher
+    logits = manifest.array("logits")
+    accuracy = "not known yet" if teacher.accuracy is None else f"{teacher.accuracy:.2%} on this split"
+    shape = "of varying size" if dataset.input_shape is None else "×".join(map(str, dataset.input_shape))
+    classes = ", ".join(dataset.classes[:10]) + (", …" if len(dataset.classes) > 10 else "")
+    preprocess = ", ".join(
+        f"{key} {value}" for key, value in to_json(teacher.preprocess).items() if value not in (None, [])
+    )
+    lines = {
+        "state": "complete" if manifest.complete else f"incomplete: {committed} of {shards} shards committed",
+        "dataset": f"{dataset.name}, split {dataset.split}, {dataset.length:,} samples, {dataset.input_dtype} {shape}",
+        "classes": f"{len(dataset.classes)}: {classes}",
+        "labels": f"sha256 {dataset.labels_sha256}",
+        "inputs": f"sha256 of a sample {dataset.sample_sha256}",
+        "teacher": f"{teacher.spec}, {teacher.parameters:,} parameters, accuracy {accuracy}",
+        "weights": f"sha256 {teacher.weights_sha256}",
+        "preprocessing": preprocess,
+        "rows": f"{dataset.length * manifest.views:,} ({manifest.views} view{'s' if manifest.views > 1 else ''})",
+        "encoding": f"{logits.dtype}, compression {logits.compression}, amp {manifest.amp}",
+        "layout": f"chunks of {logits.chunk_rows} rows in shards of {manifest.shard_rows}, {stored:,} bytes in all",
+        "made with": ", ".join(f"{name} {version}" for name, version in manifest.versions.items())
+        + f" on {manifest.device}, seed {manifest.seed}",
+    }
+    width = max(map(len, lines))
+    return "\n".join([str(split_path), *(f"  {name:<{width}}  {value}" for name, value in lines.items())])
+
+
+def compare_runs(paths: Sequence[str]) -> tuple[dict[str, Any], str]:
+    """Finished runs side by side: as data and as a table.
+
+    Raises:
+        UsageError: a folder holds no finished run.
+    """
+    rows = [{"run": path, **read_result(Path(path))} for path in paths]
+    header = ["run", "role", "model", "accuracy", "parameters", "s/epoch"]
+    cells = [header, *([_cell(row, column) for column in header] for row in rows)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
+    lines = [
+        "  ".join(_align(cell, width, i) for i, (cell, width) in enumerate(zip(row, widths, strict=True)))
+        for row in cells
+    ]
+    lines.insert(1, "  ".join("-" * width for width in widths))
+    return {"runs": rows}, "\n".join(line.rstrip() for line in lines)
+
+
+def _cell(row: dict[str, Any], column: str) -> str:
+    if column == "accuracy":
+        return "-" if row["test_accuracy"] is None else f"{row['test_accuracy']:.2%}"
+    if column == "parameters":
+        return f"{row['parameters']:,}"
+    if column == "s/epoch":
+        return f"{sum(row['epoch_seconds']) / len(row['epoch_seconds']):.2f}"
+    return str(row[column])
+
+
+def _align(cell: str, width: int, column: int) -> str:
+    return f"{cell:<{width}}" if column < 3 else f"{cell:>{width}}"

@@ -1,0 +1,175 @@
+"""Indexed datasets to batches: whole batches are fetched, checked, resized and stacked, in workers or here."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Iterator
+from typing import Any, NamedTuple, Protocol
+
+import google_crc32c
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, get_worker_info
+
+from kdcache.errors import DatasetError, KdcacheError
+from kdcache.indexed import IndexedDataset, Inputs
+from kdcache.preprocess import Preprocessor
+
+
+class Batch(NamedTuple):
+    """Samples as a loader yields them. A named tuple, because the loader pins the memory of those by itself.
+
+    Attributes:
+        inputs: (B, ...), after `Preprocessor.per_sample`.
+        labels: (B,) int64.
+        indices: (B,) int64, of the samples.
+        input_crc32c: (B,) int64 holding uint32, of the shared inputs before any preprocessing; None unless asked for.
+        soft_targets: (B, classes), the teacher's logits, where a cache was joined.
+    """
+
+    inputs: Tensor
+    labels: Tensor
+    indices: Tensor
+    input_crc32c: Tensor | None
+    soft_targets: Tensor | None = None
+
+    def to(self, device: torch.device) -> Batch:
+        """The batch with what a step computes with on a device; the indices stay on the host."""
+        moved = {name: value.to(device, non_blocking=True) for name, value in self._moving() if value is not None}
+        return self._replace(**moved)
+
+    def _moving(self) -> list[tuple[str, Tensor | None]]:
+        return [("inputs", self.inputs), ("labels", self.labels), ("soft_targets", self.soft_targets)]
+
+
+class Batches(Protocol):
+    """The batches of one epoch, as sample indices (B,) int64: a list, or an object that orders each epoch anew."""
+
+    def __iter__(self) -> Iterator[NDArray[np.int64]]: ...
+
+    def __len__(self) -> int: ...
+
+
+def batch_loader(
+    dataset: IndexedDataset,
+    batches: Batches,
+    *,
+    preprocessor: Preprocessor,
+    workers: int = 0,
+    device: torch.device,
+    checksums: bool = False,
+) -> BatchLoader:
+    """A loader of the given batches, in their order. Each `iter` of it asks `batches` for an epoch.
+
+    Args:
+        workers: processes that read ahead, kept from epoch to epoch; 0 reads here, best for data in memory.
+        device: that the batches go to; for CUDA they come in pinned memory.
+        checksums: fill `Batch.input_crc32c`, at about 0.5 µs a small sample.
+
+    Raises:
+        DatasetError: while iterating, a sample cannot be read or stacked, or a worker died.
+        ModelError: while iterating, the preprocessing does not suit the samples.
+    """
+    return BatchLoader(
+        # A fresh preprocessor: spawned workers cannot receive constants that sit on a device.
+        _Fetch(dataset, Preprocessor(preprocessor.record), checksums),
+        batch_sampler=batches,  # type: ignore[arg-type]  # torch asks for lists, and only passes them on
+        num_workers=workers,
+        collate_fn=_as_it_is,
+        pin_memory=device.type == "cuda",
+        persistent_workers=workers > 0,
+        # Without one, each epoch draws a number from the global generator.
+        generator=torch.Generator().manual_seed(0),
+    )
+
+
+class BatchLoader(DataLoader[Batch]):
+    """A DataLoader that raises a worker's KdcacheError as it was, instead of one whose text is a traceback."""
+
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+        iterator = super().__iter__()
+        while True:
+            try:
+                batch: Any = next(iterator)
+            except StopIteration:
+                return
+            except RuntimeError as problem:
+                if self.num_workers == 0 or "DataLoader worker" not in str(problem):
+                    raise
+                raise DatasetError(
+                    f"a process that reads samples died: {problem}",
+                    "workers that live as long as the run",
+                    "see whether memory (or shared memory, /dev/shm) ran out, and try --workers 0",
+                ) from problem
+            if isinstance(batch, KdcacheError):
+                raise batch
+            yield batch
+
+
+class _Fetch(Dataset[Batch]):
+    """What a loader sees of a dataset: batches, or in a worker the error that prevented one."""
+
+    def __init__(self, dataset: IndexedDataset, preprocessor: Preprocessor, checksums: bool) -> None:
+        self.dataset = dataset
+        self.preprocessor = preprocessor
+        self.checksums = checksums
+
+    def __getitems__(self, indices: NDArray[np.int64]) -> Batch | KdcacheError:
+        try:
+            return self._batch(np.array(indices, dtype=np.int64))
+        except KdcacheError as error:
+            if get_worker_info() is None:
+                raise
+            # The worker's own traceback does not survive the way; as a note it is shown where tracebacks are.
+            error.add_note(traceback.format_exc())
+            return error
+
+    def _batch(self, indices: NDArray[np.int64]) -> Batch:
+        inputs, labels = self.dataset.fetch(indices)
+        checksums = torch.tensor(batch_crc32c(inputs), dtype=torch.int64) if self.checksums else None
+        if isinstance(inputs, Tensor):
+            inputs = self.preprocessor.per_sample(inputs)
+        else:
+            inputs = _stack([self.preprocessor.per_sample(value) for value in inputs], indices, self.dataset.name)
+        return Batch(inputs, labels, torch.from_numpy(indices), checksums)
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+def _stack(inputs: list[Tensor], indices: NDArray[np.int64], name: str) -> Tensor:
+    first = inputs[0].shape
+    for index, value in zip(indices, inputs, strict=True):
+        if value.shape != first:
+            same_channels = value.ndim == 3 and len(first) == 3 and value.shape[0] == first[0]
+            raise DatasetError(
+                f"sample {indices[0]} of {name} has shape {tuple(first)}, sample {index} has {tuple(value.shape)}",
+                "one shape for all inputs of a network",
+                "give --size PIXELS" if same_channels else "make the dataset return inputs of one kind",
+            )
+    return torch.stack(inputs)
+
+
+def input_crc32c(shared_input: Tensor) -> int:
+    """crc32c of one shared input's bytes in C order; the shape and the dtype are not part of it."""
+    return batch_crc32c([shared_input])[0]
+
+
+def batch_crc32c(inputs: Inputs) -> list[int]:
+    """crc32c of each shared input of a batch, on the CPU."""
+    if isinstance(inputs, Tensor):
+        rows = list(_bytes(inputs).reshape(len(inputs), -1))
+    else:
+        rows = [_bytes(value) for value in inputs]
+    return [google_crc32c.value(row) for row in rows]
+
+
+def _bytes(tensor: Tensor) -> NDArray[np.uint8]:
+    """The bytes of a tensor, read-only, because google_crc32c takes nothing else without a copy."""
+    # Reinterpreted by torch, because numpy knows no bfloat16.
+    values: NDArray[np.uint8] = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
+    values.flags.writeable = False
+    return values

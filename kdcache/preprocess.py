@@ -1,0 +1,132 @@
+"""From a shared input to what one network takes: geometry on each sample, numbers on the whole batch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torchvision.transforms import InterpolationMode  # type: ignore[import-untyped]
+from torchvision.transforms.v2 import functional  # type: ignore[import-untyped]
+
+from kdcache.cache.manifest import Preprocess
+from kdcache.errors import ModelError
+
+INTERPOLATIONS = {
+    "nearest": InterpolationMode.NEAREST,
+    "bilinear": InterpolationMode.BILINEAR,
+    "bicubic": InterpolationMode.BICUBIC,
+}
+
+
+class Preprocessor:
+    """Applies one `Preprocess` record.
+
+    Attributes:
+        record: what is applied.
+        channels: that the network takes, where the record tells (the length of its mean); None otherwise.
+        has_geometry: whether `per_sample` changes anything.
+
+    Raises:
+        ModelError: the record names an interpolation that does not exist.
+    """
+
+    def __init__(self, record: Preprocess) -> None:
+        if record.interpolation not in INTERPOLATIONS:
+            raise ModelError(f"interpolation is {record.interpolation!r}", f"one of {', '.join(INTERPOLATIONS)}")
+        self.record = record
+        self.channels = len(record.mean) or None
+        self.has_geometry = record.resize is not None or record.crop is not None
+        # One copy to the device in a run, not one a step: a copy from pageable memory waits for the device.
+        self._constants: dict[tuple[torch.device, torch.dtype, bool, int], tuple[Tensor, Tensor]] = {}
+
+    def per_sample(self, image: Tensor) -> Tensor:
+        """Resize the shorter side, then crop the centre, padding with zeros what is smaller than the crop.
+
+        Args:
+            image: (C, H, W), any dtype; with more dimensions in front, each image gets the same pixels as alone.
+
+        Returns:
+            (C, H', W') of the same dtype.
+
+        Raises:
+            ModelError: there is geometry to apply, and the input is no image.
+        """
+        if not self.has_geometry:
+            return image
+        if image.ndim < 3:
+            raise ModelError(
+                f"the preprocessing resizes or crops, and an input has shape {tuple(image.shape)}",
+                "images of shape (channels, height, width)",
+                "leave out --size",
+            )
+        record = self.record
+        if record.resize is not None:
+            mode = INTERPOLATIONS[record.interpolation]
+            # Nearest picks pixels: there is nothing to smooth, and torchvision refuses the wish.
+            antialias = record.antialias and mode is not InterpolationMode.NEAREST
+            image = functional.resize(image, [record.resize], interpolation=mode, antialias=antialias)
+        if record.crop is not None:
+            image = functional.center_crop(image, [record.crop, record.crop])
+        return image
+
+    def per_batch(self, inputs_bchw: Tensor, dtype: torch.dtype) -> Tensor:
+        """Scale, expand and normalise on the device that holds the batch.
+
+        uint8 is scaled to [0, 1]; every other dtype is only cast. One channel becomes as many as the mean has.
+        A dtype narrower than float32 is computed in float32 and rounded once.
+
+        Args:
+            inputs_bchw: (B, C, ...), after `per_sample`; (B, ...) of any rank where the record has no mean.
+            dtype: floating, of the result.
+
+        Returns:
+            (B, C or channels, ...) of `dtype`.
+
+        Raises:
+            ModelError: the inputs have neither one channel nor as many as the mean.
+        """
+        scaled = inputs_bchw.dtype == torch.uint8
+        work = dtype if dtype in (torch.float32, torch.float64) else torch.float32
+        if self.channels is None:
+            return inputs_bchw.to(work).div_(255).to(dtype) if scaled else inputs_bchw.to(dtype)
+        if inputs_bchw.ndim < 2 or inputs_bchw.shape[1] not in (1, self.channels):
+            raise ModelError(
+                f"a batch of inputs has shape {tuple(inputs_bchw.shape)}, the mean has {self.channels} channels",
+                f"inputs of 1 or {self.channels} channels, channels first",
+                "give --mean and --std with one number for each channel of the dataset",
+            )
+        scale, shift = self._scale_and_shift(inputs_bchw.device, work, scaled, inputs_bchw.ndim)
+        # (x / 255 - mean) / std as one product, which casts uint8 and makes missing channels on its way, and one sum
+        # in place. On two CPU cores 35 µs for 128 MNIST images; addcmul takes 67 µs, the four steps by hand 63 µs.
+        values = inputs_bchw if scaled else inputs_bchw.to(work)
+        return torch.mul(values, scale).add_(shift).to(dtype)
+
+    def output_shape(self, input_shape: tuple[int, ...] | None) -> tuple[int, ...] | None:
+        """Shape of one input after both methods; None where it differs between samples or cannot be known."""
+        record = self.record
+        if input_shape is not None and (len(input_shape) != 3 or not self.has_geometry):
+            return (self.channels or input_shape[0], *input_shape[1:]) if input_shape else input_shape
+        channels = self.channels or (input_shape[0] if input_shape else None)
+        if channels is None:
+            return None
+        if record.crop is not None:
+            return channels, record.crop, record.crop
+        if input_shape is None or record.resize is None:
+            return None
+        height, width = input_shape[1:]
+        short, long = record.resize, int(record.resize * max(height, width) / min(height, width))
+        return (channels, short, long) if height <= width else (channels, long, short)
+
+    def _scale_and_shift(
+        self, device: torch.device, dtype: torch.dtype, scaled: bool, ndim: int
+    ) -> tuple[Tensor, Tensor]:
+        key = (device, dtype, scaled, ndim)
+        if key not in self._constants:
+            shape = (-1, *[1] * (ndim - 2))
+            mean, std = (torch.tensor(value, dtype=torch.float64) for value in (self.record.mean, self.record.std))
+            scale = 1 / (std * 255 if scaled else std)
+            shift = -mean / std
+            self._constants[key] = (
+                scale.reshape(shape).to(device, dtype),
+                shift.reshape(shape).to(device, dtype),
+            )
+        return self._constants[key]

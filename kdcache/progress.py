@@ -1,0 +1,58 @@
+"""Progress on everything long: a bar on a terminal, a line now and then elsewhere; always on stderr."""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import TracebackType
+
+from tqdm import tqdm
+
+LINE_INTERVAL_S = 10.0
+
+
+def log(message: str) -> None:
+    """A line on stderr that does not tear a progress bar."""
+    tqdm.write(message, file=sys.stderr)
+    sys.stderr.flush()
+
+
+class Progress:
+    """Counts units of work up to a total, with their rate and the time left.
+
+    Args:
+        what: names the work, such as `dump train`.
+        unit: what is counted, such as `rows`.
+        done: units that were done before.
+    """
+
+    def __init__(self, what: str, total: int, unit: str, done: int = 0) -> None:
+        self._what, self._total, self._unit = what, total, unit
+        self._count, self._first = done, done
+        self._began = self._last_line = time.monotonic()
+        self._bar = (
+            tqdm(total=total, initial=done, desc=what, unit=f" {unit}", unit_scale=True) if _terminal() else None
+        )
+
+    def advance(self, count: int) -> None:
+        self._count += count
+        if self._bar is not None:
+            self._bar.update(count)
+        elif time.monotonic() - self._last_line >= LINE_INTERVAL_S:
+            self._last_line = time.monotonic()
+            rate = (self._count - self._first) / (self._last_line - self._began)
+            left = (self._total - self._count) / rate if rate else 0.0
+            log(f"{self._what}: {self._count:,} of {self._total:,} {self._unit}, {rate:,.0f}/s, {left:.0f} s left")
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+def _terminal() -> bool:
+    return sys.stderr.isatty()

@@ -1,0 +1,106 @@
+"""A run's folder: `config.json`, `metrics.jsonl`, `last.pt`, `best.pt`, and what can be asked of them later."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from kdcache.cache.files import make_folder, storage_errors, write_durable
+from kdcache.errors import TargetExists, UsageError
+
+CONFIG, METRICS, LAST, BEST, RESULT = "config.json", "metrics.jsonl", "last.pt", "best.pt", "result.json"
+
+# Settings that change how a run is carried out or where things lie, not what comes out of it.
+FREE_ON_RESUME = frozenset({"out", "device", "workers", "data_root", "download", "resume", "cache"})
+
+
+class RunFolder:
+    """The folder of one training run.
+
+    Raises:
+        TargetExists: a new run meets the files of another one.
+        UsageError: a run to resume is not there, or has other settings.
+    """
+
+    def __init__(self, path: Path, settings: dict[str, Any], *, resume: bool) -> None:
+        self.path = path
+        if resume:
+            self._check_same(settings)
+        elif (path / CONFIG).exists():
+            raise TargetExists(
+                f"{path} already holds a run",
+                "a new folder for a new run",
+                "give --resume to continue it, or choose another --out; nothing was changed",
+            )
+        with storage_errors("create", path):
+            make_folder(path)
+        write_durable(path / CONFIG, (json.dumps(settings, indent=2) + "\n").encode())
+
+    @property
+    def best(self) -> Path:
+        """The checkpoint that is the run's result."""
+        return self.path / BEST
+
+    @property
+    def last(self) -> Path:
+        """The training state of the last finished epoch."""
+        return self.path / LAST
+
+    def start_metrics(self, kept: list[dict[str, Any]]) -> None:
+        """Begin `metrics.jsonl` with the epochs that the state to continue from has seen, and no later ones."""
+        write_durable(self.path / METRICS, "".join(json.dumps(entry) + "\n" for entry in kept).encode())
+
+    def add_metrics(self, entry: dict[str, Any]) -> None:
+        with storage_errors("write", self.path / METRICS), open(self.path / METRICS, "a") as file:
+            file.write(json.dumps(entry) + "\n")
+
+    def save_result(self, result: dict[str, Any]) -> None:
+        write_durable(self.path / RESULT, (json.dumps(result, indent=2) + "\n").encode())
+
+    def _check_same(self, settings: dict[str, Any]) -> None:
+        recorded = read_config(self.path)
+        changed = [
+            f"{name} was {recorded.get(name)!r} and is {settings.get(name)!r}"
+            for name in dict.fromkeys([*recorded, *settings])
+            if name not in FREE_ON_RESUME and recorded.get(name) != settings.get(name)
+        ]
+        if changed:
+            raise UsageError(
+                f"{self.path} cannot be resumed with other settings: {'; '.join(changed)}",
+                "the settings in its config.json",
+                "leave those flags out, or start a new run in another folder",
+            )
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The settings of a run.
+
+    Raises:
+        UsageError: there is no run in the folder.
+    """
+    try:
+        config: dict[str, Any] = json.loads((path / CONFIG).read_text())
+        return config
+    except (OSError, ValueError) as problem:
+        raise UsageError(
+            f"no run at {path}: its {CONFIG} cannot be read ({problem})",
+            "a folder written by train-teacher or train-student",
+            "check the path",
+        ) from problem
+
+
+def read_result(path: Path) -> dict[str, Any]:
+    """What a finished run printed with --json.
+
+    Raises:
+        UsageError: the run has not finished.
+    """
+    read_config(path)
+    try:
+        result: dict[str, Any] = json.loads((path / RESULT).read_text())
+        return result
+    except OSError as problem:
+        raise UsageError(
+            f"the run at {path} has not finished: it has no {RESULT}", "a finished run", "continue it with --resume"
+        ) from problem

@@ -1,0 +1,331 @@
+"""The loop that teacher and student share: optimiser, schedule, precision, averaging, checkpoints, resume."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from kdcache import keys, losses
+from kdcache.cache.manifest import Preprocess
+from kdcache.checkpoints import read_checkpoint, save_checkpoint
+from kdcache.config import TrainConfig
+from kdcache.datasets import Batch, IndexedDataset, batch_loader
+from kdcache.devices import autocast, floating_dtype, memory_errors, resolve_device, seeded, synchronize
+from kdcache.errors import TrainingDiverged
+from kdcache.evaluate import evaluate_model, output_logits
+from kdcache.preprocess import Preprocessor
+from kdcache.progress import Progress, log
+from kdcache.runs import RunFolder
+
+# How many steps may pass before a loss that is not finite is noticed: looking at every one would stall a GPU.
+CHECK_EVERY_STEPS = 64
+
+
+class Objective(Protocol):
+    """What a network is trained for."""
+
+    def __call__(self, logits_bc: Tensor, batch: Batch) -> dict[str, Tensor]:
+        """Scalars by name; `loss` is minimised, the others are shown.
+
+        Args:
+            logits_bc: the network's, (batch, classes), on the device.
+            batch: labels and soft targets on the device, indices on the host.
+        """
+        ...
+
+
+def label_objective(label_smoothing: float) -> Objective:
+    """Cross entropy with the labels and nothing else."""
+
+    def objective(logits_bc: Tensor, batch: Batch) -> dict[str, Tensor]:
+        return {"loss": losses.hard_cross_entropy(logits_bc, batch.labels, label_smoothing=label_smoothing)}
+
+    return objective
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainResult:
+    """What a training run left.
+
+    Attributes:
+        epochs: one entry an epoch, as in `metrics.jsonl`.
+        module: the trained network, with averaged weights where asked, on the device.
+    """
+
+    module: nn.Module
+    epochs: list[dict[str, Any]]
+
+    @property
+    def epoch_seconds(self) -> list[float]:
+        """Seconds of training in each epoch, evaluation and checkpoints aside."""
+        return [entry["seconds"] for entry in self.epochs]
+
+
+class EpochBatches:
+    """The batches of one epoch in an order drawn from (seed, epoch), each sample once; set `epoch` before each pass."""
+
+    def __init__(self, indices: NDArray[np.int64], batch_size: int, seed: int) -> None:
+        self._indices, self._batch_size, self._seed = indices, batch_size, seed
+        self.epoch = 0
+
+    def __iter__(self) -> Iterator[NDArray[np.int64]]:
+        order = self._indices[keys.permutation(len(self._indices), self._seed, "epoch order", self.epoch)]
+        # A single sample left over joins the batch before it: batch normalisation cannot train on one.
+        starts = list(range(0, len(order), self._batch_size))
+        if len(starts) > 1 and len(order) - starts[-1] == 1:
+            starts.pop()
+        for start, stop in zip(starts, [*starts[1:], len(order)], strict=True):
+            yield order[start:stop]
+
+    def __len__(self) -> int:
+        whole, left = divmod(len(self._indices), self._batch_size)
+        return whole + (left > 1 or (left == 1 and whole == 0))
+
+
+def split_validation(length: int, fraction: float, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Indices to train on and indices to validate on, ascending; the second is empty for a fraction of 0."""
+    order = keys.permutation(length, seed, "validation split")
+    held_out = round(length * fraction)
+    return np.sort(order[held_out:]), np.sort(order[:held_out])
+
+
+def learning_rate_factor(config: TrainConfig, step: int, steps_an_epoch: int) -> float:
+    """What the learning rate is multiplied by at a step, counted from 0."""
+    warmup = config.warmup_epochs * steps_an_epoch
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    total = config.epochs * steps_an_epoch
+    if config.schedule == "cosine":
+        return 0.5 * (1 + math.cos(math.pi * min((step - warmup) / max(total - warmup, 1), 1.0)))
+    if config.schedule == "step":
+        return config.gamma ** sum(step >= milestone * total for milestone in config.milestones)
+    return 1.0
+
+
+def train(
+    module: nn.Module,
+    dataset: IndexedDataset,
+    *,
+    objective: Objective,
+    preprocess: Preprocess,
+    config: TrainConfig,
+    join: Callable[[Batch], Batch] | None = None,
+    run: RunFolder | None = None,
+    description: dict[str, Any] | None = None,
+    on_step: Callable[[int, dict[str, Tensor]], None] | None = None,
+) -> TrainResult:
+    """Train a network in place.
+
+    Args:
+        join: given each batch on the host before its step; returns it with soft targets.
+        run: where metrics and checkpoints go, and where a state to continue from may lie; None keeps nothing.
+        description: plain values put into every checkpoint, so that it can be rebuilt and judged alone.
+        on_step: called after each step with its number, from 0, and the objective's scalars.
+
+    Raises:
+        TrainingDiverged: a loss is not finite; the checkpoints of finished epochs stay.
+    """
+    return _Loop(module, dataset, objective, preprocess, config, join, run, description or {}, on_step).run()
+
+
+class _Loop:
+    def __init__(
+        self,
+        module: nn.Module,
+        dataset: IndexedDataset,
+        objective: Objective,
+        preprocess: Preprocess,
+        config: TrainConfig,
+        join: Callable[[Batch], Batch] | None,
+        run: RunFolder | None,
+        description: dict[str, Any],
+        on_step: Callable[[int, dict[str, Tensor]], None] | None,
+    ) -> None:
+        self.config, self.objective, self.folder, self.description = config, objective, run, description
+        self.dataset, self.join, self.on_step = dataset, join, on_step
+        self.device = resolve_device(config.device)
+        self.module = module.to(self.device)
+        self.dtype = floating_dtype(module)
+        self.preprocess = preprocess
+        self.preprocessor = Preprocessor(preprocess)
+        train_indices, self.validation_indices = split_validation(len(dataset), config.val_fraction, config.seed)
+        self.batches = EpochBatches(train_indices, config.batch_size, config.seed)
+        self.loader = batch_loader(
+            dataset, self.batches, preprocessor=self.preprocessor, workers=config.workers, device=self.device
+        )
+        self.optimizer = build_optimizer(module, config)
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(
+            self.optimizer, lambda step: learning_rate_factor(config, step, len(self.batches))
+        )
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.amp == "fp16")
+        self.average = (
+            AveragedModel(module, multi_avg_fn=get_ema_multi_avg_fn(config.ema), use_buffers=True)
+            if config.ema
+            else None
+        )
+        self.history: list[dict[str, Any]] = []
+        self.best = -1.0
+
+    @property
+    def result_module(self) -> nn.Module:
+        return self.average.module if self.average is not None else self.module
+
+    def run(self) -> TrainResult:
+        if self.folder and self.folder.last.exists():
+            self._restore(read_checkpoint(self.folder.last))
+            log(f"continuing after epoch {len(self.history)} of {self.config.epochs}")
+        if self.folder:
+            self.folder.start_metrics(self.history)
+        for epoch in range(len(self.history), self.config.epochs):
+            with seeded(keys.generator_seed(self.config.seed, "epoch", epoch), self.device):
+                entry = self._epoch(epoch)
+            improved = self._validate(entry, last=epoch + 1 == self.config.epochs)
+            self.history.append(entry)
+            self._keep(entry, improved)
+            log(_line(entry, self.config.epochs))
+        return TrainResult(module=self.result_module, epochs=self.history)
+
+    def _epoch(self, epoch: int) -> dict[str, Any]:
+        self.batches.epoch = epoch
+        self.module.train()
+        seen: list[dict[str, Tensor]] = []
+        correct = torch.zeros((), dtype=torch.int64, device=self.device)
+        samples = 0
+        first_step = epoch * len(self.batches)
+        with (
+            memory_errors(self.config.batch_size),
+            Progress(f"epoch {epoch + 1}/{self.config.epochs}", len(self.batches), "steps") as progress,
+        ):
+            synchronize(self.device)
+            began = time.perf_counter()
+            for step, batch in enumerate(self.loader):
+                hits, parts = self._step(batch)
+                seen.append(parts)
+                correct += hits
+                samples += len(batch.labels)
+                if self.on_step is not None:
+                    self.on_step(first_step + step, parts)
+                if len(seen) % CHECK_EVERY_STEPS == 0:
+                    self._check_finite(seen[-CHECK_EVERY_STEPS:], epoch, step + 1 - CHECK_EVERY_STEPS)
+                    progress.advance(CHECK_EVERY_STEPS)
+            left = len(seen) % CHECK_EVERY_STEPS
+            self._check_finite(seen[len(seen) - left :], epoch, len(seen) - left)
+            progress.advance(left)
+            synchronize(self.device)
+            seconds = time.perf_counter() - began
+        means = {name: float(torch.stack([parts[name] for parts in seen]).mean()) for name in seen[0]}
+        return {
+            "epoch": epoch + 1,
+            **means,
+            "train_accuracy": int(correct) / samples,
+            "learning_rate": self.optimizer.param_groups[0]["lr"],
+            "seconds": seconds,
+        }
+
+    def _step(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """One step; returns how many samples of the batch were right, and the objective's scalars."""
+        batch = (self.join(batch) if self.join else batch).to(self.device)
+        inputs = self.preprocessor.per_batch(batch.inputs, self.dtype)
+        with autocast(self.device, self.config.amp):
+            logits = output_logits(self.module(inputs))
+        parts = self.objective(logits, batch)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scaler.scale(parts["loss"]).backward()
+        if self.config.clip_norm is not None:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.module.parameters(), self.config.clip_norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.schedule.step()
+        if self.average is not None:
+            self.average.update_parameters(self.module)
+        hits = (logits.detach().argmax(dim=1) == batch.labels).sum()
+        return hits, {name: part.detach() for name, part in parts.items()}
+
+    def _check_finite(self, seen: list[dict[str, Tensor]], epoch: int, first_step: int) -> None:
+        if not seen:
+            return
+        finite = torch.isfinite(torch.stack([parts["loss"] for parts in seen]))
+        if bool(finite.all()):
+            return
+        at = int((~finite).nonzero()[0])
+        values = ", ".join(f"{name} {float(value):g}" for name, value in seen[at].items())
+        raise TrainingDiverged(
+            f"the loss is not finite at epoch {epoch + 1}, step {first_step + at + 1} of {len(self.batches)}: {values}",
+            "a finite loss",
+            "try a lower --learning-rate, --warmup-epochs 1, --clip-norm 1, or --amp off; finished epochs are kept",
+        )
+
+    def _validate(self, entry: dict[str, Any], *, last: bool) -> bool:
+        """Whether this epoch's weights are the best so far; without a validation part the last epoch's are."""
+        if not len(self.validation_indices):
+            return last
+        entry["val_accuracy"] = evaluate_model(
+            self.result_module,
+            self.dataset,
+            preprocess=self.preprocess,
+            config=self.config,
+            indices=self.validation_indices,
+        ).accuracy
+        improved = bool(entry["val_accuracy"] > self.best)
+        self.best = max(self.best, entry["val_accuracy"])
+        return improved
+
+    def _keep(self, entry: dict[str, Any], improved: bool) -> None:
+        if self.folder is None:
+            return
+        if improved:
+            save_checkpoint(
+                self.folder.best,
+                {**self.description, "epoch": entry["epoch"], "state_dict": self.result_module.state_dict()},
+            )
+        save_checkpoint(
+            self.folder.last,
+            {
+                **self.description,
+                "state_dict": self.module.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "schedule": {"last_epoch": self.schedule.last_epoch},
+                "scaler": self.scaler.state_dict(),
+                "average": self.average.state_dict() if self.average is not None else None,
+                "best": self.best,
+                "history": self.history,
+            },
+        )
+        self.folder.add_metrics(entry)
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        self.module.load_state_dict(state["state_dict"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        self.scaler.load_state_dict(state["scaler"])
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
+        self.best = state["best"]
+        self.history = list(state["history"])
+
+
+def build_optimizer(module: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    """The optimiser that a config names, over the parameters that train."""
+    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    # One fused kernel a step instead of several for each parameter; not every device has it.
+    options: dict[str, Any] = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
+    options["fused"] = all(parameter.device.type in ("cpu", "cuda") for parameter in parameters)
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(parameters, momentum=config.momentum, nesterov=config.momentum > 0, **options)
+    kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.optimizer]
+    return kind(parameters, **options)
+
+
+def _line(entry: dict[str, Any], epochs: int) -> str:
+    scalars = [f"{name} {value:.4g}" for name, value in entry.items() if name not in ("epoch", "seconds")]
+    return f"epoch {entry['epoch']}/{epochs}: {', '.join(scalars)}, {entry['seconds']:.2f} s"
