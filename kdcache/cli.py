@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
-import sys
 import typing
 from collections.abc import Callable
 from typing import Annotated, Any
@@ -93,7 +92,8 @@ def _parameter(each: dataclasses.Field[Any], settings_class: type) -> inspect.Pa
     if each.metadata["required"]:
         text += " [required]"
     elif each.default is not None and not isinstance(each.default, bool):
-        text += f" [default: {','.join(map(str, each.default)) if many else each.default}]"
+        default: Any = each.default
+        text += f" [default: {','.join(map(str, default)) if many else default}]"
     hint = list[str] | None if many and not numbers else (str if numbers else kind) | None
     if each.metadata["argument"]:
         return _keyword(each.name, hint, typer.Argument(help=text, show_default=False))
@@ -208,4 +208,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -169,8 +169,7 @@ def evaluate(settings: Evaluate) -> Report:
         "first": _first(evaluation),
     }
     if settings.plots:
-        data["confusion"] = str(folder / f"confusion-{settings.split}.png")
-        plot_confusion(evaluation, dataset.classes, Path(data["confusion"]))
+        data |= _plot(evaluation, dataset, folder)
     return data, _judgement(evaluation, dataset)
 
 
@@ -200,8 +199,7 @@ def _conclude(
         data |= {"test_accuracy": evaluation.accuracy, "first": _first(evaluation)}
         text = f"{text}\n{_judgement(evaluation, test)}"
         if plots:
-            data["confusion"] = str(run.path / "confusion-test.png")
-            plot_confusion(evaluation, test.classes, Path(data["confusion"]))
+            data |= _plot(evaluation, test, run.path)
     run.save_result(data)
     return data, text
 
@@ -275,6 +273,12 @@ def _check_classes(path: str, checkpoint: dict[str, Any], dataset: IndexedDatase
             f"the {len(dataset.classes)} classes {list(dataset.classes[:5])} … of {dataset.name}, in that order",
             "use a checkpoint trained on this dataset's classes",
         )
+
+
+def _plot(evaluation: Evaluation, dataset: IndexedDataset, folder: Path) -> dict[str, str]:
+    path = folder / f"confusion-{dataset.split}.png"
+    plot_confusion(evaluation, dataset.classes, path)
+    return {"confusion": str(path)}
 
 
 def _first(evaluation: Evaluation) -> list[dict[str, int]]:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import os
 import shutil
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,31 +19,27 @@ from numpy.typing import NDArray
 from torch import nn
 
 from kdcache.cache.encoding import encode_logits
-from kdcache.cache.layout import build_arrays, predicted_bytes
-from kdcache.cache.manifest import DatasetRecord, Manifest, Preprocess, TeacherRecord
+from kdcache.cache.layout import predicted_bytes
+from kdcache.cache.manifest import Manifest, Preprocess
 from kdcache.cache.reader import ChunkReader
 from kdcache.cache.writer import SplitWriter, check_target
 from kdcache.config import DumpConfig
 from kdcache.datasets import (
     Batch,
-    IndexedDataset,
     as_indexed,
     batch_loader,
     check_deterministic,
-    fingerprint_labels,
-    fingerprint_samples,
 )
 from kdcache.devices import autocast, evaluation_mode, floating_dtype, memory_errors, resolve_device, to_host
 from kdcache.errors import DatasetError, TeacherOutputError
 from kdcache.evaluate import output_logits
-from kdcache.models import count_parameters, weights_sha256
 from kdcache.preprocess import Preprocessor
 from kdcache.progress import Progress, log
+from kdcache.provenance import build_manifest
+from kdcache.sampling import ShardBatches
 
 # Shards that wait for the disk while the teacher computes the next one; more would only cost memory.
 SHARDS_IN_FLIGHT = 2
-
-_VERSIONED = ("torch", "torchvision", "zarr", "pillow", "kdcache")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,10 +158,9 @@ class _Dump:
     def run(self) -> DumpResult:
         manifest, existing = self.plan.manifest, self.plan.existing
         split = manifest.dataset.split
-        result = {"path": self.out, "split": split, "rows": self.plan.rows}
         if existing is not None and existing.complete:
             log(f"{self.out / split} is already complete; nothing was computed")
-            return DumpResult(**result, manifest=existing, computed_rows=0, seconds=0.0)
+            return self._result(existing, 0, 0.0)
         began = time.perf_counter()
         writer = SplitWriter(self.out, manifest)
         pending = writer.pending()
@@ -181,7 +175,17 @@ class _Dump:
         ):
             self._write(writer, pending, tally, progress)
         finished = self._finish(writer, tally)
-        return DumpResult(**result, manifest=finished, computed_rows=computed, seconds=time.perf_counter() - began)
+        return self._result(finished, computed, time.perf_counter() - began)
+
+    def _result(self, manifest: Manifest, computed_rows: int, seconds: float) -> DumpResult:
+        return DumpResult(
+            path=self.out,
+            split=manifest.dataset.split,
+            manifest=manifest,
+            rows=self.plan.rows,
+            computed_rows=computed_rows,
+            seconds=seconds,
+        )
 
     def _forward(self, batch: Batch) -> Callable[[], NDArray[Any]]:
         """Queue the teacher's answer to a batch; calling the result waits for it."""
@@ -207,7 +211,7 @@ class _Dump:
 
     def _write(self, writer: SplitWriter, pending: list[tuple[int, int]], tally: _Tally, progress: Progress) -> None:
         manifest = self.plan.manifest
-        batches = _ShardBatches(manifest, [shard for _, shard in pending], self.config.batch_size)
+        batches = ShardBatches(manifest, [shard for _, shard in pending], self.config.batch_size)
         loader = iter(
             batch_loader(
                 self.dataset,
@@ -298,83 +302,6 @@ class _Tally:
         self.correct += int((logits.argmax(axis=1) == labels).sum())
         self.labels.update(labels.astype("<i8", copy=False).tobytes())
         self._next_shard += 1
-
-
-class _ShardBatches:
-    """Batches of consecutive indices that never straddle a shard.
-
-    A shard is thus computed from the same batches whenever it is computed, so that a continued dump equals an
-    uninterrupted one to the bit: a teacher's answers vary by about 1e-6 with the size of the batch.
-    """
-
-    def __init__(self, manifest: Manifest, shards: Sequence[int], batch_size: int) -> None:
-        self._manifest, self._shards, self._batch_size = manifest, shards, batch_size
-
-    def sizes(self, shard: int) -> Iterator[int]:
-        rows = len(self._manifest.rows_of(shard))
-        for start in range(0, rows, self._batch_size):
-            yield min(self._batch_size, rows - start)
-
-    def __iter__(self) -> Iterator[NDArray[np.int64]]:
-        for shard in self._shards:
-            start = self._manifest.rows_of(shard).start
-            for size in self.sizes(shard):
-                yield np.arange(start, start + size)
-                start += size
-
-    def __len__(self) -> int:
-        return sum(-(-len(self._manifest.rows_of(shard)) // self._batch_size) for shard in self._shards)
-
-
-def build_manifest(
-    teacher: nn.Module,
-    dataset: IndexedDataset,
-    split: str,
-    teacher_name: str,
-    preprocess: Preprocess,
-    device: torch.device,
-    config: DumpConfig,
-) -> Manifest:
-    """The manifest of a dump, without its results."""
-    labels = dataset.labels()
-    shard_rows, arrays = build_arrays(
-        length=len(dataset),
-        logits_dtype=config.encoding,
-        classes=len(dataset.classes),
-        compression=config.compression,
-        shard_rows=config.shard_rows,
-    )
-    return Manifest(
-        dataset=DatasetRecord(
-            name=dataset.name,
-            split=split,
-            length=len(dataset),
-            classes=dataset.classes,
-            input_dtype=dataset.input_dtype,
-            input_shape=dataset.input_shape,
-            sample_sha256=fingerprint_samples(dataset),
-            labels_sha256=None if labels is None else fingerprint_labels(labels),
-            data_root=dataset.data_root,
-        ),
-        teacher=TeacherRecord(
-            spec=teacher_name,
-            weights_sha256=weights_sha256(teacher),
-            parameters=count_parameters(teacher),
-            preprocess=preprocess,
-        ),
-        arrays=arrays,
-        shard_rows=shard_rows,
-        seed=config.seed,
-        amp=config.amp,
-        device=str(device),
-        batch_size=config.batch_size,
-        versions=package_versions(),
-    )
-
-
-def package_versions() -> dict[str, str]:
-    """Versions of the packages that could change an input or an answer."""
-    return {name: importlib.metadata.version(name) for name in _VERSIONED}
 
 
 def free_bytes(path: Path) -> int:

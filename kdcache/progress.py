@@ -6,7 +6,7 @@ import sys
 import time
 from types import TracebackType
 
-from tqdm import tqdm
+from tqdm import tqdm  # type: ignore[import-untyped]
 
 LINE_INTERVAL_S = 10.0
 

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -22,9 +19,11 @@ from kdcache.datasets import Batch, IndexedDataset, batch_loader
 from kdcache.devices import autocast, floating_dtype, memory_errors, resolve_device, seeded, synchronize
 from kdcache.errors import TrainingDiverged
 from kdcache.evaluate import evaluate_model, output_logits
+from kdcache.optimization import build_optimizer, learning_rate_factor
 from kdcache.preprocess import Preprocessor
 from kdcache.progress import Progress, log
 from kdcache.runs import RunFolder
+from kdcache.sampling import EpochBatches, split_validation
 
 # How many steps may pass before a loss that is not finite is noticed: looking at every one would stall a GPU.
 CHECK_EVERY_STEPS = 64
@@ -68,47 +67,6 @@ class TrainResult:
     def epoch_seconds(self) -> list[float]:
         """Seconds of training in each epoch, evaluation and checkpoints aside."""
         return [entry["seconds"] for entry in self.epochs]
-
-
-class EpochBatches:
-    """The batches of one epoch in an order drawn from (seed, epoch), each sample once; set `epoch` before each pass."""
-
-    def __init__(self, indices: NDArray[np.int64], batch_size: int, seed: int) -> None:
-        self._indices, self._batch_size, self._seed = indices, batch_size, seed
-        self.epoch = 0
-
-    def __iter__(self) -> Iterator[NDArray[np.int64]]:
-        order = self._indices[keys.permutation(len(self._indices), self._seed, "epoch order", self.epoch)]
-        # A single sample left over joins the batch before it: batch normalisation cannot train on one.
-        starts = list(range(0, len(order), self._batch_size))
-        if len(starts) > 1 and len(order) - starts[-1] == 1:
-            starts.pop()
-        for start, stop in zip(starts, [*starts[1:], len(order)], strict=True):
-            yield order[start:stop]
-
-    def __len__(self) -> int:
-        whole, left = divmod(len(self._indices), self._batch_size)
-        return whole + (left > 1 or (left == 1 and whole == 0))
-
-
-def split_validation(length: int, fraction: float, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Indices to train on and indices to validate on, ascending; the second is empty for a fraction of 0."""
-    order = keys.permutation(length, seed, "validation split")
-    held_out = round(length * fraction)
-    return np.sort(order[held_out:]), np.sort(order[:held_out])
-
-
-def learning_rate_factor(config: TrainConfig, step: int, steps_an_epoch: int) -> float:
-    """What the learning rate is multiplied by at a step, counted from 0."""
-    warmup = config.warmup_epochs * steps_an_epoch
-    if step < warmup:
-        return (step + 1) / (warmup + 1)
-    total = config.epochs * steps_an_epoch
-    if config.schedule == "cosine":
-        return 0.5 * (1 + math.cos(math.pi * min((step - warmup) / max(total - warmup, 1), 1.0)))
-    if config.schedule == "step":
-        return config.gamma ** sum(step >= milestone * total for milestone in config.milestones)
-    return 1.0
 
 
 def train(
@@ -312,18 +270,6 @@ class _Loop:
             self.average.load_state_dict(state["average"])
         self.best = state["best"]
         self.history = list(state["history"])
-
-
-def build_optimizer(module: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """The optimiser that a config names, over the parameters that train."""
-    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    # One fused kernel a step instead of several for each parameter; not every device has it.
-    options: dict[str, Any] = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
-    options["fused"] = all(parameter.device.type in ("cpu", "cuda") for parameter in parameters)
-    if config.optimizer == "sgd":
-        return torch.optim.SGD(parameters, momentum=config.momentum, nesterov=config.momentum > 0, **options)
-    kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.optimizer]
-    return kind(parameters, **options)
 
 
 def _line(entry: dict[str, Any], epochs: int) -> str:

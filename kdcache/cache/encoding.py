@@ -41,7 +41,7 @@ def encode_logits(logits: NDArray[Any], encoding: str, *, first_sample: int) -> 
             )
         raise TeacherOutputError(
             f"the teacher's logit for {where} is {value:g}",
-            f"at most {np.finfo(ENCODINGS[encoding]).max:g} in size for {encoding}",
+            f"at most {np.finfo(stored.dtype).max:g} in size for {encoding}",
             "dump with --encoding float32",
         )
     return stored

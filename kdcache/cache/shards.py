@@ -10,7 +10,7 @@ from typing import Any
 
 import google_crc32c
 import numpy as np
-from numcodecs.zstd import Zstd
+from numcodecs.zstd import Zstd  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 
 from kdcache.cache.layout import chunks_per_shard, fill_value, is_sharded, row_bytes, zstd_level

@@ -1,0 +1,67 @@
+"""What a dump is of: the manifest of a teacher, a dataset and the settings that join them."""
+
+from __future__ import annotations
+
+import importlib.metadata
+
+import torch
+from torch import nn
+
+from kdcache.cache.layout import build_arrays
+from kdcache.cache.manifest import DatasetRecord, Manifest, Preprocess, TeacherRecord
+from kdcache.config import DumpConfig
+from kdcache.datasets import IndexedDataset, fingerprint_labels, fingerprint_samples
+from kdcache.models import count_parameters, weights_sha256
+
+_VERSIONED = ("torch", "torchvision", "zarr", "pillow", "kdcache")
+
+
+def build_manifest(
+    teacher: nn.Module,
+    dataset: IndexedDataset,
+    split: str,
+    teacher_name: str,
+    preprocess: Preprocess,
+    device: torch.device,
+    config: DumpConfig,
+) -> Manifest:
+    """The manifest of a dump, without its results."""
+    labels = dataset.labels()
+    shard_rows, arrays = build_arrays(
+        length=len(dataset),
+        logits_dtype=config.encoding,
+        classes=len(dataset.classes),
+        compression=config.compression,
+        shard_rows=config.shard_rows,
+    )
+    return Manifest(
+        dataset=DatasetRecord(
+            name=dataset.name,
+            split=split,
+            length=len(dataset),
+            classes=dataset.classes,
+            input_dtype=dataset.input_dtype,
+            input_shape=dataset.input_shape,
+            sample_sha256=fingerprint_samples(dataset),
+            labels_sha256=None if labels is None else fingerprint_labels(labels),
+            data_root=dataset.data_root,
+        ),
+        teacher=TeacherRecord(
+            spec=teacher_name,
+            weights_sha256=weights_sha256(teacher),
+            parameters=count_parameters(teacher),
+            preprocess=preprocess,
+        ),
+        arrays=arrays,
+        shard_rows=shard_rows,
+        seed=config.seed,
+        amp=config.amp,
+        device=str(device),
+        batch_size=config.batch_size,
+        versions=package_versions(),
+    )
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of the packages that could change an input or an answer."""
+    return {name: importlib.metadata.version(name) for name in _VERSIONED}

@@ -1,0 +1,65 @@
+"""Which samples are read, in which order and in which batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kdcache import keys
+from kdcache.cache.manifest import Manifest
+
+
+class EpochBatches:
+    """The batches of one epoch in an order drawn from (seed, epoch), each sample once; set `epoch` before each pass."""
+
+    def __init__(self, indices: NDArray[np.int64], batch_size: int, seed: int) -> None:
+        self._indices, self._batch_size, self._seed = indices, batch_size, seed
+        self.epoch = 0
+
+    def __iter__(self) -> Iterator[NDArray[np.int64]]:
+        order = self._indices[keys.permutation(len(self._indices), self._seed, "epoch order", self.epoch)]
+        # A single sample left over joins the batch before it: batch normalisation cannot train on one.
+        starts = list(range(0, len(order), self._batch_size))
+        if len(starts) > 1 and len(order) - starts[-1] == 1:
+            starts.pop()
+        for start, stop in zip(starts, [*starts[1:], len(order)], strict=True):
+            yield order[start:stop]
+
+    def __len__(self) -> int:
+        whole, left = divmod(len(self._indices), self._batch_size)
+        return whole + (left > 1 or (left == 1 and whole == 0))
+
+
+def split_validation(length: int, fraction: float, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Indices to train on and indices to validate on, ascending; the second is empty for a fraction of 0."""
+    order = keys.permutation(length, seed, "validation split")
+    held_out = round(length * fraction)
+    return np.sort(order[held_out:]), np.sort(order[:held_out])
+
+
+class ShardBatches:
+    """Batches of consecutive indices that never straddle a shard.
+
+    A shard is thus computed from the same batches whenever it is computed, so that a continued dump equals an
+    uninterrupted one to the bit: a teacher's answers vary by about 1e-6 with the size of the batch.
+    """
+
+    def __init__(self, manifest: Manifest, shards: Sequence[int], batch_size: int) -> None:
+        self._manifest, self._shards, self._batch_size = manifest, shards, batch_size
+
+    def sizes(self, shard: int) -> Iterator[int]:
+        rows = len(self._manifest.rows_of(shard))
+        for start in range(0, rows, self._batch_size):
+            yield min(self._batch_size, rows - start)
+
+    def __iter__(self) -> Iterator[NDArray[np.int64]]:
+        for shard in self._shards:
+            start = self._manifest.rows_of(shard).start
+            for size in self.sizes(shard):
+                yield np.arange(start, start + size)
+                start += size
+
+    def __len__(self) -> int:
+        return sum(-(-len(self._manifest.rows_of(shard)) // self._batch_size) for shard in self._shards)

@@ -1,0 +1,24 @@
+"""Benchmarks: ratios of things timed side by side in one run. `python -m tests.benchmarks [NAME …]`."""
+
+from __future__ import annotations
+
+import argparse
+
+from tests.benchmarks import dump, memory, training
+
+BENCHMARKS = {"training": training.run, "dump": dump.run, "memory": memory.run}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("names", nargs="*", default=list(BENCHMARKS), choices=[*BENCHMARKS, []], help="all if none is given")
+    parser.add_argument("--rounds", type=int, default=7, help="times that each side is measured, in turn")
+    parser.add_argument("--device", default="auto")
+    options = parser.parse_args()
+    for name in options.names:
+        BENCHMARKS[name](rounds=options.rounds, device=options.device)
+        print(flush=True)
+
+
+if __name__ == "__main__":
+    main()

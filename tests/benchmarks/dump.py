@@ -1,0 +1,47 @@
+"""What a dump costs beyond the teacher's bare forward pass over the same loader."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+from kdcache.config import DumpConfig
+from kdcache.datasets import batch_loader
+from kdcache.devices import evaluation_mode, floating_dtype, resolve_device, synchronize
+from kdcache.dump import dump_teacher
+from kdcache.preprocess import Preprocessor
+from tests.benchmarks.data import IMAGE, images, network
+from tests.benchmarks.timing import side_by_side
+
+SAMPLES = 60_000
+
+
+def run(*, rounds: int, device: str) -> None:
+    dataset, teacher = images(SAMPLES), network("cnn")
+    config = DumpConfig(device=device)
+    target_device = resolve_device(device)
+    preprocessor = Preprocessor(IMAGE)
+    batches = np.split(np.arange(SAMPLES), range(config.batch_size, SAMPLES, config.batch_size))
+
+    def bare() -> float:
+        began = time.perf_counter()
+        module = teacher.to(target_device)
+        with evaluation_mode(module):
+            for batch in batch_loader(dataset, batches, preprocessor=preprocessor, device=target_device):
+                module(preprocessor.per_batch(batch.to(target_device).inputs, floating_dtype(module)))
+        synchronize(target_device)
+        return time.perf_counter() - began
+
+    def dumped() -> float:
+        with tempfile.TemporaryDirectory() as folder:
+            return dump_teacher(teacher, dataset, out=Path(folder) / "cache.zarr", preprocess=IMAGE, config=config).seconds
+
+    side_by_side(
+        {"bare forward pass": bare, "dump": dumped},
+        rounds=rounds,
+        what=f"a cnn teacher over {SAMPLES:,} MNIST-shaped samples, batch {config.batch_size}, {target_device}",
+        target={"dump": "target ≤ 1.05"},
+    )

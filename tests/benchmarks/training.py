@@ -1,0 +1,45 @@
+"""What an epoch of a student costs: with labels only, from the cache, with the live teacher."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+from kdcache.cache.reader import open_cache
+from kdcache.config import DumpConfig, StudentConfig
+from kdcache.dump import dump_teacher
+from kdcache.student import CachedTargets, distillation_objective
+from kdcache.training import label_objective, train
+from tests.benchmarks.data import IMAGE, images, network
+from tests.benchmarks.timing import side_by_side
+from tests.helpers import LiveTargets
+
+SAMPLES = 30_000
+
+
+def run(*, rounds: int, device: str) -> None:
+    dataset, teacher = images(SAMPLES), network("cnn")
+    config = StudentConfig(epochs=1, device=device)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "cache.zarr"
+        dump_teacher(teacher, dataset, out=path, preprocess=IMAGE, config=DumpConfig(device=device))
+        cached = CachedTargets(open_cache(path), dataset)
+        live = LiveTargets(teacher, IMAGE, device=device)
+        labels_only, distill = label_objective(0.0), distillation_objective(config)
+        for name in ("mlp", "cnn", "resnet8x4"):
+            student = network(name)
+
+            def epoch(objective, join, student=student):
+                result = train(student, dataset, objective=objective, preprocess=IMAGE, config=config, join=join)
+                return result.epoch_seconds[0]
+
+            side_by_side(
+                {
+                    "labels only": lambda: epoch(labels_only, None),
+                    "from the cache": lambda: epoch(distill, cached),
+                    "with the live teacher (cnn)": lambda: epoch(distill, live),
+                },
+                rounds=rounds if name != "resnet8x4" else 1,
+                what=f"one epoch of a {name} student over {SAMPLES:,} MNIST-shaped samples, batch {config.batch_size}",
+                target={"from the cache": "target ≤ 1.05"},
+            )
