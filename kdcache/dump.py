@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from torch import nn
 from kdcache.cache.encoding import encode_logits
 from kdcache.cache.layout import predicted_bytes
 from kdcache.cache.manifest import Manifest, Preprocess
-from kdcache.cache.reader import ChunkReader
+from kdcache.cache.tally import Tally
 from kdcache.cache.writer import SplitWriter, check_target
 from kdcache.config import DumpConfig
 from kdcache.datasets import (
@@ -167,15 +166,14 @@ class _Dump:
         computed = sum(len(manifest.rows_of(shard)) for _, shard in pending)
         if computed < self.plan.rows:
             log(f"{self.out / split}: {self.plan.rows - computed:,} of {self.plan.rows:,} rows stand; continuing")
-        tally = _Tally(writer)
+        tally = Tally(writer)
         with (
             evaluation_mode(self.teacher),
             memory_errors(self.config.batch_size),
             Progress(f"dump {split}", self.plan.rows, "rows", self.plan.rows - computed) as progress,
         ):
-            self._write(writer, pending, tally, progress)
-        finished = self._finish(writer, tally)
-        return self._result(finished, computed, time.perf_counter() - began)
+            self._write(tally, pending, progress)
+        return self._result(tally.finish(), computed, time.perf_counter() - began)
 
     def _result(self, manifest: Manifest, computed_rows: int, seconds: float) -> DumpResult:
         return DumpResult(
@@ -189,9 +187,8 @@ class _Dump:
 
     def _forward(self, batch: Batch) -> Callable[[], NDArray[Any]]:
         """Queue the teacher's answer to a batch; calling the result waits for it."""
-        inputs = self.preprocessor.per_batch(
-            batch.inputs.to(self.device, non_blocking=True), floating_dtype(self.teacher)
-        )
+        inputs = batch.inputs.to(self.device, non_blocking=True)
+        inputs = self.preprocessor.per_batch(inputs, floating_dtype(self.teacher))
         with autocast(self.device, self.config.amp):
             logits = output_logits(self.teacher(inputs))
         if logits.shape != (len(inputs), len(self.dataset.classes)):
@@ -209,99 +206,74 @@ class _Dump:
             for batch in batch_loader(self.dataset, [indices], preprocessor=self.preprocessor, device=self.device):
                 encode_logits(self._forward(batch)(), self.config.encoding, first_sample=0)
 
-    def _write(self, writer: SplitWriter, pending: list[tuple[int, int]], tally: _Tally, progress: Progress) -> None:
+    def _answers(self, loader: Iterable[Batch]) -> Iterator[tuple[Batch, NDArray[Any]]]:
+        """Batches with the teacher's logits, one behind, so that the device computes while the host stores."""
+        waiting: tuple[Batch, Callable[[], NDArray[Any]]] | None = None
+        for batch in loader:
+            queued = batch, self._forward(batch)
+            if waiting is not None:
+                yield waiting[0], waiting[1]()
+            waiting = queued
+        if waiting is not None:
+            yield waiting[0], waiting[1]()
+
+    def _write(self, tally: Tally, pending: list[tuple[int, int]], progress: Progress) -> None:
         manifest = self.plan.manifest
         batches = ShardBatches(manifest, [shard for _, shard in pending], self.config.batch_size)
-        loader = iter(
-            batch_loader(
-                self.dataset,
-                batches,
-                preprocessor=self.preprocessor,
-                workers=self.config.workers,
-                device=self.device,
-                checksums=True,
-            )
+        loader = batch_loader(
+            self.dataset,
+            batches,
+            preprocessor=self.preprocessor,
+            workers=self.config.workers,
+            device=self.device,
+            checksums=True,
         )
-        in_flight: deque[Future[int]] = deque()
+        answers = self._answers(loader)
+        in_flight: deque[Future[None]] = deque()
         with ThreadPoolExecutor(1, thread_name_prefix="kdcache-writer") as pool:
             for view, shard in pending:
-                rows = manifest.rows_of(shard)
-                buffers = _buffers(len(rows), len(self.dataset.classes), self.teacher)
-                answer: Callable[[], NDArray[Any]] | None = None
+                buffers = self._buffers(len(manifest.rows_of(shard)))
                 filled = 0
                 for size in batches.sizes(shard):
-                    batch = next(loader)
-                    queued = self._forward(batch)
-                    if answer is not None:
-                        filled += _put(buffers["logits"], filled, answer())
-                    answer = queued
-                    at = slice(int(batch.indices[0]) - rows.start, int(batch.indices[0]) - rows.start + size)
-                    buffers["labels"][at] = batch.labels.numpy()
-                    buffers["input_crc32c"][at] = batch.input_crc32c.numpy()  # type: ignore[union-attr]
+                    batch, logits = next(answers)
+                    rows = slice(filled, filled + size)
+                    buffers["logits"][rows] = logits
+                    buffers["labels"][rows] = batch.labels.numpy()
+                    assert batch.input_crc32c is not None, "the loader was asked for checksums"
+                    buffers["input_crc32c"][rows] = batch.input_crc32c.numpy()
+                    filled += size
                     progress.advance(size)
                     if in_flight and in_flight[0].done():
                         in_flight.popleft().result()
-                if answer is not None:
-                    _put(buffers["logits"], filled, answer())
+                self._check_labels(shard, buffers["labels"])
                 while len(in_flight) >= SHARDS_IN_FLIGHT:
                     in_flight.popleft().result()
                 in_flight.append(pool.submit(tally.commit, view, shard, buffers, self.config.encoding))
             while in_flight:
                 in_flight.popleft().result()
 
-    def _finish(self, writer: SplitWriter, tally: _Tally) -> Manifest:
-        manifest = writer.manifest
-        labels_sha256 = tally.labels.hexdigest()
-        known = self.plan.manifest.dataset.labels_sha256
-        if known is not None and known != labels_sha256:
+    def _buffers(self, rows: int) -> dict[str, NDArray[Any]]:
+        precise = np.float64 if floating_dtype(self.teacher) == torch.float64 else np.float32
+        return {
+            "logits": np.empty((rows, len(self.dataset.classes)), precise),
+            "labels": np.empty(rows, np.int64),
+            "input_crc32c": np.empty(rows, np.uint32),
+        }
+
+    def _check_labels(self, shard: int, labels: NDArray[np.int64]) -> None:
+        """Refuse a dataset whose list of labels, which the student is held against, is not what its samples say."""
+        listed = self.dataset.labels()
+        if listed is None:
+            return
+        first = self.plan.manifest.rows_of(shard).start
+        wrong = np.flatnonzero(listed[first : first + len(labels)] != labels)
+        if len(wrong):
+            sample = first + int(wrong[0])
             raise DatasetError(
-                f"the labels met while dumping have sha256 {labels_sha256}",
-                f"{known}, that of the dataset's own list of labels",
-                "make the dataset's targets agree with the labels of its samples, then dump again",
+                f"sample {sample} of {self.dataset.name} has label {labels[wrong[0]]}",
+                f"{listed[sample]}, as the dataset's own list of labels (targets) says",
+                "make the list agree with the samples",
             )
-        finished = replace(
-            manifest,
-            dataset=replace(manifest.dataset, labels_sha256=labels_sha256),
-            teacher=replace(manifest.teacher, accuracy=tally.correct / manifest.dataset.length),
-            view_sha256=tuple(writer.ledger.digest(view) for view in range(manifest.views)),
-        )
-        writer.finish(finished)
-        return finished
-
-
-class _Tally:
-    """What is known only once every row was seen: the accuracy on view 0 and the hash of all labels.
-
-    Shards are committed in order, so those of an earlier run come in between by being read back.
-    """
-
-    def __init__(self, writer: SplitWriter) -> None:
-        self.correct = 0
-        self.labels = hashlib.sha256()
-        self._writer = writer
-        self._reader = ChunkReader(writer.path, writer.manifest, writer.ledger)
-        self._next_shard = 0
-        self._catch_up()
-
-    def commit(self, view: int, shard: int, buffers: dict[str, NDArray[Any]], encoding: str) -> int:
-        first = self._writer.manifest.rows_of(shard).start
-        stored = encode_logits(buffers["logits"], encoding, first_sample=first)
-        self._writer.commit(view, shard, buffers | {"logits": stored})
-        if view == 0:
-            self._count(stored, buffers["labels"])
-            self._catch_up()
-        return shard
-
-    def _catch_up(self) -> None:
-        committed = self._writer.ledger.committed(0)
-        while self._next_shard < len(committed) and committed[self._next_shard]:
-            rows = self._writer.manifest.rows_of(self._next_shard)
-            self._count(self._reader.span("logits", 0, rows), self._reader.span("labels", 0, rows))
-
-    def _count(self, logits: NDArray[Any], labels: NDArray[Any]) -> None:
-        self.correct += int((logits.argmax(axis=1) == labels).sum())
-        self.labels.update(labels.astype("<i8", copy=False).tobytes())
-        self._next_shard += 1
 
 
 def free_bytes(path: Path) -> int:
@@ -310,17 +282,3 @@ def free_bytes(path: Path) -> int:
     while not path.exists():
         path = path.parent
     return shutil.disk_usage(path).free
-
-
-def _buffers(rows: int, classes: int, teacher: nn.Module) -> dict[str, NDArray[Any]]:
-    precise = np.float64 if floating_dtype(teacher) == torch.float64 else np.float32
-    return {
-        "logits": np.empty((rows, classes), precise),
-        "labels": np.empty(rows, np.int64),
-        "input_crc32c": np.empty(rows, np.uint32),
-    }
-
-
-def _put(buffer: NDArray[Any], start: int, values: NDArray[Any]) -> int:
-    buffer[start : start + len(values)] = values
-    return len(values)

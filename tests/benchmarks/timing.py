@@ -8,7 +8,9 @@ from collections.abc import Callable, Mapping
 import torch
 
 
-def side_by_side(sides: Mapping[str, Callable[[], float]], *, rounds: int, what: str, target: Mapping[str, str]) -> None:
+def side_by_side(
+    sides: Mapping[str, Callable[[], float]], *, rounds: int, what: str, target: Mapping[str, str]
+) -> None:
     """Time every side once a round, after one round that does not count, and print medians and ratios to the first.
 
     Args:

@@ -1,0 +1,66 @@
+"""What is known of a split once every row was seen: the teacher's accuracy on view 0, the hash of all labels."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import replace
+from typing import Any
+
+from numpy.typing import NDArray
+
+from kdcache.cache.encoding import encode_logits
+from kdcache.cache.manifest import Manifest
+from kdcache.cache.reader import ChunkReader
+from kdcache.cache.writer import SplitWriter
+
+
+class Tally:
+    """Commits shards in order and counts their rows; what an earlier run committed is read back in its turn."""
+
+    def __init__(self, writer: SplitWriter) -> None:
+        self._writer = writer
+        self._reader = ChunkReader(writer.path, writer.manifest, writer.ledger)
+        self._correct = 0
+        self._labels = hashlib.sha256()
+        self._next_shard = 0
+        self._catch_up()
+
+    def commit(self, view: int, shard: int, arrays: dict[str, NDArray[Any]], encoding: str) -> None:
+        """Encode and commit the rows of one shard.
+
+        Args:
+            arrays: for each array of the manifest its rows; logits as the teacher gave them.
+
+        Raises:
+            TeacherOutputError: logits that the encoding cannot hold.
+            StorageError: the disk refused.
+        """
+        stored = encode_logits(arrays["logits"], encoding, first_sample=self._writer.manifest.rows_of(shard).start)
+        self._writer.commit(view, shard, arrays | {"logits": stored})
+        if view == 0:
+            self._count(stored, arrays["labels"])
+            self._catch_up()
+
+    def finish(self) -> Manifest:
+        """Seal the split with what was counted; the manifest as it now stands on disk."""
+        manifest = self._writer.manifest
+        finished = replace(
+            manifest,
+            dataset=replace(manifest.dataset, labels_sha256=self._labels.hexdigest()),
+            teacher=replace(manifest.teacher, accuracy=self._correct / manifest.dataset.length),
+            view_sha256=tuple(self._writer.ledger.digest(view) for view in range(manifest.views)),
+        )
+        self._writer.finish(finished)
+        return finished
+
+    def _catch_up(self) -> None:
+        """Count what an earlier run committed, up to the first gap."""
+        committed = self._writer.ledger.committed(0)
+        while self._next_shard < len(committed) and committed[self._next_shard]:
+            rows = self._writer.manifest.rows_of(self._next_shard)
+            self._count(self._reader.span("logits", 0, rows), self._reader.span("labels", 0, rows))
+
+    def _count(self, logits: NDArray[Any], labels: NDArray[Any]) -> None:
+        self._correct += int((logits.argmax(axis=1) == labels).sum())
+        self._labels.update(labels.astype("<i8", copy=False).tobytes())
+        self._next_shard += 1
