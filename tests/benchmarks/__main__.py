@@ -11,13 +11,11 @@ BENCHMARKS = {"training": training.run, "dump": dump.run, "memory": memory.run}
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "names", nargs="*", default=list(BENCHMARKS), choices=[*BENCHMARKS, []], help="all if none is given"
-    )
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(BENCHMARKS)}; all if none is given")
     parser.add_argument("--rounds", type=int, default=7, help="times that each side is measured, in turn")
     parser.add_argument("--device", default="auto")
     options = parser.parse_args()
-    for name in options.names:
+    for name in options.names or BENCHMARKS:
         BENCHMARKS[name](rounds=options.rounds, device=options.device)
         print(flush=True)
 

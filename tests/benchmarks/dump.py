@@ -37,9 +37,8 @@ def run(*, rounds: int, device: str) -> None:
 
     def dumped() -> float:
         with tempfile.TemporaryDirectory() as folder:
-            return dump_teacher(
-                teacher, dataset, out=Path(folder) / "cache.zarr", preprocess=IMAGE, config=config
-            ).seconds
+            path = Path(folder) / "cache.zarr"
+            return dump_teacher(teacher, dataset, out=path, preprocess=IMAGE, config=config).seconds
 
     side_by_side(
         {"bare forward pass": bare, "dump": dumped},
