@@ -9,11 +9,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from kdcache.cache.feeds import FeedChoice
     from kdcache.cache.manifest import Manifest, Preprocess
     from kdcache.cache.reader import Cache, cache_splits, open_cache
     from kdcache.config import DumpConfig, StudentConfig, TrainConfig
     from kdcache.dump import DumpResult, dump_teacher, plan_dump
     from kdcache.errors import KdcacheError
+    from kdcache.joined import join
     from kdcache.student import train_student
     from kdcache.training import TrainResult
 
@@ -24,11 +26,13 @@ _HOMES = {
     "KdcacheError": "kdcache.errors",
     "Manifest": "kdcache.cache.manifest",
     "Preprocess": "kdcache.cache.manifest",
+    "FeedChoice": "kdcache.cache.feeds",
     "StudentConfig": "kdcache.config",
     "TrainConfig": "kdcache.config",
     "TrainResult": "kdcache.training",
     "cache_splits": "kdcache.cache.reader",
     "dump_teacher": "kdcache.dump",
+    "join": "kdcache.joined",
     "open_cache": "kdcache.cache.reader",
     "plan_dump": "kdcache.dump",
     "train_student": "kdcache.student",
@@ -38,6 +42,7 @@ __all__ = [
     "Cache",
     "DumpConfig",
     "DumpResult",
+    "FeedChoice",
     "KdcacheError",
     "Manifest",
     "Preprocess",
@@ -46,6 +51,7 @@ __all__ = [
     "TrainResult",
     "cache_splits",
     "dump_teacher",
+    "join",
     "open_cache",
     "plan_dump",
     "train_student",

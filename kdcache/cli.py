@@ -17,6 +17,7 @@ import typer
 
 from kdcache import config
 from kdcache.errors import KdcacheError, UsageError
+from kdcache.records import Report
 
 INTERRUPTED = 130
 
@@ -27,8 +28,6 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-Report = tuple[dict[str, Any], str]
-
 
 def _command(settings_class: type[config.Settings], name: str, example: str) -> Callable[..., Any]:
     """Register a function of settings as a command whose options are the fields of `settings_class`."""
@@ -38,14 +37,16 @@ def _command(settings_class: type[config.Settings], name: str, example: str) -> 
             as_json, file = given.pop("as_json"), given.pop("config", None)
             try:
                 settings = _settings(settings_class, given, file)
-                data, text = function(settings)
+                report = function(settings)
             except KdcacheError as problem:
                 typer.echo(f"error: {problem}", err=True)
                 raise typer.Exit(problem.exit_code) from problem
             except KeyboardInterrupt as problem:
                 typer.echo("stopped; what is finished is kept, and the same command continues it", err=True)
                 raise typer.Exit(INTERRUPTED) from problem
-            typer.echo(json.dumps(data) if as_json else text)
+            typer.echo(json.dumps(report.data) if as_json else report.text)
+            if report.exit_code:
+                raise typer.Exit(report.exit_code)
 
         parameters = [_parameter(each, settings_class) for each in _own_first(settings_class)]
         if not any(each.metadata["argument"] for each in dataclasses.fields(settings_class)):
@@ -183,6 +184,18 @@ def inspect_cache(settings: config.Inspect) -> Report:
     from kdcache.inspection import inspect_cache as inspect_one
 
     return inspect_one(settings.cache)
+
+
+@_command(config.Verify, "verify", "kdcache verify runs/mnist.zarr")
+def verify(settings: config.Verify) -> Report:
+    """Check every byte of a cache; with --teacher, recompute a sample of rows as well."""
+    if settings.teacher is not None:
+        from kdcache import commands
+
+        return commands.verify_with_teacher(settings)
+    from kdcache.inspection import verify_cache
+
+    return verify_cache(settings.cache, settings.split)
 
 
 @_command(config.Compare, "compare", "kdcache compare runs/teacher runs/alone runs/student")

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
+from kdcache.building import (
+    build,
+    check_classes,
+    dataset_preprocess,
+    describe,
+    load_teacher,
+    open_data,
+    open_test,
+    recorded_preprocess,
+)
 from kdcache.cache.layout import predicted_bytes
-from kdcache.cache.manifest import Preprocess
 from kdcache.cache.reader import open_cache
 from kdcache.checkpoints import load_weights, read_checkpoint
 from kdcache.config import (
-    DatasetSource,
     DumpConfig,
     DumpTeacher,
     Evaluate,
@@ -20,32 +29,31 @@ from kdcache.config import (
     TrainConfig,
     TrainStudent,
     TrainTeacher,
+    Verify,
     narrow,
 )
-from kdcache.datasets import IndexedDataset, open_dataset
+from kdcache.datasets import IndexedDataset
 from kdcache.dump import dump_teacher as dump
 from kdcache.dump import plan_dump
-from kdcache.errors import CheckpointError, DatasetError, ModelError, UsageError
+from kdcache.errors import CacheDamaged, CheckpointError
 from kdcache.evaluate import Evaluation, evaluate_model, plot_confusion
-from kdcache.models import BuiltModel, build_model, count_parameters
-from kdcache.progress import log
-from kdcache.records import from_json, to_json
+from kdcache.inspection import verify_cache
+from kdcache.models import BuiltModel, count_parameters
+from kdcache.recompute import recompute_rows
+from kdcache.records import Report, to_json
 from kdcache.runs import RunFolder, read_config
+from kdcache.student import check_join
 from kdcache.student import train_student as learn_from_cache
 from kdcache.training import TrainResult, label_objective, train
-
-Report = tuple[dict[str, Any], str]
-
-DATA_ROOT = "data"
 
 
 def train_teacher(settings: TrainTeacher) -> Report:
     """Train a network on the labels of a dataset's training split."""
-    dataset = _open(settings, settings.dataset, "train")
-    built = _build(settings.model, dataset, settings, settings.seed, _dataset_preprocess(dataset), training=True)
-    test = _open_test(settings, settings.dataset)
+    dataset = open_data(settings, settings.dataset, "train")
+    built = build(settings.model, dataset, settings, settings.seed, dataset_preprocess(dataset), training=True)
+    test = open_test(settings, settings.dataset)
     run = RunFolder(Path(settings.out), {"command": "train-teacher", **to_json(settings)}, resume=settings.resume)
-    description = _description(built, dataset)
+    description = describe(built, dataset)
     config = narrow(TrainConfig, settings)
     result = train(
         built.module,
@@ -62,25 +70,14 @@ def train_teacher(settings: TrainTeacher) -> Report:
 def dump_teacher(settings: DumpTeacher) -> Report:
     """Run a teacher over one or more splits and keep its logits."""
     reports = [_dump_split(settings, split) for split in dict.fromkeys(settings.split)]
-    data = {"cache": settings.out, "dry_run": settings.dry_run, "splits": {data["split"]: data for data, _ in reports}}
-    return data, "\n".join(text for _, text in reports)
+    splits = {report.data["split"]: report.data for report in reports}
+    data = {"cache": settings.out, "dry_run": settings.dry_run, "splits": splits}
+    return Report(data, "\n".join(report.text for report in reports))
 
 
 def _dump_split(settings: DumpTeacher, split: str) -> Report:
-    dataset = _open(settings, settings.dataset, split)
-    checkpoint = read_checkpoint(settings.checkpoint) if settings.checkpoint else {}
-    built = _build(
-        settings.teacher, dataset, settings, settings.seed, _dataset_preprocess(dataset), checkpoint=checkpoint
-    )
-    if settings.checkpoint:
-        _check_classes(settings.checkpoint, checkpoint, dataset)
-        load_weights(built.module, settings.checkpoint)
-    elif not built.has_weights:
-        raise UsageError(
-            f"the teacher {settings.teacher} has random weights",
-            "a trained teacher",
-            "give --checkpoint FILE; kdcache train-teacher makes one (best.pt)",
-        )
+    dataset = open_data(settings, settings.dataset, split)
+    built = load_teacher(settings, settings.teacher, settings.checkpoint, dataset)
     arguments: dict[str, Any] = {
         "out": settings.out,
         "split": split,
@@ -100,11 +97,12 @@ def _dump_split(settings: DumpTeacher, split: str) -> Report:
         }
         fits = "fits" if plan.bytes <= plan.free_bytes else "DOES NOT FIT"
         state = "; already complete" if data["complete"] else ""
-        return data, (
+        return Report(
+            data,
             f"{split}: {plan.rows:,} rows, {plan.bytes:,} bytes in {plan.shards} shards; "
-            f"{plan.free_bytes:,} bytes are free: it {fits}{state}"
+            f"{plan.free_bytes:,} bytes are free: it {fits}{state}",
         )
-    result = dump(built.module, dataset, **arguments)
+    result = dump(built.module, dataset, **arguments, repair=settings.repair)
     accuracy = result.manifest.teacher.accuracy
     data = {
         "split": split,
@@ -115,20 +113,46 @@ def _dump_split(settings: DumpTeacher, split: str) -> Report:
         "teacher_accuracy": accuracy,
         "complete": result.manifest.complete,
     }
-    return data, (
+    return Report(
+        data,
         f"{settings.out}/{split}: {result.rows:,} rows ({result.computed_rows:,} now, {result.seconds:.1f} s), "
-        f"teacher accuracy {accuracy:.2%}"
+        f"teacher accuracy {accuracy:.2%}",
     )
+
+
+def verify_with_teacher(settings: Verify) -> Report:
+    """Check every byte, and let the teacher answer once more for a sample of rows."""
+    report = verify_cache(settings.cache, settings.split)
+    if report.exit_code:
+        return report
+    lines, data, exit_code = [report.text], report.data, 0
+    for split in data["splits"]:
+        cache = open_cache(settings.cache, split)
+        record = cache.manifest.dataset
+        dataset = open_data(settings, settings.dataset or record.name, split, hint=record.data_root)
+        built = load_teacher(settings, str(settings.teacher), settings.checkpoint, dataset)
+        check_join(cache, dataset)
+        found = recompute_rows(built.module, dataset, cache, rows=settings.rows, execution=narrow(Execution, settings))
+        data["splits"][split]["recomputed"] = dataclasses.asdict(found)
+        same = found.same_weights and found.largest_difference <= settings.tolerance
+        exit_code = exit_code if same else CacheDamaged.exit_code
+        lines.append(
+            f"{split}: {found.rows} rows recomputed; difference up to {found.largest_difference:.2g} of 1 + |x| at "
+            f"sample {found.sample}, tolerance {settings.tolerance:g}"
+            + ("" if found.same_weights else "; the teacher's weights are not those of the manifest")
+        )
+    data["whole"] = exit_code == 0
+    return Report(data, "\n".join(lines), exit_code)
 
 
 def train_student(settings: TrainStudent) -> Report:
     """Train a student from a cache's training split; dataset, classes and preprocessing come from its manifest."""
-    cache = open_cache(settings.cache, "train")
+    cache = open_cache(settings.cache, "train", allow_partial=settings.allow_partial)
     record = cache.manifest.dataset
     spec = settings.dataset or record.name
-    dataset = _open(settings, spec, record.split, hint=record.data_root)
-    built = _build(settings.student, dataset, settings, settings.seed, cache.manifest.teacher.preprocess, training=True)
-    test = _open_test(settings, spec, hint=record.data_root)
+    dataset = open_data(settings, spec, record.split, hint=record.data_root)
+    built = build(settings.student, dataset, settings, settings.seed, cache.manifest.teacher.preprocess, training=True)
+    test = open_test(settings, spec, hint=record.data_root)
     config = narrow(StudentConfig, settings)
     run = RunFolder(Path(settings.out), {"command": "train-student", **to_json(settings)}, resume=settings.resume)
     result = learn_from_cache(
@@ -138,7 +162,7 @@ def train_student(settings: TrainStudent) -> Report:
         preprocess=built.preprocess,
         config=config,
         run=run,
-        description=_description(built, dataset),
+        description=describe(built, dataset),
     )
     role = "student distilled" if config.distill else "student alone"
     return _conclude(role, built, result, test, config, run, plots=settings.plots)
@@ -154,11 +178,11 @@ def evaluate(settings: Evaluate) -> Report:
     if not isinstance(description, dict):
         raise CheckpointError(f"{path} does not say what it is of", "a checkpoint of a kdcache run")
     spec = settings.dataset or description["dataset"]
-    dataset = _open(settings, spec, settings.split, hint=description["data_root"])
-    _check_classes(str(path), checkpoint, dataset)
-    built = _build(description["model"], dataset, Input(), 0, _recorded_preprocess(checkpoint, path), training=True)
+    dataset = open_data(settings, spec, settings.split, hint=description["data_root"])
+    check_classes(str(path), checkpoint, dataset)
+    built = build(description["model"], dataset, Input(), 0, recorded_preprocess(checkpoint, path), training=True)
     load_weights(built.module, path)
-    preprocess = _recorded_preprocess(checkpoint, path)
+    preprocess = recorded_preprocess(checkpoint, path)
     evaluation = evaluate_model(built.module, dataset, preprocess=preprocess, config=narrow(Execution, settings))
     data = {
         "run": settings.run,
@@ -170,7 +194,7 @@ def evaluate(settings: Evaluate) -> Report:
     }
     if settings.plots:
         data |= _plot(evaluation, dataset, folder)
-    return data, _judgement(evaluation, dataset)
+    return Report(data, _judgement(evaluation, dataset))
 
 
 def _conclude(
@@ -201,78 +225,7 @@ def _conclude(
         if plots:
             data |= _plot(evaluation, test, run.path)
     run.save_result(data)
-    return data, text
-
-
-def _open(settings: DatasetSource, spec: str, split: str, hint: str | None = None) -> IndexedDataset:
-    root = settings.data_root or hint or DATA_ROOT
-    return open_dataset(spec, split=split, data_root=root, download=settings.download)
-
-
-def _open_test(settings: DatasetSource, spec: str, hint: str | None = None) -> IndexedDataset | None:
-    """The test split; None, and said so, where there is none. Opened before training, so that it is known early."""
-    try:
-        return _open(settings, spec, "test", hint)
-    except DatasetError as problem:
-        log(f"no accuracy on a test split will be given: {problem}")
-        return None
-
-
-def _dataset_preprocess(dataset: IndexedDataset) -> Preprocess:
-    return Preprocess(mean=dataset.default_mean, std=dataset.default_std)
-
-
-def _build(
-    spec: str,
-    dataset: IndexedDataset,
-    settings: Input,
-    seed: int,
-    default: Preprocess,
-    *,
-    training: bool = False,
-    checkpoint: dict[str, Any] | None = None,
-) -> BuiltModel:
-    """A network for a dataset; what a kdcache checkpoint recorded of its preprocessing goes before the default."""
-    if checkpoint and "kdcache" in checkpoint:
-        default = _recorded_preprocess(checkpoint, Path(spec))
-    return build_model(
-        spec,
-        num_classes=len(dataset.classes),
-        input_shape=dataset.input_shape,
-        seed=seed,
-        mean=settings.mean,
-        std=settings.std,
-        size=settings.size,
-        default=default,
-        replace_head=training,
-    )
-
-
-def _recorded_preprocess(checkpoint: dict[str, Any], path: Path) -> Preprocess:
-    return from_json(Preprocess, checkpoint["kdcache"]["preprocess"], where=str(path), error=CheckpointError)
-
-
-def _description(built: BuiltModel, dataset: IndexedDataset) -> dict[str, Any]:
-    return {
-        "kdcache": {
-            "model": built.spec,
-            "classes": list(dataset.classes),
-            "preprocess": to_json(built.preprocess),
-            "dataset": dataset.name,
-            "data_root": dataset.data_root,
-        }
-    }
-
-
-def _check_classes(path: str, checkpoint: dict[str, Any], dataset: IndexedDataset) -> None:
-    """Refuse a kdcache checkpoint whose outputs mean other classes than the dataset's."""
-    description = checkpoint.get("kdcache")
-    if isinstance(description, dict) and description["classes"] != list(dataset.classes):
-        raise ModelError(
-            f"{path} was trained for the {len(description['classes'])} classes {description['classes'][:5]} …",
-            f"the {len(dataset.classes)} classes {list(dataset.classes[:5])} … of {dataset.name}, in that order",
-            "use a checkpoint trained on this dataset's classes",
-        )
+    return Report(data, text)
 
 
 def _plot(evaluation: Evaluation, dataset: IndexedDataset, folder: Path) -> dict[str, str]:

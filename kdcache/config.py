@@ -157,6 +157,13 @@ class StudentConfig(TrainConfig):
     temperature: float = option(2.0, "T: softens teacher and student alike.", above=0)
     alpha: float = option(0.5, "Weight of the teacher; the label has 1 - alpha.", minimum=0, maximum=1)
     distill: bool = option(True, "--no-distill trains on the labels alone, through the same loop.")
+    cache_memory: str = option("4GiB", "What may be held of the cache in memory; a view that fits is read once.")
+    cache_on_device: bool = option(False, "Hold the view in the device's memory instead; it must fit there.")
+    feed: str = option("auto", "auto, memory, mapped or streamed.", choices=("auto", "memory", "mapped", "streamed"))
+    shuffle: str = option(
+        "auto", "exact, window (chunk by chunk), or auto: exact unless streamed.", choices=("auto", "exact", "window")
+    )
+    allow_partial: bool = option(False, "Train on the committed samples of a cache whose dump has not finished.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,6 +187,7 @@ class DumpTeacher(DumpConfig, DatasetSource, Input):
     split: tuple[str, ...] = option(("train",), "Split to dump; repeat for several.")
     out: str = option("", "The cache, a folder such as runs/mnist.zarr.", required=True)
     dry_run: bool = option(False, "Tell rows, bytes and shards, and write nothing.")
+    repair: bool = option(False, "Check what stands at --out, and compute again what is broken or missing.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,6 +215,18 @@ class Inspect(Settings):
     """`kdcache inspect`."""
 
     cache: str = option("", "A cache made by dump-teacher.", argument=True, required=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verify(DatasetSource, Input, Execution):
+    """`kdcache verify`."""
+
+    cache: str = option("", "A cache made by dump-teacher.", argument=True, required=True)
+    split: tuple[str, ...] = option((), "Split to check; repeat for several. [default: all]")
+    teacher: str | None = option(None, f"Recompute some rows with this teacher: {MODEL_HELP}")
+    checkpoint: str | None = option(None, "The teacher's weights.")
+    rows: int = option(256, "With --teacher: how many rows of each split.", minimum=1)
+    tolerance: float = option(0.01, "With --teacher: largest difference of a logit x, as a part of 1 + |x|.", above=0)
 
 
 @dataclass(frozen=True, kw_only=True)

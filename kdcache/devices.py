@@ -72,15 +72,15 @@ def synchronize(device: torch.device) -> None:
 
 
 @contextlib.contextmanager
-def memory_errors(batch_size: int) -> Iterator[None]:
-    """Turn the device's lack of memory into an error that says what to do."""
+def memory_errors(batch_size: int, remedy: str | None = None) -> Iterator[None]:
+    """Turn the device's lack of memory into an error that says what to do; by default, to make smaller batches."""
     try:
         yield
     except torch.OutOfMemoryError as problem:
         raise KdcacheError(
             f"the device ran out of memory: {str(problem).splitlines()[0]}",
-            f"room for a batch of {batch_size}",
-            f"use --batch-size {max(batch_size // 2, 1)}, or --amp bf16",
+            f"room for {batch_size:,} samples at once",
+            remedy or f"use --batch-size {max(batch_size // 2, 1)}, or --amp bf16",
         ) from problem
 
 

@@ -19,7 +19,10 @@ from torch import nn
 
 from kdcache.cache.encoding import encode_logits
 from kdcache.cache.layout import predicted_bytes
+from kdcache.cache.ledger import Ledger
 from kdcache.cache.manifest import Manifest, Preprocess
+from kdcache.cache.reader import check_complete
+from kdcache.cache.repair import prepare_repair
 from kdcache.cache.tally import Tally
 from kdcache.cache.writer import SplitWriter, check_target
 from kdcache.config import DumpConfig
@@ -29,9 +32,9 @@ from kdcache.datasets import (
     batch_loader,
     check_deterministic,
 )
-from kdcache.devices import autocast, evaluation_mode, floating_dtype, memory_errors, resolve_device, to_host
+from kdcache.devices import evaluation_mode, floating_dtype, memory_errors, resolve_device, to_host
 from kdcache.errors import DatasetError, TeacherOutputError
-from kdcache.evaluate import output_logits
+from kdcache.evaluate import answer
 from kdcache.preprocess import Preprocessor
 from kdcache.progress import Progress, log
 from kdcache.provenance import build_manifest
@@ -100,6 +103,7 @@ def dump_teacher(
     teacher_name: str = "",
     preprocess: Preprocess | None = None,
     config: DumpConfig | None = None,
+    repair: bool = False,
 ) -> DumpResult:
     """Run a teacher once over a dataset and keep its logits.
 
@@ -113,6 +117,7 @@ def dump_teacher(
         split: name of the subgroup that is written.
         teacher_name: recorded in the manifest; the class's name where empty.
         preprocess: from the dataset's inputs to what the teacher takes; None scales uint8 to [0, 1] and no more.
+        repair: check everything that stands there, and compute again what is broken or missing.
 
     Raises:
         DatasetError: a stream without an index, a dataset that gives another input at a second read, wrong labels.
@@ -120,7 +125,7 @@ def dump_teacher(
         TargetExists: something else stands at `out`.
         StorageError: the disk refused; what is committed stays, and the same call continues.
     """
-    return _Dump(teacher, dataset, Path(out), split, teacher_name, preprocess, config or DumpConfig()).run()
+    return _Dump(teacher, dataset, Path(out), split, teacher_name, preprocess, config or DumpConfig(), repair).run()
 
 
 class _Dump:
@@ -133,8 +138,9 @@ class _Dump:
         teacher_name: str,
         preprocess: Preprocess | None,
         config: DumpConfig,
+        repair: bool = False,
     ) -> None:
-        self.out, self.config = out, config
+        self.out, self.config, self.repair = out, config, repair
         self.dataset = as_indexed(dataset, name=type(dataset).__name__, split=split)
         self.device = resolve_device(config.device)
         self.teacher = teacher.to(self.device)
@@ -144,7 +150,7 @@ class _Dump:
         self._probe()
         name = teacher_name or type(teacher).__name__
         manifest = build_manifest(teacher, self.dataset, split, name, preprocess, self.device, config)
-        existing = check_target(out, manifest)
+        existing = check_target(out, manifest, repair=repair)
         self.plan = DumpPlan(
             manifest=manifest,
             existing=existing,
@@ -157,11 +163,20 @@ class _Dump:
     def run(self) -> DumpResult:
         manifest, existing = self.plan.manifest, self.plan.existing
         split = manifest.dataset.split
-        if existing is not None and existing.complete:
+        if existing is not None and existing.complete and not self.repair:
+            check_complete(self.out / split, existing, Ledger(self.out / split, existing))
             log(f"{self.out / split} is already complete; nothing was computed")
             return self._result(existing, 0, 0.0)
         began = time.perf_counter()
-        writer = SplitWriter(self.out, manifest)
+        with SplitWriter(self.out, manifest, repair=self.repair) as writer:
+            if self.repair:
+                found = prepare_repair(writer)
+                for line in found or ["nothing is broken"]:
+                    log(f"repair: {line}")
+            return self._run(writer, began)
+
+    def _run(self, writer: SplitWriter, began: float) -> DumpResult:
+        manifest, split = self.plan.manifest, self.plan.manifest.dataset.split
         pending = writer.pending()
         computed = sum(len(manifest.rows_of(shard)) for _, shard in pending)
         if computed < self.plan.rows:
@@ -187,16 +202,15 @@ class _Dump:
 
     def _forward(self, batch: Batch) -> Callable[[], NDArray[Any]]:
         """Queue the teacher's answer to a batch; calling the result waits for it."""
-        inputs = batch.inputs.to(self.device, non_blocking=True)
-        inputs = self.preprocessor.per_batch(inputs, floating_dtype(self.teacher))
-        with autocast(self.device, self.config.amp):
-            logits = output_logits(self.teacher(inputs))
-        if logits.shape != (len(inputs), len(self.dataset.classes)):
-            raise TeacherOutputError(
-                f"the teacher answers {tuple(logits.shape)} to a batch of {len(inputs)}",
-                f"{(len(inputs), len(self.dataset.classes))}: one logit for each of the dataset's classes",
-                "use a teacher trained for this dataset's classes",
-            )
+        logits = answer(
+            self.teacher,
+            batch.inputs,
+            preprocessor=self.preprocessor,
+            device=self.device,
+            amp=self.config.amp,
+            classes=len(self.dataset.classes),
+            error=TeacherOutputError,
+        )
         return to_host(logits if logits.dtype == torch.float64 else logits.float())
 
     def _probe(self) -> None:

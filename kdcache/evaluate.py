@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -14,7 +15,7 @@ from kdcache.cache.manifest import Preprocess
 from kdcache.config import Execution
 from kdcache.datasets import IndexedDataset, batch_loader
 from kdcache.devices import autocast, evaluation_mode, floating_dtype, memory_errors, resolve_device
-from kdcache.errors import ModelError
+from kdcache.errors import KdcacheError, ModelError
 from kdcache.plugins import require_extra
 from kdcache.preprocess import Preprocessor
 from kdcache.progress import Progress
@@ -66,14 +67,9 @@ def evaluate_model(
         Progress(f"evaluate {dataset.split}", len(indices), "samples") as progress,
     ):
         for batch in loader:
-            inputs = preprocessor.per_batch(batch.inputs.to(device, non_blocking=True), floating_dtype(module))
-            with autocast(device, config.amp):
-                logits = output_logits(module(inputs))
-            if logits.shape != (len(inputs), classes):
-                raise ModelError(
-                    f"the network answers {tuple(logits.shape)} to a batch of {len(inputs)}",
-                    f"{(len(inputs), classes)}: one logit for each class",
-                )
+            logits = answer(
+                module, batch.inputs, preprocessor=preprocessor, device=device, amp=config.amp, classes=classes
+            )
             true, predicted = batch.labels.numpy(), logits.argmax(dim=1).cpu().numpy()
             np.add.at(confusion, (true, predicted), 1)
             if len(first) < FIRST_SAMPLES:
@@ -82,6 +78,36 @@ def evaluate_model(
     return Evaluation(
         accuracy=float(confusion.trace()) / len(indices), confusion=confusion, first=first[:FIRST_SAMPLES]
     )
+
+
+def answer(
+    module: nn.Module,
+    inputs: Tensor,
+    *,
+    preprocessor: Preprocessor,
+    device: torch.device,
+    amp: str,
+    classes: int,
+    error: type[KdcacheError] = ModelError,
+) -> Tensor:
+    """What a network says to a batch, (batch, classes), on the device; the caller sets its mode.
+
+    Args:
+        inputs: (batch, …), after `Preprocessor.per_sample`, on the host.
+
+    Raises:
+        ModelError: or the given `error`, for an answer of another shape.
+    """
+    prepared = preprocessor.per_batch(inputs.to(device, non_blocking=True), floating_dtype(module))
+    with autocast(device, amp):
+        logits = output_logits(module(prepared))
+    if logits.shape != (len(inputs), classes):
+        raise error(
+            f"the network answers {tuple(logits.shape)} to a batch of {len(inputs)}",
+            f"{(len(inputs), classes)}: one logit for each of the dataset's classes",
+            "use a network made for this dataset's classes",
+        )
+    return logits
 
 
 def output_logits(output: Any) -> Tensor:

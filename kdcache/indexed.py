@@ -60,6 +60,11 @@ class IndexedDataset(ABC):
             DatasetError: a sample cannot be read, or is not what the dataset promised.
         """
 
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        """One shared input and its label."""
+        inputs, labels = self.fetch([index])
+        return inputs[0], int(labels[0])
+
     def shared_inputs(self, indices: Indices) -> Inputs:
         """The inputs that every network sees, before its own preprocessing."""
         return self.fetch(indices)[0]

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from kdcache.cache.chunks import REPAIR
 from kdcache.cache.ledger import Ledger
 from kdcache.cache.manifest import Manifest, read_manifest
 from kdcache.cache.reader import cache_splits
-from kdcache.errors import CacheIncomplete
-from kdcache.records import to_json
+from kdcache.cache.verify import SplitReport, verify_split
+from kdcache.errors import CacheDamaged, CacheIncomplete, CacheNotFound
+from kdcache.progress import Progress
+from kdcache.records import Report, to_json
 from kdcache.runs import read_result
 
 
-def inspect_cache(path: str | os.PathLike[str]) -> tuple[dict[str, Any], str]:
+def inspect_cache(path: str | os.PathLike[str]) -> Report:
     """The manifests of a cache's splits with what is committed of each: as data and as text.
 
     Raises:
@@ -26,7 +31,43 @@ def inspect_cache(path: str | os.PathLike[str]) -> tuple[dict[str, Any], str]:
     if not splits:
         raise CacheIncomplete(f"the cache {path} has no split yet", "a dump", "run dump-teacher again")
     data = {"cache": str(path), "splits": {name: split[0] for name, split in splits.items()}}
-    return data, "\n\n".join(text for _, text in splits.values())
+    return Report(data, "\n\n".join(text for _, text in splits.values()))
+
+
+def verify_cache(path: str | os.PathLike[str], splits: Sequence[str] = ()) -> Report:
+    """Check every byte of some splits, or of all: as data and as text, with exit code 3 where something is wrong.
+
+    Raises:
+        CacheNotFound: no cache there, or not one of these splits.
+    """
+    names = cache_splits(path)
+    if missing := [name for name in splits if name not in names]:
+        raise CacheNotFound(f"the cache {path} has no split {missing[0]!r}", f"of {', '.join(names) or '(none yet)'}")
+    reports: dict[str, SplitReport] = {}
+    began = time.perf_counter()
+    for name in splits or names:
+        folder = Path(path) / name
+        total = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+        with Progress(f"verify {name}", total, "bytes") as progress:
+            reports[name] = verify_split(folder, on_read=progress.advance)
+    seconds = time.perf_counter() - began
+    whole = bool(reports) and not any(report.problems for report in reports.values())
+    lines = [] if reports else [f"{path} has no split yet"]
+    for name, report in reports.items():
+        state = f"{len(report.problems)} problems" if report.problems else "whole"
+        lines.append(f"{Path(path) / name}: {state}; {report.bytes:,} bytes of {report.shards} shards checked")
+        lines += [f"  damage: {problem}" for problem in report.problems] + [f"  note: {note}" for note in report.notes]
+    checked = sum(report.bytes for report in reports.values())
+    lines.append(f"{checked:,} bytes in {seconds:.2f} s ({checked / max(seconds, 1e-9) / 1e6:,.0f} MB/s)")
+    if not whole:
+        lines.append(f"to do: {REPAIR}")
+    data = {
+        "cache": str(path),
+        "whole": whole,
+        "seconds": seconds,
+        "splits": {name: dataclasses.asdict(report) for name, report in reports.items()},
+    }
+    return Report(data, "\n".join(lines), 0 if whole else CacheDamaged.exit_code)
 
 
 def _inspect_split(split_path: Path) -> tuple[dict[str, Any], str]:
@@ -74,7 +115,7 @@ def _describe(split_path: Path, manifest: Manifest, committed: int, shards: int,
     return "\n".join([str(split_path), *(f"  {name:<{width}}  {value}" for name, value in lines.items())])
 
 
-def compare_runs(paths: Sequence[str]) -> tuple[dict[str, Any], str]:
+def compare_runs(paths: Sequence[str]) -> Report:
     """Finished runs side by side: as data and as a table.
 
     Raises:
@@ -89,7 +130,7 @@ def compare_runs(paths: Sequence[str]) -> tuple[dict[str, Any], str]:
         for row in cells
     ]
     lines.insert(1, "  ".join("-" * width for width in widths))
-    return {"runs": rows}, "\n".join(line.rstrip() for line in lines)
+    return Report({"runs": rows}, "\n".join(line.rstrip() for line in lines))
 
 
 def _cell(row: dict[str, Any], column: str) -> str:

@@ -19,6 +19,14 @@ from kdcache.errors import KdcacheError
 T = TypeVar("T")
 
 
+class Report(typing.NamedTuple):
+    """What a command has to say: to a program, to a person, and to the shell."""
+
+    data: dict[str, Any]
+    text: str
+    exit_code: int = 0
+
+
 def canonical_json(value: Any) -> bytes:
     """The one spelling of a JSON value that is hashed: sorted keys, no spaces, ASCII, no NaN."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()

@@ -9,33 +9,29 @@ from numpy.typing import NDArray
 
 from kdcache import keys
 from kdcache.cache.manifest import Manifest
+from kdcache.cache.order import EpochOrder, batch_count, batches_of
 
 
 class EpochBatches:
-    """The batches of one epoch in an order drawn from (seed, epoch), each sample once; set `epoch` before each pass."""
+    """The batches of one epoch of an order; set `epoch` before each pass."""
 
-    def __init__(self, indices: NDArray[np.int64], batch_size: int, seed: int) -> None:
-        self._indices, self._batch_size, self._seed = indices, batch_size, seed
+    def __init__(self, order: EpochOrder, batch_size: int) -> None:
+        self._order, self._batch_size = order, batch_size
         self.epoch = 0
 
     def __iter__(self) -> Iterator[NDArray[np.int64]]:
-        order = self._indices[keys.permutation(len(self._indices), self._seed, "epoch order", self.epoch)]
-        # A single sample left over joins the batch before it: batch normalisation cannot train on one.
-        starts = list(range(0, len(order), self._batch_size))
-        if len(starts) > 1 and len(order) - starts[-1] == 1:
-            starts.pop()
-        for start, stop in zip(starts, [*starts[1:], len(order)], strict=True):
-            yield order[start:stop]
+        return batches_of(self._order, self.epoch, self._batch_size)
 
     def __len__(self) -> int:
-        whole, left = divmod(len(self._indices), self._batch_size)
-        return whole + (left > 1 or (left == 1 and whole == 0))
+        return batch_count(len(self._order), self._batch_size)
 
 
-def split_validation(length: int, fraction: float, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def split_validation(
+    indices: NDArray[np.int64], fraction: float, seed: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Indices to train on and indices to validate on, ascending; the second is empty for a fraction of 0."""
-    order = keys.permutation(length, seed, "validation split")
-    held_out = round(length * fraction)
+    order = indices[keys.permutation(len(indices), seed, "validation split")]
+    held_out = round(len(indices) * fraction)
     return np.sort(order[held_out:]), np.sort(order[:held_out])
 
 

@@ -13,7 +13,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from kdcache import losses
+from kdcache.cache.feeds import Feed, FeedChoice, open_feed
 from kdcache.cache.manifest import Preprocess
+from kdcache.cache.order import EpochOrder, ExactOrder
 from kdcache.cache.reader import Cache, open_cache
 from kdcache.config import StudentConfig
 from kdcache.datasets import (
@@ -25,10 +27,12 @@ from kdcache.datasets import (
     fingerprint_samples,
     input_crc32c,
 )
+from kdcache.devices import memory_errors, resolve_device
 from kdcache.errors import CacheMismatch
-from kdcache.keys import keyed_sample
+from kdcache.progress import log
 from kdcache.records import to_json
 from kdcache.runs import RunFolder
+from kdcache.sampling import split_validation
 from kdcache.training import Objective, TrainResult, label_objective, train
 
 # Content sources: their name is a place, and their identity is what is read there.
@@ -36,32 +40,52 @@ _NAMED_BY_PLACE = ("folder:", "py:")
 
 
 class CachedTargets:
-    """Soft targets of a batch, by sample index, from one view of a cache held in memory.
+    """Soft targets of a batch, by sample index, from one view of a cache.
 
     Args:
-        cache: a finished split.
-        dataset: what its samples are taken from.
+        cache: that was checked to be of the dataset.
+        feed: of the cache's rows.
+        device: that holds all the rows, where they are to be held there; None leaves that to the feed.
 
     Raises:
-        CacheMismatch: the cache is of other samples than the dataset's.
+        KdcacheError: the rows do not fit into the device's memory.
     """
 
-    def __init__(self, cache: Cache, dataset: IndexedDataset, view: int = 0) -> None:
-        check_join(cache, dataset)
-        self._logits_nc = torch.from_numpy(cache.column("logits", view))
-        self._labels_n = torch.from_numpy(cache.column("labels"))
-        self._where = cache.path
+    def __init__(self, cache: Cache, feed: Feed, *, device: torch.device | None = None) -> None:
+        self._feed, self._where = feed, cache.path
+        self._labels_n = torch.from_numpy(_all_labels(cache))
+        self._held_nc: Tensor | None = None
+        if device is not None:
+            with memory_errors(len(cache), "leave out --cache-on-device"):
+                self._held_nc = torch.from_numpy(cache.column("logits")).to(device)
+
+    def start_epoch(self, epoch: int) -> None:
+        self._feed.start_epoch(epoch)
 
     def __call__(self, batch: Batch) -> Batch:
         """A batch on the host, joined with the teacher's logits, (batch, classes), in the stored dtype.
 
         Raises:
             CacheMismatch: a label of the batch is not the one that the teacher's dataset had.
+            CacheDamaged: a chunk fails its checksum.
         """
         cached = self._labels_n[batch.indices]
         if not torch.equal(cached, batch.labels):
             raise _label_mismatch(self._where, batch.indices.numpy(), cached.numpy(), batch.labels.numpy())
-        return batch._replace(soft_targets=self._logits_nc[batch.indices])
+        if self._held_nc is not None:
+            indices = batch.indices.to(self._held_nc.device, non_blocking=True)
+            return batch._replace(soft_targets=self._held_nc.index_select(0, indices))
+        return batch._replace(soft_targets=torch.from_numpy(self._feed.rows(batch.indices.numpy())))
+
+
+def _all_labels(cache: Cache) -> NDArray[np.int64]:
+    """(samples,); -1, which is no label, where a partial cache has none."""
+    if cache.complete:
+        return cache.column("labels")
+    labels = np.full(len(cache), -1, np.int64)
+    samples = cache.samples()
+    labels[samples] = cache.reader.rows("labels", 0, samples)
+    return labels
 
 
 def distillation_objective(config: StudentConfig) -> Objective:
@@ -109,19 +133,31 @@ def train_student(
     """
     config = config or StudentConfig()
     if not isinstance(cache, Cache):
-        cache = open_cache(cache)
+        cache = open_cache(cache, allow_partial=config.allow_partial)
     record = cache.manifest.dataset
     indexed = as_indexed(dataset, name=record.name, split=record.split)
-    join = CachedTargets(cache, indexed) if config.distill else None
-    preprocess = preprocess or cache.manifest.teacher.preprocess
     if out is not None:
         run = RunFolder(Path(out), {"cache": str(cache.path.parent), **to_json(config)}, resume=resume)
+    check_join(cache, indexed)
+    samples = cache.samples()
+    if not cache.complete:
+        log(f"the cache is partial: training on {len(samples):,} of {len(cache):,} samples")
+    train_indices, validation_indices = split_validation(samples, config.val_fraction, config.seed)
+    order: EpochOrder = ExactOrder(train_indices, config.seed)
+    join: CachedTargets | None = None
+    if config.distill:
+        choice = FeedChoice(memory=config.cache_memory, feed=config.feed, shuffle=config.shuffle)
+        feed, order, line = open_feed(cache.reader, indices=train_indices, seed=config.seed, choice=choice)
+        log(line)
+        join = CachedTargets(cache, feed, device=resolve_device(config.device) if config.cache_on_device else None)
     return train(
         student,
         indexed,
         objective=distillation_objective(config) if config.distill else label_objective(config.label_smoothing),
-        preprocess=preprocess,
+        preprocess=preprocess or cache.manifest.teacher.preprocess,
         config=config,
+        order=order,
+        validation_indices=validation_indices,
         join=join,
         run=run,
         description=description,
@@ -149,7 +185,7 @@ def check_join(cache: Cache, dataset: IndexedDataset) -> None:
     for what, cached, given in facts:
         if cached != given:
             raise _mismatch(cache, f"{what} {_show(cached, given)}", f"{what} {_show(given, cached)}")
-    labels = dataset.labels()
+    labels = dataset.labels() if cache.complete else None
     if labels is not None and fingerprint_labels(labels) != record.labels_sha256:
         raise _label_mismatch(cache.path, np.arange(len(cache)), cache.column("labels"), labels)
     check_deterministic(dataset)
@@ -181,12 +217,13 @@ def _label_mismatch(
 
 def _input_mismatch(cache: Cache, dataset: IndexedDataset) -> CacheMismatch:
     """Say which sample differs, and whether the cache knows its pixels at another index."""
-    crcs = cache.column("input_crc32c")
-    for index in keyed_sample(len(dataset), len(dataset), 0, "fingerprint"):
+    samples = cache.samples()
+    crcs = cache.reader.rows("input_crc32c", 0, samples)
+    for index, crc in zip(samples, crcs, strict=True):
         found = input_crc32c(dataset.shared_inputs([int(index)])[0])
-        if found == crcs[index]:
+        if found == crc:
             continue
-        elsewhere = np.flatnonzero(crcs == found)
+        elsewhere = samples[crcs == found]
         if len(elsewhere):
             why = f"the samples are in another order: the pixels of sample {index} are those of sample {elsewhere[0]}"
         else:
@@ -194,7 +231,7 @@ def _input_mismatch(cache: Cache, dataset: IndexedDataset) -> CacheMismatch:
                 f"the shared input of sample {index} is not what the teacher saw (another preprocessing, or other data)"
             )
         return CacheMismatch(
-            f"{why}; crc32c {found:#010x} here, {crcs[index]:#010x} in {cache.path}",
+            f"{why}; crc32c {found:#010x} here, {crc:#010x} in {cache.path}",
             "the samples that the teacher answered for, in the same order and untouched",
             "give the dataset as the teacher saw it, or dump the teacher over this data",
         )

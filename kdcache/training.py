@@ -7,12 +7,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from kdcache import keys, losses
 from kdcache.cache.manifest import Preprocess
+from kdcache.cache.order import EpochOrder, ExactOrder
 from kdcache.checkpoints import read_checkpoint, save_checkpoint
 from kdcache.config import TrainConfig
 from kdcache.datasets import Batch, IndexedDataset, batch_loader
@@ -39,6 +42,18 @@ class Objective(Protocol):
             logits_bc: the network's, (batch, classes), on the device.
             batch: labels and soft targets on the device, indices on the host.
         """
+        ...
+
+
+class Join(Protocol):
+    """Puts soft targets to the inputs of a batch."""
+
+    def start_epoch(self, epoch: int) -> None:
+        """Prepare for the batches of an epoch, counted from 0."""
+        ...
+
+    def __call__(self, batch: Batch) -> Batch:
+        """Given each batch on the host before its step; returns it with soft targets."""
         ...
 
 
@@ -76,7 +91,9 @@ def train(
     objective: Objective,
     preprocess: Preprocess,
     config: TrainConfig,
-    join: Callable[[Batch], Batch] | None = None,
+    order: EpochOrder | None = None,
+    validation_indices: NDArray[np.int64] | None = None,
+    join: Join | None = None,
     run: RunFolder | None = None,
     description: dict[str, Any] | None = None,
     on_step: Callable[[int, dict[str, Tensor]], None] | None = None,
@@ -84,7 +101,9 @@ def train(
     """Train a network in place.
 
     Args:
-        join: given each batch on the host before its step; returns it with soft targets.
+        order: of the samples in each epoch; None shuffles exactly what `config.val_fraction` leaves of the dataset.
+        validation_indices: samples that choose the best epoch, (n,); given together with `order`.
+        join: puts soft targets to each batch.
         run: where metrics and checkpoints go, and where a state to continue from may lie; None keeps nothing.
         description: plain values put into every checkpoint, so that it can be rebuilt and judged alone.
         on_step: called after each step with its number, from 0, and the objective's scalars.
@@ -92,7 +111,13 @@ def train(
     Raises:
         TrainingDiverged: a loss is not finite; the checkpoints of finished epochs stay.
     """
-    return _Loop(module, dataset, objective, preprocess, config, join, run, description or {}, on_step).run()
+    if order is None:
+        train_indices, validation_indices = split_validation(np.arange(len(dataset)), config.val_fraction, config.seed)
+        order = ExactOrder(train_indices, config.seed)
+    loop = _Loop(module, dataset, objective, preprocess, config, order, join, run, description or {}, on_step)
+    if validation_indices is not None:
+        loop.validation_indices = validation_indices
+    return loop.run()
 
 
 class _Loop:
@@ -103,7 +128,8 @@ class _Loop:
         objective: Objective,
         preprocess: Preprocess,
         config: TrainConfig,
-        join: Callable[[Batch], Batch] | None,
+        order: EpochOrder,
+        join: Join | None,
         run: RunFolder | None,
         description: dict[str, Any],
         on_step: Callable[[int, dict[str, Tensor]], None] | None,
@@ -115,8 +141,8 @@ class _Loop:
         self.dtype = floating_dtype(module)
         self.preprocess = preprocess
         self.preprocessor = Preprocessor(preprocess)
-        train_indices, self.validation_indices = split_validation(len(dataset), config.val_fraction, config.seed)
-        self.batches = EpochBatches(train_indices, config.batch_size, config.seed)
+        self.validation_indices = np.empty(0, np.int64)
+        self.batches = EpochBatches(order, config.batch_size)
         self.loader = batch_loader(
             dataset, self.batches, preprocessor=self.preprocessor, workers=config.workers, device=self.device
         )
@@ -154,6 +180,8 @@ class _Loop:
 
     def _epoch(self, epoch: int) -> dict[str, Any]:
         self.batches.epoch = epoch
+        if self.join is not None:
+            self.join.start_epoch(epoch)
         self.module.train()
         seen: list[dict[str, Tensor]] = []
         correct = torch.zeros((), dtype=torch.int64, device=self.device)

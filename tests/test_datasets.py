@@ -177,7 +177,7 @@ def test_functions_get_what_they_take(tmp_path, monkeypatch):
     )
     monkeypatch.chdir(tmp_path)
     path = list(sys.path)
-    with pytest.raises(DatasetError, match="kd_my_helper"):
+    with pytest.raises(DatasetError, match=r"importing kd_my_data fails with .*kd_my_helper"):
         open_dataset("py:kd_my_data:load", split="train")
     (tmp_path / "kd_my_helper.py").write_text("")
     with pytest.raises(DatasetError, match="sample 0 of py:kd_my_data:load is a list"):
@@ -357,6 +357,7 @@ def test_epochs_in_order_without_the_global_generator(workers):
     before = torch.get_rng_state()
     batches = loader(indexed, Epochs(), workers=workers)
     assert len(batches) == 4
+    assert batches.persistent_workers is (workers > 0)
     next(iter(batches))  # given up after one batch
     for epoch in (2, 3):
         order = torch.cat([batch.indices for batch in batches])

@@ -48,6 +48,11 @@ def test_cnn_for_mnist_by_hand():
     assert count_parameters(build("cnn", input_shape=(1, 28, 28)).module) == parameters == 206_922
 
 
+def test_cnn_pools_only_what_is_larger():
+    for side, pooled in ((8, 2), (28, 7), (64, 7)):
+        assert build("cnn", input_shape=(1, side, side)).module.classifier[1].in_features == 32 * pooled**2
+
+
 def test_networks_refuse_what_they_cannot_take():
     for name in ("cnn", "resnet20"):
         with pytest.raises(ModelError, match=r"\(3, 2, 2\)"):
@@ -233,6 +238,14 @@ def test_weights_are_found_in_their_wrappers(tmp_path, nesting, prefix):
     assert weights_sha256(student) == weights_sha256(teacher)
 
 
+def test_a_moving_average_is_loaded(tmp_path):
+    teacher, student = small(), small()
+    averaged = torch.optim.swa_utils.AveragedModel(teacher)
+    save_checkpoint(tmp_path / "w.pt", {"model_ema": averaged.state_dict()})
+    load_weights(student, tmp_path / "w.pt")
+    assert weights_sha256(student) == weights_sha256(teacher)
+
+
 def test_a_wrapped_module_keeps_its_prefix(tmp_path):
     wrapped = nn.Module()
     wrapped.module = small()
@@ -305,14 +318,15 @@ def test_checkpoints_come_back_as_they_went(tmp_path):
     assert content["model"]["w"].tolist() == [1.0, 1.0]
 
 
-def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
+@pytest.mark.parametrize("step", ["fsync", "replace"])
+def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch, step):
     path = tmp_path / "c.pt"
     save_checkpoint(path, {"step": 1})
 
-    def full(handle):
+    def full(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(os, "fsync", full)
+    monkeypatch.setattr(os, step, full)
     with pytest.raises(StorageError, match="No space left"):
         save_checkpoint(path, {"step": 2})
     assert read_checkpoint(path) == {"step": 1}

@@ -42,6 +42,6 @@ def encode_logits(logits: NDArray[Any], encoding: str, *, first_sample: int) -> 
         raise TeacherOutputError(
             f"the teacher's logit for {where} is {value:g}",
             f"at most {np.finfo(stored.dtype).max:g} in size for {encoding}",
-            "dump with --encoding float32",
+            f"dump with --encoding {'float32' if encoding == 'float16' else 'float64'}",
         )
     return stored

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from kdcache.errors import StorageError
+from kdcache.errors import KdcacheError, StorageError
 
 TEMPORARY = ".tmp"
 
@@ -27,7 +27,7 @@ def storage_errors(action: str, path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as problem:
-        if isinstance(problem, StorageError):
+        if isinstance(problem, KdcacheError):
             raise
         remedy = _REMEDIES.get(problem.errno or 0, "look at the disk")
         raise StorageError(

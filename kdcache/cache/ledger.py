@@ -25,19 +25,28 @@ NAME = "ledger"
 BLOCK_SHARDS = 256
 
 
+# For each array, the length of a shard's file and the crc32c of each of its chunks.
+Entry = dict[str, tuple[int, list[int]]]
+
+
 class Ledger:
     """The ledger of one split, held in memory; every commit goes to disk before the call returns.
 
     Args:
         split_path: folder of the split's Zarr group.
+        salvage: take a damaged part as empty instead of raising, and name it in `damaged`.
+
+    Attributes:
+        damaged: (view, block) of the parts that could not be read.
 
     Raises:
         CacheDamaged: a ledger file fails its checksum or has the wrong length.
     """
 
-    def __init__(self, split_path: Path, manifest: Manifest) -> None:
+    def __init__(self, split_path: Path, manifest: Manifest, *, salvage: bool = False) -> None:
         self._path = split_path / NAME
         self._manifest = manifest
+        self.damaged: list[tuple[int, int]] = []
         self._columns: dict[str, tuple[int, int]] = {}
         width = 0
         for array in manifest.arrays:
@@ -48,7 +57,12 @@ class Ledger:
         self._entries = np.zeros((manifest.views, blocks * self._block, width), "<u8")
         for view in range(manifest.views):
             for block in range(blocks):
-                self._load(view, block)
+                try:
+                    self._load(view, block)
+                except CacheDamaged:
+                    if not salvage:
+                        raise
+                    self.damaged.append((view, block))
 
     @staticmethod
     def zarr_array_options(manifest: Manifest) -> dict[str, Any]:
@@ -85,21 +99,35 @@ class Ledger:
         """sha256 of a view's entries."""
         return hashlib.sha256(self.entries[view].tobytes()).hexdigest()
 
-    def commit(self, view: int, shard: int, entry: dict[str, tuple[int, list[int]]]) -> None:
-        """Record a shard whose data is already durable.
+    def commit(self, view: int, shard: int, entry: Entry) -> None:
+        """Record a shard whose data is already durable."""
+        before = self._entries[view, shard].copy()
+        try:
+            self.set(view, shard, entry)
+            self._save_block(view, shard // self._block)
+        except BaseException:
+            self._entries[view, shard] = before
+            raise
 
-        Args:
-            entry: for each array, the length of its file and the crc32c of each of its chunks.
-        """
-        block = shard // self._block
-        target = self._entries[view, block * self._block : (block + 1) * self._block]
-        updated = target.copy()
+    def forget(self, view: int, shard: int) -> None:
+        """Record that a shard is not committed any more."""
+        self._entries[view, shard] = 0
+        self._save_block(view, shard // self._block)
+
+    def set(self, view: int, shard: int, entry: Entry) -> None:
+        """Enter a shard in memory only."""
         for name, (length, crcs) in entry.items():
             start, stop = self._columns[name]
-            updated[shard % self._block, start:stop] = [length, *crcs]
-        payload = updated.tobytes()
+            self._entries[view, shard, start:stop] = [length, *crcs]
+
+    def save(self, view: int) -> None:
+        """Put all entries of a view to disk."""
+        for block in range(self._entries.shape[1] // self._block):
+            self._save_block(view, block)
+
+    def _save_block(self, view: int, block: int) -> None:
+        payload = self._entries[view, block * self._block : (block + 1) * self._block].tobytes()
         write_durable(self._file(view, block), payload + crc32c(payload).to_bytes(CRC_BYTES, "little"))
-        target[:] = updated
 
     def _file(self, view: int, block: int) -> Path:
         return self._path / "c" / str(view) / str(block) / "0"
@@ -115,6 +143,6 @@ class Ledger:
             raise CacheDamaged(
                 f"the ledger file {self._file(view, block)} is damaged",
                 f"{target.nbytes + CRC_BYTES} bytes that match their crc32c",
-                "restore it from a copy, or dump again into another folder",
+                "run the dump-teacher command that made it with --repair, or restore the file from a copy",
             )
         target[:] = np.frombuffer(payload, "<u8").reshape(target.shape)

@@ -8,17 +8,22 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from kdcache.cache.files import storage_errors
-from kdcache.errors import CacheDamaged, CacheIncomplete
+from kdcache.errors import CacheDamaged, UsageError
 from kdcache.records import canonical_json, from_json, to_json
 
 SCHEMA = 1
 ATTRIBUTE = "kdcache"
 METADATA = "zarr.json"
+ROOT_MARK = {"cache": 1}
+
+_REMEDY = "run the dump-teacher command that made it with --repair, or restore the file from a copy"
+_SPLIT_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
 # What may differ between two runs of one dump: results, hints and circumstances, not settings.
 NOT_IDENTITY = frozenset({"view_sha256", "dataset.data_root", "teacher.accuracy", "device", "batch_size"})
@@ -79,6 +84,8 @@ class DatasetRecord:
     data_root: str | None = None
 
     def __post_init__(self) -> None:
+        if not _SPLIT_NAME.fullmatch(self.split):
+            raise UsageError(f"the split is named {self.split!r}", "letters, digits, _, - and . (not in front)")
         if self.length < 1:
             raise ValueError(f"length is {self.length}: a cache needs at least one sample")
         if not self.classes:
@@ -200,43 +207,62 @@ def read_manifest(split_path: Path) -> Manifest:
     """The manifest of a split, checked against its digest.
 
     Raises:
-        CacheIncomplete: there is none (yet).
-        CacheDamaged: it was edited, or a version wrote it that this one cannot read.
+        CacheDamaged: it is missing, was edited, or a version wrote it that this one cannot read.
     """
-    where = str(split_path)
-    attributes = read_attributes(split_path)
-    holder = attributes.get(ATTRIBUTE) if isinstance(attributes, dict) else None
-    if holder is None:
-        raise CacheIncomplete(
-            f"{where} has no kdcache manifest",
-            "a split written by dump-teacher",
-            "run the same dump-teacher command again; it continues what is there",
-        )
-    remedy = "restore the file from a copy, or dump again into another folder"
+    holder = _group_attribute(split_path)
     if not isinstance(holder, dict) or not {"manifest", "sha256"} <= holder.keys():
-        raise CacheDamaged(f"{where}: the kdcache attribute is not a manifest with its sha256", remedy=remedy)
+        raise CacheDamaged(f"{split_path}: the kdcache attribute is not a manifest with its sha256", remedy=_REMEDY)
     digest = hashlib.sha256(canonical_json(holder["manifest"])).hexdigest()
     if digest != holder["sha256"]:
-        raise CacheDamaged(f"{where}: the manifest's sha256 is {digest}", f"{holder['sha256']}, as written", remedy)
-    return from_json(Manifest, holder["manifest"], where=where, error=CacheDamaged)
+        raise CacheDamaged(
+            f"{split_path}: the manifest's sha256 is {digest}", f"{holder['sha256']}, as written", _REMEDY
+        )
+    return from_json(Manifest, holder["manifest"], where=str(split_path), error=CacheDamaged)
 
 
-def read_attributes(group_path: Path) -> Any:
-    """The attributes of the Zarr group at a folder.
+def is_cache(path: Path) -> bool:
+    """Whether a cache's root group is at a path; False for nothing and for anything else.
 
     Raises:
-        CacheDamaged: its zarr.json is not the metadata of a group.
+        CacheDamaged: it is the root of a cache that this version cannot read.
     """
+    if not (path / METADATA).is_file():
+        return False
+    document = _read_json(path / METADATA)
+    attributes = document.get("attributes") if isinstance(document, dict) else None
+    if not isinstance(attributes, dict) or ATTRIBUTE not in attributes:
+        return False
+    if _group_attribute(path) != ROOT_MARK:
+        raise CacheDamaged(
+            f"{path} is marked {attributes[ATTRIBUTE]!r}", f"{ROOT_MARK!r}, which this version reads", _REMEDY
+        )
+    return True
+
+
+def _group_attribute(group_path: Path) -> Any:
+    """What a Zarr group's attributes hold for kdcache; None where they hold nothing."""
     path = group_path / METADATA
+    document = _read_json(path)
     try:
-        with storage_errors("read", path):
-            document = json.loads(path.read_bytes())
         if document["node_type"] != "group" or document["zarr_format"] != 3:
             raise ValueError(f"node_type {document['node_type']!r}, zarr_format {document['zarr_format']!r}")
-        return document["attributes"]
-    except (ValueError, KeyError, TypeError) as problem:
-        raise CacheDamaged(
-            f"{path} is not the metadata of a Zarr group: {problem}",
-            "node_type group, zarr_format 3 and attributes",
-            "restore the file from a copy, or dump again into another folder",
-        ) from problem
+        return document["attributes"].get(ATTRIBUTE)
+    except (ValueError, KeyError, TypeError, AttributeError) as problem:
+        raise _not_a_group(path, problem) from problem
+
+
+def _read_json(path: Path) -> Any:
+    def refuse(constant: str) -> None:
+        raise ValueError(f"it holds {constant}")
+
+    try:
+        with storage_errors("read", path):
+            return json.loads(path.read_bytes(), parse_constant=refuse)
+    except ValueError as problem:
+        raise _not_a_group(path, problem) from problem
+
+
+def _not_a_group(path: Path, problem: Exception) -> CacheDamaged:
+    return CacheDamaged(
+        f"{path} is not the metadata of a Zarr group: {problem}", "JSON with node_type group and attributes", _REMEDY
+    )

@@ -6,18 +6,18 @@ Nothing is returned unchecked: manifest against its sha256, ledger against manif
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kdcache.cache.files import storage_errors
-from kdcache.cache.layout import shard_path
+from kdcache.cache.chunks import REPAIR, ChunkReader, sample_indices
+from kdcache.cache.feeds import FeedChoice, open_feed
 from kdcache.cache.ledger import Ledger
-from kdcache.cache.manifest import ATTRIBUTE, METADATA, ArrayRecord, Manifest, read_attributes, read_manifest
-from kdcache.cache.shards import BadChunk, chunk_stride, decode_chunk, decode_index, index_bytes
+from kdcache.cache.manifest import Manifest, is_cache, read_manifest
+from kdcache.cache.order import batches_of
 from kdcache.errors import CacheDamaged, CacheIncomplete, CacheNotFound
 
 
@@ -28,8 +28,7 @@ def cache_splits(path: str | os.PathLike[str]) -> list[str]:
         CacheNotFound: there is no cache at the path.
     """
     root = Path(path)
-    attributes = read_attributes(root) if (root / METADATA).exists() else None
-    if not isinstance(attributes, dict) or ATTRIBUTE not in attributes:
+    if not is_cache(root):
         found = "nothing is there" if not root.exists() else "what is there is something else"
         raise CacheNotFound(
             f"no cache at {root}: {found}",
@@ -39,8 +38,11 @@ def cache_splits(path: str | os.PathLike[str]) -> list[str]:
     return sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
 
 
-def open_cache(path: str | os.PathLike[str], split: str = "train") -> Cache:
+def open_cache(path: str | os.PathLike[str], split: str = "train", *, allow_partial: bool = False) -> Cache:
     """Open one split of a cache for reading.
+
+    Args:
+        allow_partial: open a split whose dump has not finished, too; only its committed samples can be read.
 
     Raises:
         CacheNotFound: no cache there, or not this split.
@@ -54,106 +56,30 @@ def open_cache(path: str | os.PathLike[str], split: str = "train") -> Cache:
             f"one of {', '.join(splits) or '(none yet)'}",
             f"add it: the dump-teacher command that made the cache, with --split {split}",
         )
-    return Cache(Path(path) / split)
-
-
-class ChunkReader:
-    """Reads chunks that the ledger names, and checks each before any of it is used."""
-
-    def __init__(self, split_path: Path, manifest: Manifest, ledger: Ledger) -> None:
-        self._path, self._manifest, self._ledger = split_path, manifest, ledger
-
-    def rows(self, name: str, view: int, indices: NDArray[np.int64]) -> NDArray[Any]:
-        """Some rows of an array, (n, *row_shape), in the order asked.
-
-        Raises:
-            IndexError: an index or the view is out of range.
-            CacheDamaged: a chunk fails its checksum.
-        """
-        length = self._manifest.dataset.length
-        if indices.size and (indices.min() < 0 or indices.max() >= length):
-            raise IndexError(f"sample indices run from {indices.min()} to {indices.max()}; the cache has {length}")
-        array = self._manifest.array(name)
-        result = np.empty((len(indices), *array.row_shape), array.dtype)
-        chunks = indices // array.chunk_rows
-        for chunk in np.unique(chunks):
-            here = np.flatnonzero(chunks == chunk)
-            result[here] = self.chunk(array, view, int(chunk))[indices[here] % array.chunk_rows]
-        return result
-
-    def span(self, name: str, view: int, rows: range) -> NDArray[Any]:
-        """Consecutive rows of an array, (n, *row_shape).
-
-        Raises:
-            CacheDamaged: a chunk fails its checksum.
-        """
-        array = self._manifest.array(name)
-        result = np.empty((len(rows), *array.row_shape), array.dtype)
-        for chunk in range(rows.start // array.chunk_rows, -(-rows.stop // array.chunk_rows)):
-            first = chunk * array.chunk_rows
-            start, stop = max(rows.start, first), min(rows.stop, first + array.chunk_rows)
-            result[start - rows.start : stop - rows.start] = self.chunk(array, view, chunk)[
-                start - first : stop - first
-            ]
-        return result
-
-    def chunk(self, array: ArrayRecord, view: int, chunk: int) -> NDArray[Any]:
-        """One chunk, (chunk_rows, *row_shape), read-only; rows past the last sample are padding.
-
-        Raises:
-            CacheDamaged: its bytes are not the committed ones.
-        """
-        if not 0 <= view < self._manifest.views:
-            raise IndexError(f"view is {view}; the cache has {self._manifest.views}")
-        shard, position = divmod(chunk, self._manifest.shard_rows // array.chunk_rows)
-        path = shard_path(self._path, array, view, shard)
-        length, crcs = self._ledger.lookup(array, view, shard)
-        try:
-            if not path.exists():
-                raise BadChunk("its file is missing")
-            with storage_errors("read", path), open(path, "rb") as file:
-                found = os.fstat(file.fileno()).st_size
-                if found != length:
-                    raise BadChunk(f"its file has {found} bytes, the ledger says {length}")
-                offset, size = self._place(file.fileno(), array, length, position)
-                data = os.pread(file.fileno(), size, offset)
-            return decode_chunk(array, data, int(crcs[position]))
-        except BadChunk as problem:
-            rows = self._manifest.rows_of(shard)
-            raise CacheDamaged(
-                f"{array.name}, view {view}, shard {shard} (samples {rows.start} to {rows.stop - 1}) of {self._path} "
-                f"is damaged: {problem}",
-                "the bytes that the dump committed",
-                "restore the cache from a copy, or dump again into another folder",
-            ) from problem
-
-    def _place(self, descriptor: int, array: ArrayRecord, length: int, position: int) -> tuple[int, int]:
-        """Offset and bytes of one chunk with its crc32c, within a shard's file of `length` bytes."""
-        if array.compression == "none":
-            return position * chunk_stride(array), chunk_stride(array)
-        index = index_bytes(self._manifest, array)
-        if not index:
-            return 0, length
-        offset, size = (int(n) for n in decode_index(os.pread(descriptor, index, length - index))[position])
-        if offset + size > length - index:
-            raise BadChunk(f"its index places chunk {position} outside the file")
-        return offset, size
+    return Cache(Path(path) / split, allow_partial=allow_partial)
 
 
 class Cache:
     """One split of a cache: soft targets by sample index.
+
+    May be used from several threads, and goes to forked and spawned processes, where it opens itself anew.
 
     Attributes:
         manifest: what the split is of.
         path: folder of the split.
     """
 
-    def __init__(self, split_path: Path) -> None:
+    def __init__(self, split_path: Path, *, allow_partial: bool = False) -> None:
         self.path = split_path
         self.manifest: Manifest = read_manifest(split_path)
-        self._ledger = Ledger(split_path, self.manifest)
-        self._check_complete()
-        self._chunks = ChunkReader(split_path, self.manifest, self._ledger)
+        self._partial = allow_partial and not self.manifest.complete
+        ledger = Ledger(split_path, self.manifest)
+        if not self._partial:
+            check_complete(split_path, self.manifest, ledger)
+        self.reader = ChunkReader(split_path, self.manifest, ledger)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _reopen, (self.path, self._partial)
 
     def __len__(self) -> int:
         """Number of samples."""
@@ -169,6 +95,43 @@ class Cache:
         """Class names; a logit's position is its class."""
         return self.manifest.dataset.classes
 
+    @property
+    def complete(self) -> bool:
+        """Whether every row is there; only a cache opened with `allow_partial` may lack some."""
+        return not self._partial
+
+    def samples(self, view: int = 0) -> NDArray[np.int64]:
+        """Indices of the samples that can be read, (n,), ascending: all of them, unless the cache is partial."""
+        if not self._partial:
+            return np.arange(len(self))
+        shards = np.flatnonzero(self.reader.ledger.committed(view))
+        return np.concatenate([np.empty(0, np.int64), *(np.array(self.manifest.rows_of(int(s))) for s in shards)])
+
+    def epoch(
+        self,
+        epoch: int = 0,
+        *,
+        batch_size: int = 256,
+        seed: int = 0,
+        view: int = 0,
+        choice: FeedChoice | None = None,
+    ) -> Iterator[tuple[NDArray[np.int64], NDArray[Any]]]:
+        """The samples of one epoch in shuffled order, each exactly once; the same order everywhere for the same seed.
+
+        Args:
+            choice: memory that may be held, and how rows are fed and shuffled.
+
+        Yields:
+            Sample indices (batch,) and their soft targets (batch, classes).
+
+        Raises:
+            CacheDamaged: a chunk fails its checksum.
+        """
+        feed, order, _ = open_feed(self.reader, indices=self.samples(view), seed=seed, view=view, choice=choice)
+        feed.start_epoch(epoch)
+        for indices in batches_of(order, epoch, batch_size):
+            yield indices, feed.rows(indices)
+
     def rows(self, indices: Sequence[int] | NDArray[np.integer[Any]], view: int = 0) -> NDArray[Any]:
         """Soft targets of some samples: logits as the teacher gave them.
 
@@ -180,32 +143,46 @@ class Cache:
 
         Raises:
             IndexError: an index or the view is out of range.
+            TypeError: the indices are not integers in one dimension.
             CacheDamaged: a chunk fails its checksum.
         """
-        return self._chunks.rows("logits", view, np.asarray(indices, np.int64))
+        return self.reader.rows("logits", view, sample_indices(indices))
 
     def column(self, name: str, view: int = 0) -> NDArray[Any]:
         """One whole array of one view, such as `logits`, `labels` or `input_crc32c`: (samples, *row_shape).
 
         Raises:
+            CacheIncomplete: the cache is partial.
             KeyError: the cache does not hold it.
             CacheDamaged: a chunk fails its checksum.
         """
-        return self._chunks.span(name, view, range(len(self)))
+        if self._partial:
+            check_complete(self.path, self.manifest, self.reader.ledger)
+        return self.reader.span(name, view, range(len(self)))
 
-    def _check_complete(self) -> None:
-        manifest = self.manifest
-        if not manifest.complete:
-            done = sum(int(self._ledger.committed(view).sum()) for view in range(manifest.views))
-            raise CacheIncomplete(
-                f"{self.path} is incomplete: {done} of {manifest.shards * manifest.views} shards are committed",
-                "a finished dump",
-                "run the same dump-teacher command again; it continues from the last committed shard",
+
+def _reopen(split_path: Path, allow_partial: bool) -> Cache:
+    return Cache(split_path, allow_partial=allow_partial)
+
+
+def check_complete(split_path: Path, manifest: Manifest, ledger: Ledger) -> None:
+    """Refuse a split that lacks rows, or whose ledger is not the one that the manifest answers for.
+
+    Raises:
+        CacheIncomplete: its dump has not finished.
+        CacheDamaged: the ledger's digest is another.
+    """
+    if not manifest.complete:
+        done = sum(int(ledger.committed(view).sum()) for view in range(manifest.views))
+        raise CacheIncomplete(
+            f"{split_path} is incomplete: {done} of {manifest.shards * manifest.views} shards are committed",
+            "a finished dump",
+            "run the same dump-teacher command again, which continues it; or give --allow-partial to use what is there",
+        )
+    for view, digest in enumerate(manifest.view_sha256):
+        if (found := ledger.digest(view)) != digest:
+            raise CacheDamaged(
+                f"the ledger of view {view} in {split_path} has sha256 {found}",
+                f"{digest}, as the manifest says",
+                REPAIR,
             )
-        for view, digest in enumerate(manifest.view_sha256):
-            if (found := self._ledger.digest(view)) != digest:
-                raise CacheDamaged(
-                    f"the ledger of view {view} in {self.path} has sha256 {found}",
-                    f"{digest}, as the manifest says",
-                    "restore the cache from a copy, or dump again into another folder",
-                )

@@ -17,7 +17,7 @@ from kdcache.cache.layout import chunks_per_shard, fill_value, is_sharded, row_b
 from kdcache.cache.manifest import ArrayRecord, Manifest
 
 CRC_BYTES = 4
-_ABSENT = 2**64 - 1
+ABSENT = 2**64 - 1
 
 
 class BadChunk(Exception):
@@ -41,7 +41,7 @@ def encode_shard(manifest: Manifest, array: ArrayRecord, values: NDArray[Any]) -
     """
     level = zstd_level(array.compression)
     parts: list[bytes] = []
-    index = np.full((chunks_per_shard(manifest, array), 2), _ABSENT, "<u8")
+    index = np.full((chunks_per_shard(manifest, array), 2), ABSENT, "<u8")
     crcs = [0] * len(index)
     offset = 0
     for chunk, start in enumerate(range(0, len(values), array.chunk_rows)):
@@ -49,7 +49,7 @@ def encode_shard(manifest: Manifest, array: ArrayRecord, values: NDArray[Any]) -
         if len(rows) < array.chunk_rows:
             padding = np.full((array.chunk_rows - len(rows), *array.row_shape), fill_value(array.dtype), array.dtype)
             rows = np.concatenate([rows, padding])
-        payload = np.ascontiguousarray(rows, np.dtype(array.dtype).newbyteorder("<")).tobytes()
+        payload = np.ascontiguousarray(rows, stored_dtype(array)).tobytes()
         if level is not None:
             payload = bytes(Zstd(level=level).encode(payload))
         crcs[chunk] = crc32c(payload)
@@ -83,22 +83,17 @@ def decode_index(index: bytes) -> NDArray[np.uint64]:
     return np.frombuffer(table, "<u8").reshape(-1, 2)
 
 
-def decode_chunk(array: ArrayRecord, data: bytes, committed_crc: int) -> NDArray[Any]:
-    """The rows of one chunk, (chunk_rows, *row_shape), read-only; rows past the last sample are padding.
-
-    Args:
-        data: the chunk's bytes with the crc32c that follows them.
-        committed_crc: the ledger's.
+def check_crc(payload: bytes | NDArray[Any], stored: bytes, committed: int) -> None:
+    """Compare a chunk's bytes with the crc32c that follows them and with the ledger's.
 
     Raises:
-        BadChunk: the bytes are not the committed ones.
+        BadChunk: they differ.
     """
-    payload, stored = data[:-CRC_BYTES], int.from_bytes(data[-CRC_BYTES:], "little")
-    found = crc32c(payload)
-    if found != committed_crc or stored != committed_crc:
-        raise BadChunk(
-            f"crc32c is {found:#010x} (stored beside it: {stored:#010x}), the ledger says {committed_crc:#010x}"
-        )
-    if array.compression != "none":
-        payload = bytes(Zstd().decode(payload))
-    return np.frombuffer(payload, np.dtype(array.dtype).newbyteorder("<")).reshape(array.chunk_rows, *array.row_shape)
+    found, beside = crc32c(payload), int.from_bytes(stored, "little")
+    if not found == beside == committed:
+        raise BadChunk(f"crc32c is {found:#010x}, stored beside it {beside:#010x}, in the ledger {committed:#010x}")
+
+
+def stored_dtype(array: ArrayRecord) -> np.dtype[Any]:
+    """The dtype of the bytes on disk: little-endian."""
+    return np.dtype(array.dtype).newbyteorder("<")

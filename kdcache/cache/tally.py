@@ -8,9 +8,9 @@ from typing import Any
 
 from numpy.typing import NDArray
 
+from kdcache.cache.chunks import ChunkReader
 from kdcache.cache.encoding import encode_logits
 from kdcache.cache.manifest import Manifest
-from kdcache.cache.reader import ChunkReader
 from kdcache.cache.writer import SplitWriter
 
 

@@ -7,6 +7,7 @@ that the next run with the same manifest continues.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from kdcache.cache import lock
 from kdcache.cache.files import TEMPORARY, make_folder, storage_errors, sync_folder, sync_tree, write_durable
 from kdcache.cache.layout import shard_path, zarr_array_options
 from kdcache.cache.ledger import Ledger
@@ -21,45 +23,66 @@ from kdcache.cache.manifest import (
     ATTRIBUTE,
     METADATA,
     NOT_IDENTITY,
+    ROOT_MARK,
     Manifest,
+    is_cache,
     manifest_attributes,
-    read_attributes,
     read_manifest,
 )
 from kdcache.cache.shards import encode_shard
-from kdcache.errors import CacheDamaged, CacheIncomplete, TargetExists
+from kdcache.errors import CacheDamaged, TargetExists
 from kdcache.records import differences
 
-ROOT_ATTRIBUTES = {ATTRIBUTE: {"cache": 1}}
+_BUILDING = ".{}.creating"
 
 
 class SplitWriter:
-    """Writes the rows of one split behind a manifest.
+    """Writes the rows of one split behind a manifest. Use it as a context: it holds the cache's lock until it is left.
 
     Args:
         path: the cache; created where it does not exist.
         manifest: of the split to write, without results.
+        repair: open a split whose manifest or ledger is damaged, too.
 
     Attributes:
         manifest: as it stands on disk; complete once every view is finished.
+        proof_needed: whether the manifest there is damaged, and `finish` must prove that it was this one.
 
     Raises:
         TargetExists: the path holds something else, or the same split of another dump; the message names the settings
             that differ.
+        CacheBusy: another dump writes to the path.
+        CacheDamaged: what is there cannot be read.
     """
 
-    def __init__(self, path: Path, manifest: Manifest) -> None:
+    def __init__(self, path: Path, manifest: Manifest, *, repair: bool = False) -> None:
         self.path = path / manifest.dataset.split
-        _open_root(path)
-        found = self._existing()
-        if found is None:
-            _create_split(self.path, manifest)
-            found = manifest
-        _refuse_other(self.path, found, manifest)
-        self.manifest = found
-        for leftover in self.path.rglob(f"*{TEMPORARY}"):
-            leftover.unlink()
-        self.ledger = Ledger(self.path, found)
+        check_target(path, manifest, repair=repair)
+        with storage_errors("create", path):
+            make_folder(path)
+        self._lock = lock.PathLock(path)
+        try:
+            # Again, now that nobody else writes: what was free may have been taken since.
+            found = check_target(path, manifest, repair=repair)
+            if not is_cache(path):
+                root = {"zarr_format": 3, "node_type": "group", "attributes": {ATTRIBUTE: ROOT_MARK}}
+                write_durable(path / METADATA, json.dumps(root, indent=2).encode())
+            if found is None:
+                _create_split(self.path, manifest)
+            self.manifest = found or manifest
+            self.proof_needed = found is manifest
+            for leftover in self.path.rglob(f"*{TEMPORARY}"):
+                leftover.unlink()
+            self.ledger = Ledger(self.path, self.manifest, salvage=repair)
+        except BaseException:
+            self._lock.release()
+            raise
+
+    def __enter__(self) -> SplitWriter:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._lock.release()
 
     def pending(self) -> list[tuple[int, int]]:
         """The (view, shard) pairs that are not committed, in writing order."""
@@ -77,97 +100,108 @@ class SplitWriter:
                 views share are written with view 0 and passed over with the others.
 
         Raises:
+            ValueError: an array has another shape than the shard.
             StorageError: the disk refused; what was committed before stays.
         """
         entry = {}
         for array in self.manifest.arrays:
             if not array.per_view and view > 0:
                 continue
-            data, crcs = encode_shard(self.manifest, array, arrays[array.name])
+            rows, needed = arrays[array.name], (len(self.manifest.rows_of(shard)), *array.row_shape)
+            if rows.shape != needed:
+                raise ValueError(f"{array.name} of shard {shard} has shape {rows.shape}: it must have {needed}")
+            data, crcs = encode_shard(self.manifest, array, rows)
             write_durable(shard_path(self.path, array, view, shard), data)
             entry[array.name] = len(data), crcs
         self.ledger.commit(view, shard, entry)
 
     def finish(self, manifest: Manifest) -> None:
-        """Seal the split: put the manifest with its results and the digests of the ledger."""
-        path = self.path / METADATA
-        document = json.loads(path.read_bytes())
-        document["attributes"] |= manifest_attributes(manifest)
+        """Seal the split: put the manifest with its results and the digests of the ledger.
+
+        Raises:
+            CacheDamaged: the manifest there is damaged, and nothing proves that it was this one.
+        """
+        path, attributes = self.path / METADATA, manifest_attributes(manifest)
+        try:
+            read_manifest(self.path)
+        except CacheDamaged as problem:
+            _check_proof(path, attributes[ATTRIBUTE], problem)
+            document: dict[str, Any] = {"zarr_format": 3, "node_type": "group", "attributes": {}}
+        else:
+            document = json.loads(path.read_bytes())
+        document["attributes"] |= attributes
         write_durable(path, json.dumps(document, indent=2).encode())
         self.manifest = manifest
 
-    def _existing(self) -> Manifest | None:
-        if not self.path.exists():
-            return None
-        try:
-            return read_manifest(self.path)
-        except (CacheIncomplete, CacheDamaged) as problem:
-            raise TargetExists(
-                f"{self.path} exists and is not a split that can be continued: {problem.found}",
-                "a free place, or the same dump begun before",
-                "choose another --out, or remove that folder if you do not need it",
-            ) from problem
 
+def check_target(path: Path, manifest: Manifest, *, repair: bool = False) -> Manifest | None:
+    """The manifest of the same dump that stands at a target, None where the place is free; reads only.
 
-def check_target(path: Path, manifest: Manifest) -> Manifest | None:
-    """The manifest of the split that stands at a target, None where there is none; reads only.
+    Args:
+        repair: take `manifest` itself where the one there is damaged; `SplitWriter.finish` asks for proof.
 
     Raises:
         TargetExists: something else stands there.
+        CacheDamaged: a cache stands there that cannot be read.
     """
-    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+    if not is_cache(path):
+        if os.path.lexists(path) and not (path.is_dir() and _is_free(path)):
+            raise TargetExists(
+                f"{path} exists and is not a kdcache cache",
+                "a free path, an empty folder, or a cache",
+                "choose another --out; nothing was changed",
+            )
         return None
-    attributes = None
-    if path.is_dir() and (path / METADATA).exists():
-        attributes = read_attributes(path)
-    if not isinstance(attributes, dict) or ATTRIBUTE not in attributes:
-        raise TargetExists(
-            f"{path} exists and is not a kdcache cache",
-            "a free path, an empty folder, or a cache",
-            "choose another --out; nothing was changed",
-        )
     split = path / manifest.dataset.split
     if not split.exists():
         return None
-    found = read_manifest(split)
-    _refuse_other(split, found, manifest)
-    return found
-
-
-def _refuse_other(split_path: Path, found: Manifest, wanted: Manifest) -> None:
+    try:
+        found = read_manifest(split)
+    except CacheDamaged:
+        if repair:
+            return manifest
+        raise
     # A finished split is only read, so another version of a package cannot mix two kinds of rows in it.
-    ignore = NOT_IDENTITY | ({"versions"} if found.complete else set())
-    if None in (found.dataset.labels_sha256, wanted.dataset.labels_sha256):
+    ignore = NOT_IDENTITY | ({"versions"} if found.complete and not repair else set())
+    if None in (found.dataset.labels_sha256, manifest.dataset.labels_sha256):
         ignore |= {"dataset.labels_sha256"}
-    if changes := differences(found, wanted, ignore=ignore):
+    if changes := differences(found, manifest, ignore=ignore):
         raise TargetExists(
-            f"{split_path} holds another dump: "
+            f"{split} holds another dump: "
             + "; ".join(f"{field} is {old!r} there and {new!r} here" for field, old, new in changes),
             "the same settings to continue or keep it",
             "choose another --out, or give the settings it was made with; nothing was changed",
         )
+    return found
 
 
-def _open_root(path: Path) -> None:
-    import zarr
-
-    if path.is_dir() and (path / METADATA).exists():
+def _check_proof(path: Path, attribute: dict[str, Any], problem: CacheDamaged) -> None:
+    """Let a manifest take the place of a damaged one only if it is that one: by its sha256, or by what it says."""
+    recorded = path.read_bytes() if path.exists() else b""
+    if attribute["sha256"].encode() in recorded:
         return
-    building = path.with_name(f".{path.name}.creating")
-    with storage_errors("create", path):
-        shutil.rmtree(building, ignore_errors=True)
-        make_folder(path.absolute().parent)
-        zarr.create_group(building, zarr_format=3, attributes=ROOT_ATTRIBUTES)
-        sync_tree(building)
-        building.replace(path)
-        sync_folder(path.absolute().parent)
+    try:
+        if json.loads(recorded)["attributes"][ATTRIBUTE]["manifest"] == attribute["manifest"]:
+            return
+    except (ValueError, KeyError, TypeError):
+        pass
+    raise CacheDamaged(
+        f"{problem.found}; the manifest that this dump would write is another one",
+        "proof that the split is of this dump: the recorded sha256, or the recorded manifest",
+        "give the very command and versions that made it, or dump again into another folder",
+    ) from problem
+
+
+def _is_free(folder: Path) -> bool:
+    """Whether a folder holds nothing but what a dump that was killed at its very start leaves."""
+    return all(entry.name == lock.NAME or entry.name == METADATA + TEMPORARY for entry in folder.iterdir())
 
 
 def _create_split(split_path: Path, manifest: Manifest) -> None:
     """Build the split's metadata beside its place and move it there, so that a kill leaves all of it or nothing."""
     import zarr
 
-    building = split_path.with_name(f".{split_path.name}.creating")
+    building = split_path.with_name(_BUILDING.format(split_path.name))
     with storage_errors("create", split_path):
         shutil.rmtree(building, ignore_errors=True)
         group = zarr.create_group(building, zarr_format=3, attributes=manifest_attributes(manifest))

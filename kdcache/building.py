@@ -1,0 +1,103 @@
+"""From specs and settings to datasets and networks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from kdcache.cache.manifest import Preprocess
+from kdcache.checkpoints import load_weights, read_checkpoint
+from kdcache.config import DatasetSource, Input
+from kdcache.datasets import IndexedDataset, open_dataset
+from kdcache.errors import CheckpointError, DatasetError, ModelError, UsageError
+from kdcache.models import BuiltModel, build_model
+from kdcache.progress import log
+from kdcache.records import from_json, to_json
+
+DATA_ROOT = "data"
+
+
+def load_teacher(settings: Input, spec: str, checkpoint_path: str | None, dataset: IndexedDataset) -> BuiltModel:
+    checkpoint = read_checkpoint(checkpoint_path) if checkpoint_path else {}
+    built = build(spec, dataset, settings, 0, dataset_preprocess(dataset), checkpoint=checkpoint)
+    if checkpoint_path:
+        check_classes(checkpoint_path, checkpoint, dataset)
+        load_weights(built.module, checkpoint_path)
+    elif not built.has_weights:
+        raise UsageError(
+            f"the teacher {spec} has random weights",
+            "a trained teacher",
+            "give --checkpoint FILE; kdcache train-teacher makes one (best.pt)",
+        )
+    return built
+
+
+def open_data(settings: DatasetSource, spec: str, split: str, hint: str | None = None) -> IndexedDataset:
+    root = settings.data_root or hint or DATA_ROOT
+    return open_dataset(spec, split=split, data_root=root, download=settings.download)
+
+
+def open_test(settings: DatasetSource, spec: str, hint: str | None = None) -> IndexedDataset | None:
+    """The test split; None, and said so, where there is none. Opened before training, so that it is known early."""
+    try:
+        return open_data(settings, spec, "test", hint)
+    except DatasetError as problem:
+        log(f"no accuracy on a test split will be given: {problem}")
+        return None
+
+
+def dataset_preprocess(dataset: IndexedDataset) -> Preprocess:
+    return Preprocess(mean=dataset.default_mean, std=dataset.default_std)
+
+
+def build(
+    spec: str,
+    dataset: IndexedDataset,
+    settings: Input,
+    seed: int,
+    default: Preprocess,
+    *,
+    training: bool = False,
+    checkpoint: dict[str, Any] | None = None,
+) -> BuiltModel:
+    """A network for a dataset; what a kdcache checkpoint recorded of its preprocessing goes before the default."""
+    if checkpoint and "kdcache" in checkpoint:
+        default = recorded_preprocess(checkpoint, Path(spec))
+    return build_model(
+        spec,
+        num_classes=len(dataset.classes),
+        input_shape=dataset.input_shape,
+        seed=seed,
+        mean=settings.mean,
+        std=settings.std,
+        size=settings.size,
+        default=default,
+        replace_head=training,
+    )
+
+
+def recorded_preprocess(checkpoint: dict[str, Any], path: Path) -> Preprocess:
+    return from_json(Preprocess, checkpoint["kdcache"]["preprocess"], where=str(path), error=CheckpointError)
+
+
+def describe(built: BuiltModel, dataset: IndexedDataset) -> dict[str, Any]:
+    return {
+        "kdcache": {
+            "model": built.spec,
+            "classes": list(dataset.classes),
+            "preprocess": to_json(built.preprocess),
+            "dataset": dataset.name,
+            "data_root": dataset.data_root,
+        }
+    }
+
+
+def check_classes(path: str, checkpoint: dict[str, Any], dataset: IndexedDataset) -> None:
+    """Refuse a kdcache checkpoint whose outputs mean other classes than the dataset's."""
+    description = checkpoint.get("kdcache")
+    if isinstance(description, dict) and description["classes"] != list(dataset.classes):
+        raise ModelError(
+            f"{path} was trained for the {len(description['classes'])} classes {description['classes'][:5]} …",
+            f"the {len(dataset.classes)} classes {list(dataset.classes[:5])} … of {dataset.name}, in that order",
+            "use a checkpoint trained on this dataset's classes",
+        )

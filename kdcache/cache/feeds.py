@@ -1,0 +1,149 @@
+"""One view's rows for training, fed from memory, from mapped files or as a stream; which one is chosen here."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kdcache.cache.chunks import ChunkReader, check_indices
+from kdcache.cache.layout import row_bytes
+from kdcache.cache.mapping import MappedFeed, can_map
+from kdcache.cache.order import EpochOrder, ExactOrder, WindowOrder
+from kdcache.cache.streaming import StreamedFeed, window_chunks
+from kdcache.errors import UsageError
+
+DEFAULT_MEMORY = "4GiB"
+FEEDS = ("auto", "memory", "mapped", "streamed")
+SHUFFLES = ("auto", "exact", "window")
+
+_UNITS = {"": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+
+
+class Feed(Protocol):
+    """Gives rows of one view by sample index."""
+
+    kind: str
+
+    def start_epoch(self, epoch: int) -> None:
+        """Prepare for the rows of an epoch."""
+        ...
+
+    def rows(self, indices: NDArray[np.int64]) -> NDArray[Any]:
+        """Some rows, (n, *row_shape), in the order asked."""
+        ...
+
+
+class MemoryFeed:
+    """A whole view in memory, checked as it was read.
+
+    Raises:
+        CacheDamaged: a chunk fails its checksum.
+    """
+
+    kind = "memory"
+
+    def __init__(self, reader: ChunkReader, view: int, name: str = "logits") -> None:
+        self.values: NDArray[Any] = reader.span(name, view, range(reader.manifest.dataset.length))
+
+    def start_epoch(self, epoch: int) -> None:
+        """Nothing to prepare."""
+
+    def rows(self, indices: NDArray[np.int64]) -> NDArray[Any]:
+        check_indices(indices, len(self.values))
+        result: NDArray[Any] = np.take(self.values, indices, axis=0)
+        return result
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeedChoice:
+    """How a cache is read.
+
+    Attributes:
+        memory: what may be held, as `4GiB`; a view that fits is read into memory whole.
+        feed: `auto`, or one of the others to insist.
+        shuffle: `exact`, `window`, or `auto`: exact wherever rows can be read at random.
+    """
+
+    memory: str = DEFAULT_MEMORY
+    feed: str = "auto"
+    shuffle: str = "auto"
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes in `4GiB`, `500MB` or `1048576`.
+
+    Raises:
+        UsageError: none of these.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]i?B|)", text.strip())
+    if match is None:
+        raise UsageError(f"the size is {text!r}", f"a number with one of {', '.join(filter(None, _UNITS))}, as 4GiB")
+    return int(float(match[1]) * _UNITS[match[2]])
+
+
+def open_feed(
+    reader: ChunkReader, *, indices: NDArray[np.int64], seed: int, view: int = 0, choice: FeedChoice | None = None
+) -> tuple[Feed, EpochOrder, str]:
+    """Choose how a view is fed and in which order its samples are visited.
+
+    Args:
+        indices: the samples that epochs visit, (n,), ascending.
+        seed: of the order.
+
+    Returns:
+        The feed, the order that must drive the dataset, and a line that says what was chosen and why.
+
+    Raises:
+        UsageError: what is insisted on cannot be had together.
+        CacheDamaged: a chunk fails its checksum.
+    """
+    choice = choice or FeedChoice()
+    array = reader.manifest.array("logits")
+    view_bytes = row_bytes(array.dtype, array.row_shape) * reader.manifest.dataset.length
+    allowed = parse_bytes(choice.memory)
+    kind, why = choice.feed, "as asked"
+    if not reader.manifest.complete and kind in ("auto", "streamed"):
+        kind, why = "streamed", "the cache is partial"
+    elif kind == "auto":
+        if view_bytes <= allowed:
+            kind, why = "memory", f"a view is {view_bytes:,} bytes, and {choice.memory} may be held"
+        elif can_map(array) and choice.shuffle != "window" and view_bytes <= _physical_memory():
+            kind, why = "mapped", f"a view is {view_bytes:,} bytes, more than {choice.memory}, and not compressed"
+        elif choice.shuffle == "exact" and can_map(array):
+            kind, why = "mapped", "exact shuffling reads at random"
+        else:
+            kind, why = "streamed", f"a view is {view_bytes:,} bytes, more than {choice.memory}"
+    if kind != "streamed" and not reader.manifest.complete:
+        raise UsageError(f"the cache is partial, and --feed is {kind}", "a finished cache", "use --feed streamed")
+    if kind == "mapped" and not can_map(array):
+        raise UsageError(
+            f"the cache is compressed ({array.compression}) and cannot be mapped",
+            "an uncompressed cache",
+            "let --feed be memory or streamed",
+        )
+    if kind == "streamed" and choice.shuffle == "exact":
+        raise UsageError(
+            f"exact shuffling reads at random, and a view of {view_bytes:,} bytes is to be streamed",
+            "a view in memory or mapped",
+            "use --shuffle window, or raise --cache-memory",
+        )
+    order: EpochOrder = ExactOrder(indices, seed)
+    if kind == "streamed" or choice.shuffle == "window":
+        windowed = WindowOrder(indices, seed, chunk_rows=array.chunk_rows, window_chunks=window_chunks(reader))
+        order = windowed
+    feed: Feed
+    if kind == "streamed":
+        feed = StreamedFeed(reader, view, windowed)
+    else:
+        feed = MemoryFeed(reader, view) if kind == "memory" else MappedFeed(reader, view)
+    shuffle = "window" if isinstance(order, WindowOrder) else "exact"
+    return feed, order, f"cache {kind} ({why}), shuffle {shuffle}"
+
+
+def _physical_memory() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

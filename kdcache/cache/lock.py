@@ -1,0 +1,66 @@
+"""One dump at a time on one path."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from pathlib import Path
+from typing import Any
+
+from kdcache.cache.files import storage_errors
+from kdcache.errors import CacheBusy
+
+NAME = ".lock"
+
+
+class PathLock:
+    """Held from construction to `release`; the system releases it for a process that dies.
+
+    Args:
+        folder: that only one process may write to.
+
+    Raises:
+        CacheBusy: another process holds it.
+        StorageError: the folder takes no file.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / NAME
+        while True:
+            with storage_errors("lock", folder):
+                self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
+            try:
+                fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as problem:
+                holder = os.pread(self._descriptor, 32, 0).decode(errors="replace").strip()
+                os.close(self._descriptor)
+                raise CacheBusy(
+                    f"another dump writes to {folder}" + (f" (process {holder})" if holder else ""),
+                    "one dump at a time on one path",
+                    "wait for it, stop it, or choose another --out",
+                ) from problem
+            if self._still_there():
+                break
+            os.close(self._descriptor)
+        os.ftruncate(self._descriptor, 0)
+        os.pwrite(self._descriptor, str(os.getpid()).encode(), 0)
+
+    def release(self) -> None:
+        """Give the folder free and leave no file behind. The file goes first: who opens it after that makes its own."""
+        self._path.unlink(missing_ok=True)
+        os.close(self._descriptor)
+
+    def __enter__(self) -> PathLock:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.release()
+
+    def _still_there(self) -> bool:
+        """Whether the locked file is the one at the path; its holder may have removed it while we opened it."""
+        try:
+            there = os.stat(self._path)
+        except FileNotFoundError:
+            return False
+        ours = os.fstat(self._descriptor)
+        return (there.st_dev, there.st_ino) == (ours.st_dev, ours.st_ino)

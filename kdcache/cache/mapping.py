@@ -1,0 +1,113 @@
+"""The uncompressed shards of one view as one array in virtual memory.
+
+A batch of shuffled rows meets almost every shard, so looking into one map for each shard costs a Python loop a batch,
+at 80 shards four times the copying itself. Here the shards lie in one range of addresses, and a batch is one gather.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import sys
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kdcache.cache.chunks import ChunkReader, check_indices, open_shard
+from kdcache.cache.layout import chunks_per_shard, shard_path
+from kdcache.cache.manifest import ArrayRecord
+from kdcache.cache.shards import CRC_BYTES, BadChunk, check_crc, chunk_stride, stored_dtype
+from kdcache.errors import StorageError
+
+_MAP_FIXED = 0x10  # on Linux and macOS alike; Python's mmap module does not name it
+
+
+def can_map(array: ArrayRecord) -> bool:
+    """Whether the stored bytes are the values."""
+    return array.compression == "none" and sys.byteorder == "little" and hasattr(mmap, "MAP_SHARED")
+
+
+class MappedFeed:
+    """Rows of one view from mapped memory, of which the system keeps as much as it has room for.
+
+    A chunk is checked when a row of it is first asked for.
+
+    Raises:
+        CacheDamaged: a shard is missing or has another length than the ledger says.
+        StorageError: the system refuses to map it.
+    """
+
+    kind = "mapped"
+
+    def __init__(self, reader: ChunkReader, view: int, name: str = "logits") -> None:
+        manifest, array = reader.manifest, reader.manifest.array(name)
+        self._reader, self._array, self._view = reader, array, view
+        files = [
+            (shard_path(reader.path, array, view, shard), reader.ledger.lookup(array, view, shard)[0])
+            for shard in range(manifest.shards)
+        ]
+        page = mmap.ALLOCATIONGRANULARITY
+        stride = -(-max(length for _, length in files) // page) * page
+        # Python's own map of nothing reserves the addresses, and gives them back with everything laid over them.
+        self._range = mmap.mmap(-1, stride * len(files), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, mmap.PROT_READ)
+        self._bytes = np.frombuffer(self._range, np.uint8)
+        base = self._bytes.ctypes.data
+        for shard, (path, length) in enumerate(files):
+            try:
+                with open_shard(path, length) as descriptor:
+                    _map_over(base + shard * stride, length, descriptor)
+            except BadChunk as problem:
+                raise reader.damage(array, view, shard, problem) from problem
+        row = int(np.prod(array.row_shape, dtype=np.int64)) * stored_dtype(array).itemsize
+        self._stride = stride
+        self._rows = np.ndarray(
+            (len(files), chunks_per_shard(manifest, array), array.chunk_rows, row // stored_dtype(array).itemsize),
+            stored_dtype(array),
+            self._bytes,
+            strides=(stride, chunk_stride(array), row, stored_dtype(array).itemsize),
+        )
+        self._checked = np.zeros(-(-manifest.dataset.length // array.chunk_rows), np.bool_)
+        self._all_checked = False
+
+    def start_epoch(self, epoch: int) -> None:
+        """Nothing to prepare."""
+
+    def rows(self, indices: NDArray[np.int64]) -> NDArray[Any]:
+        """Some rows, (n, *row_shape), in the order asked.
+
+        Raises:
+            IndexError: an index is out of range.
+            CacheDamaged: a chunk fails its checksum.
+        """
+        check_indices(indices, self._reader.manifest.dataset.length)
+        chunks, within = np.divmod(indices, self._array.chunk_rows)
+        if not self._all_checked:
+            for chunk in np.unique(chunks[~self._checked[chunks]]):
+                self._check(int(chunk))
+            self._all_checked = bool(self._checked.all())
+        shards, positions = np.divmod(chunks, self._rows.shape[1])
+        values: NDArray[Any] = self._rows[shards, positions, within]
+        return values.reshape(len(indices), *self._array.row_shape)
+
+    def _check(self, chunk: int) -> None:
+        shard, position = divmod(chunk, self._rows.shape[1])
+        start = shard * self._stride + position * chunk_stride(self._array)
+        stop = start + chunk_stride(self._array)
+        committed = int(self._reader.ledger.lookup(self._array, self._view, shard)[1][position])
+        try:
+            check_crc(self._bytes[start : stop - CRC_BYTES], self._bytes[stop - CRC_BYTES : stop].tobytes(), committed)
+        except BadChunk as problem:
+            raise self._reader.damage(self._array, self._view, shard, problem) from problem
+        self._checked[chunk] = True
+
+
+def _map_over(address: int, length: int, descriptor: int) -> None:
+    """Lay a file over a part of a range of addresses that is ours."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mmap.restype = ctypes.c_void_p
+    libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_int64]
+    if libc.mmap(address, length, mmap.PROT_READ, mmap.MAP_SHARED | _MAP_FIXED, descriptor, 0) != address:
+        problem = os.strerror(ctypes.get_errno())
+        raise StorageError(f"could not map {length} bytes: {problem}", "address space", "use --feed streamed")

@@ -1,0 +1,100 @@
+"""In which order an epoch visits the samples: exactly shuffled, or shuffled within windows of whole chunks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kdcache import keys
+
+
+class EpochOrder(Protocol):
+    """Orders the samples of an epoch; the same on every machine for the same seed."""
+
+    def __len__(self) -> int:
+        """Samples in an epoch."""
+        ...
+
+    def runs(self, epoch: int) -> Iterator[NDArray[np.int64]]:
+        """Sample indices in the order of the epoch, each exactly once, in runs of any length."""
+        ...
+
+
+class ExactOrder:
+    """Every order is as likely as any other. The first choice wherever rows can be read at random.
+
+    Args:
+        indices: the samples that are visited, (n,), ascending.
+    """
+
+    def __init__(self, indices: NDArray[np.int64], seed: int) -> None:
+        self._indices, self._seed = indices, seed
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def runs(self, epoch: int) -> Iterator[NDArray[np.int64]]:
+        yield self._indices[keys.permutation(len(self._indices), self._seed, "epoch order", epoch)]
+
+
+class WindowOrder:
+    """Chunks in random order, and the rows of `window_chunks` of them at a time in random order.
+
+    Each chunk is thus needed for one window of each epoch and for no other.
+
+    Args:
+        indices: the samples that are visited, (n,), ascending.
+        chunk_rows: rows of one chunk of the cache.
+    """
+
+    def __init__(self, indices: NDArray[np.int64], seed: int, *, chunk_rows: int, window_chunks: int) -> None:
+        self._indices, self._seed = indices, seed
+        self._window_chunks = window_chunks
+        self._chunks, self._starts = np.unique(indices // chunk_rows, return_index=True)
+        self._stops = np.append(self._starts[1:], len(indices))
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def windows(self, epoch: int) -> list[NDArray[np.int64]]:
+        """The chunks of each window of an epoch, in order."""
+        order = self._chunk_order(epoch)
+        return [self._chunks[order[at : at + self._window_chunks]] for at in range(0, len(order), self._window_chunks)]
+
+    def runs(self, epoch: int) -> Iterator[NDArray[np.int64]]:
+        order = self._chunk_order(epoch)
+        for window, at in enumerate(range(0, len(order), self._window_chunks)):
+            members = order[at : at + self._window_chunks]
+            rows = np.concatenate([self._indices[self._starts[chunk] : self._stops[chunk]] for chunk in members])
+            yield rows[keys.permutation(len(rows), self._seed, "window order", epoch, window)]
+
+    def _chunk_order(self, epoch: int) -> NDArray[np.int64]:
+        return keys.permutation(len(self._chunks), self._seed, "chunk order", epoch)
+
+
+def batches_of(order: EpochOrder, epoch: int, batch_size: int) -> Iterator[NDArray[np.int64]]:
+    """An epoch's order cut into batches; the last may be smaller, and one single sample joins the batch before it."""
+    # Batch normalisation cannot train on one sample; who asks for batches of one does not need it to.
+    stragglers = 1 if batch_size > 1 else 0
+    left = np.empty(0, np.int64)
+    for run in order.runs(epoch):
+        left = np.concatenate([left, run]) if len(left) else run
+        # Enough stays back that the last batch can still be cut as the rule says.
+        whole = max((len(left) - 1 - stragglers) // batch_size, 0)
+        for start in range(0, whole * batch_size, batch_size):
+            yield left[start : start + batch_size]
+        left = left[whole * batch_size :]
+    while len(left) > batch_size + stragglers:
+        yield left[:batch_size]
+        left = left[batch_size:]
+    if len(left):
+        yield left
+
+
+def batch_count(samples: int, batch_size: int) -> int:
+    """How many batches `batches_of` makes of an epoch."""
+    whole, left = divmod(samples, batch_size)
+    return whole + (left > 1 or (left == 1 and whole == 0))

@@ -1,0 +1,71 @@
+"""Letting a teacher answer again for rows that a cache holds, to see whether it is the cache of this teacher."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from torch import nn
+
+from kdcache.cache.reader import Cache
+from kdcache.config import Execution
+from kdcache.datasets import IndexedDataset, batch_loader
+from kdcache.devices import evaluation_mode, resolve_device
+from kdcache.errors import TeacherOutputError
+from kdcache.evaluate import answer
+from kdcache.keys import keyed_sample
+from kdcache.models import weights_sha256
+from kdcache.preprocess import Preprocessor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recomputed:
+    """How a teacher's answers compare with the stored ones.
+
+    Attributes:
+        largest_difference: of all logits x, as a part of 1 + |x|.
+        sample: where it was met.
+        same_weights: whether the teacher's weights have the manifest's hash.
+    """
+
+    rows: int
+    largest_difference: float
+    sample: int
+    same_weights: bool
+
+
+def recompute_rows(
+    teacher: nn.Module, dataset: IndexedDataset, cache: Cache, *, rows: int, execution: Execution
+) -> Recomputed:
+    """Let the teacher answer for a keyed sample of a cache's rows, as it did for the dump.
+
+    Args:
+        teacher: with its weights.
+        rows: how many samples; all of them where there are fewer.
+        execution: device, batch size, workers, and the seed that draws the sample.
+    """
+    manifest = cache.manifest
+    indices = keyed_sample(len(cache), rows, execution.seed, "recompute")
+    device = resolve_device(execution.device)
+    module = teacher.to(device)
+    preprocessor = Preprocessor(manifest.teacher.preprocess)
+    batches = np.split(indices, range(execution.batch_size, len(indices), execution.batch_size))
+    worst, where = 0.0, int(indices[0])
+    loader = batch_loader(dataset, batches, preprocessor=preprocessor, workers=execution.workers, device=device)
+    with evaluation_mode(module):
+        for batch in loader:
+            logits = answer(
+                module,
+                batch.inputs,
+                preprocessor=preprocessor,
+                device=device,
+                amp=manifest.amp,
+                classes=len(cache.classes),
+                error=TeacherOutputError,
+            )
+            stored = cache.rows(batch.indices.numpy()).astype(np.float64)
+            differences = (np.abs(logits.double().cpu().numpy() - stored) / (1 + np.abs(stored))).max(axis=1)
+            if differences.max() > worst:
+                worst, where = float(differences.max()), int(batch.indices[int(differences.argmax())])
+    same_weights = weights_sha256(module) == manifest.teacher.weights_sha256
+    return Recomputed(rows=len(indices), largest_difference=worst, sample=where, same_weights=same_weights)

@@ -1,0 +1,103 @@
+"""Fixtures that several test files share. Append only; what one file needs stays in that file."""
+
+from dataclasses import replace
+
+import hypothesis
+import numpy as np
+import pytest
+
+from kdcache.cache.layout import build_arrays
+from kdcache.cache.manifest import DatasetRecord, Manifest, Preprocess, TeacherRecord
+from kdcache.cache.writer import SplitWriter
+
+# A deadline fails a law because the machine was busy.
+hypothesis.settings.register_profile("kdcache", deadline=None)
+hypothesis.settings.load_profile("kdcache")
+
+
+@pytest.fixture(scope="session")
+def make_manifest():
+    """A manifest of made-up data. `chunk_rows` forces several chunks a shard, which real sizes need 1025 rows for."""
+
+    def make(
+        length=10,
+        classes=3,
+        *,
+        dtype="float32",
+        compression="none",
+        shard_rows=4,
+        chunk_rows=None,
+        views=1,
+        split="train",
+    ):
+        shard_rows, arrays = build_arrays(
+            length=length, logits_dtype=dtype, classes=classes, compression=compression, shard_rows=shard_rows
+        )
+        if chunk_rows is not None:
+            arrays = (replace(arrays[0], chunk_rows=chunk_rows), *arrays[1:])
+        return Manifest(
+            dataset=DatasetRecord(
+                name="made-up",
+                split=split,
+                length=length,
+                classes=tuple(f"class {i}" for i in range(classes)),
+                input_dtype="uint8",
+                input_shape=(1, 2, 2),
+                sample_sha256="00",
+            ),
+            teacher=TeacherRecord(spec="teacher", weights_sha256="11", parameters=1, preprocess=Preprocess()),
+            views=views,
+            arrays=arrays,
+            shard_rows=shard_rows,
+            seed=0,
+            amp="off",
+            device="cpu",
+            batch_size=2,
+            versions={"torch": "1"},
+        )
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_rows():
+    """Every row of a manifest's arrays: name → (views, samples, *row_shape). Labels of later views are wrong on
+    purpose: nothing may ever read them."""
+
+    def make(manifest, seed=0):
+        random, rows = np.random.default_rng(seed), {}
+        for array in manifest.arrays:
+            shape = (manifest.views, manifest.dataset.length, *array.row_shape)
+            if np.dtype(array.dtype).kind == "f":
+                rows[array.name] = random.standard_normal(shape).astype(array.dtype)
+            else:
+                rows[array.name] = random.integers(0, 2**31, shape).astype(array.dtype)
+        return rows
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def commit_shard():
+    """Commit one shard of the rows that `make_rows` gave."""
+
+    def commit(writer, rows, view, shard):
+        samples = writer.manifest.rows_of(shard)
+        writer.commit(view, shard, {name: all_[view, samples.start : samples.stop] for name, all_ in rows.items()})
+
+    return commit
+
+
+@pytest.fixture(scope="session")
+def write_split(commit_shard):
+    """Write what is pending of a split, and seal it."""
+
+    def write(path, manifest, rows):
+        with SplitWriter(path, manifest) as writer:
+            for view, shard in writer.pending():
+                commit_shard(writer, rows, view, shard)
+            digests = tuple(writer.ledger.digest(view) for view in range(manifest.views))
+            writer.finish(replace(manifest, view_sha256=digests))
+        return writer
+
+    return write

@@ -1,0 +1,151 @@
+"""Tiny datasets, teachers and looks at a store that several tests share."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from kdcache.cache.manifest import Preprocess
+from kdcache.cache.reader import open_cache
+from kdcache.datasets import ArrayDataset, Batch
+from kdcache.devices import evaluation_mode, floating_dtype
+from kdcache.preprocess import Preprocessor
+
+COLUMNS = ("logits", "labels", "input_crc32c")
+
+
+class Interrupted(BaseException):
+    """What Ctrl-C looks like to the library: nothing may catch and translate it."""
+
+
+def synthetic(
+    count: int,
+    *,
+    shape: tuple[int, ...] = (1, 4, 4),
+    classes: int = 4,
+    seed: int = 0,
+    name: str = "synthetic",
+    split: str = "train",
+) -> ArrayDataset:
+    """uint8 images that can be learnt: one pattern a class, the same for every seed, and noise."""
+    patterns = torch.randint(0, 200, (classes, *shape), generator=torch.Generator().manual_seed(1))
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(0, classes, (count,), generator=generator)
+    noise = torch.randint(0, 56, (count, *shape), generator=generator)
+    return ArrayDataset(
+        (patterns[labels] + noise).to(torch.uint8),
+        labels.numpy(),
+        name=name,
+        split=split,
+        classes=tuple(f"class {number}" for number in range(classes)),
+    )
+
+
+def tensors(dataset: ArrayDataset) -> tuple[Tensor, np.ndarray]:
+    """All inputs and labels, as copies."""
+    inputs, labels = dataset.fetch(np.arange(len(dataset)))
+    return inputs.clone(), labels.numpy().copy()
+
+
+def changed(dataset: ArrayDataset, *, inputs: Tensor | None = None, labels: np.ndarray | None = None, **attributes):
+    """The same dataset but for what is given."""
+    old_inputs, old_labels = tensors(dataset)
+    named = {"name": dataset.name, "split": dataset.split, "classes": dataset.classes} | attributes
+    return ArrayDataset(old_inputs if inputs is None else inputs, old_labels if labels is None else labels, **named)
+
+
+class Items:
+    """A map-style dataset that tells no labels before its samples are read."""
+
+    def __init__(self, dataset: ArrayDataset) -> None:
+        self.inputs, self.answers = tensors(dataset)
+        self.classes = list(dataset.classes)
+
+    def __len__(self) -> int:
+        return len(self.answers)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.inputs[index], int(self.answers[index])
+
+
+class Network(nn.Module):
+    """Every layer that answers otherwise in training mode. Counts the rows it answers and stops where told to.
+
+    Args:
+        stop_after: rows; the first batch that would go beyond raises `Interrupted`.
+    """
+
+    def __init__(
+        self, features: int, classes: int, *, seed: int = 0, dtype: torch.dtype = torch.float32, stop_after: int = 10**9
+    ) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            self.layers = nn.Sequential(
+                nn.Flatten(),
+                nn.Linear(features, 12),
+                nn.BatchNorm1d(12),
+                nn.ReLU(),
+                nn.Dropout(0.5),
+                nn.Linear(12, classes),
+            )
+            self.layers[2].running_mean.normal_()
+            self.layers[2].running_var.uniform_(0.5, 2)
+        self.to(dtype)
+        self.rows, self.stop_after = 0, stop_after
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        if self.rows + len(inputs) > self.stop_after:
+            raise Interrupted
+        self.rows += len(inputs)
+        return self.layers(inputs)
+
+
+def plain_forward(
+    network: nn.Module, inputs: Tensor, *, mean: float = 0.0, std: float = 1.0, batch: int | None = None
+) -> np.ndarray:
+    """What a network answers in eval mode to uint8 inputs, without any of kdcache's code."""
+    dtype = next(network.parameters()).dtype
+    training = [part for part in network.modules() if part.training]
+    network.eval()
+    with torch.no_grad():
+        scaled = (inputs.to(dtype) / 255 - mean) / std
+        answers = torch.cat([network(part) for part in scaled.split(batch or len(inputs))]).numpy()
+    for part in training:
+        part.training = True
+    return answers
+
+
+class LiveTargets:
+    """The join of online distillation: the teacher answers for the batch itself, at every step, without an index."""
+
+    def __init__(self, teacher: nn.Module, preprocess: Preprocess) -> None:
+        self.teacher, self.preprocessor = teacher, Preprocessor(preprocess)
+
+    def __call__(self, batch: Batch) -> Batch:
+        with evaluation_mode(self.teacher):
+            answers = self.teacher(self.preprocessor.per_batch(batch.inputs, floating_dtype(self.teacher)))
+        return batch._replace(soft_targets=answers.clone())
+
+
+def columns(path: Path, split: str = "train") -> dict[str, np.ndarray]:
+    cache = open_cache(path, split)
+    return {name: cache.column(name) for name in COLUMNS}
+
+
+def tree(path: Path) -> dict[str, bytes]:
+    """Every file below a folder."""
+    return {str(file.relative_to(path)): file.read_bytes() for file in sorted(path.rglob("*")) if file.is_file()}
+
+
+def generator_states() -> list[bytes]:
+    """The states of the generators that belong to the user."""
+    return [
+        torch.get_rng_state().numpy().tobytes(),
+        repr(np.random.get_state()).encode(),
+        repr(random.getstate()).encode(),
+    ]
