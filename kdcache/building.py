@@ -5,12 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+
 from kdcache.cache.manifest import Preprocess
 from kdcache.checkpoints import load_weights, read_checkpoint
 from kdcache.config import DatasetSource, Input
-from kdcache.datasets import IndexedDataset, open_dataset
+from kdcache.datasets import IndexedDataset, batch_loader, open_dataset
+from kdcache.devices import evaluation_mode
 from kdcache.errors import CheckpointError, DatasetError, ModelError, UsageError
+from kdcache.evaluate import answer
 from kdcache.models import BuiltModel, build_model
+from kdcache.preprocess import Preprocessor
 from kdcache.progress import log
 from kdcache.records import from_json, to_json
 
@@ -63,7 +69,7 @@ def build(
     """A network for a dataset; what a kdcache checkpoint recorded of its preprocessing goes before the default."""
     if checkpoint and "kdcache" in checkpoint:
         default = recorded_preprocess(checkpoint, Path(spec))
-    return build_model(
+    built = build_model(
         spec,
         num_classes=len(dataset.classes),
         input_shape=dataset.input_shape,
@@ -74,6 +80,25 @@ def build(
         default=default,
         replace_head=training,
     )
+    _probe(built, dataset)
+    return built
+
+
+def _probe(built: BuiltModel, dataset: IndexedDataset) -> None:
+    """Let a network answer for two samples, so that one that does not suit the dataset is refused at once."""
+    preprocessor, device = Preprocessor(built.preprocess), torch.device("cpu")
+    indices = np.arange(min(2, len(dataset)))
+    with evaluation_mode(built.module):
+        for batch in batch_loader(dataset, [indices], preprocessor=preprocessor, device=device):
+            classes = len(dataset.classes)
+            try:
+                answer(built.module, batch.inputs, preprocessor=preprocessor, device=device, amp="off", classes=classes)
+            except RuntimeError as problem:
+                raise ModelError(
+                    f"{built.spec} fails on a batch of {tuple(batch.inputs.shape)}: {problem}",
+                    "a network that takes the dataset's inputs",
+                    "give --size, --mean and --std as the network needs them, or take another network",
+                ) from problem
 
 
 def recorded_preprocess(checkpoint: dict[str, Any], path: Path) -> Preprocess:

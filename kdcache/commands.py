@@ -17,6 +17,7 @@ from kdcache.building import (
     recorded_preprocess,
 )
 from kdcache.cache.layout import predicted_bytes
+from kdcache.cache.manifest import manifest_sha256
 from kdcache.cache.reader import open_cache
 from kdcache.checkpoints import load_weights, read_checkpoint
 from kdcache.config import (
@@ -39,16 +40,18 @@ from kdcache.errors import CacheDamaged, CheckpointError
 from kdcache.evaluate import Evaluation, evaluate_model, plot_confusion
 from kdcache.inspection import verify_cache
 from kdcache.models import BuiltModel, count_parameters
+from kdcache.plugins import require_extra
 from kdcache.recompute import recompute_rows
 from kdcache.records import Report, to_json
 from kdcache.runs import RunFolder, read_config
-from kdcache.student import check_join
 from kdcache.student import train_student as learn_from_cache
+from kdcache.targets import check_join
 from kdcache.training import TrainResult, label_objective, train
 
 
 def train_teacher(settings: TrainTeacher) -> Report:
     """Train a network on the labels of a dataset's training split."""
+    _check_plots(settings.plots)
     dataset = open_data(settings, settings.dataset, "train")
     built = build(settings.model, dataset, settings, settings.seed, dataset_preprocess(dataset), training=True)
     test = open_test(settings, settings.dataset)
@@ -147,6 +150,7 @@ def verify_with_teacher(settings: Verify) -> Report:
 
 def train_student(settings: TrainStudent) -> Report:
     """Train a student from a cache's training split; dataset, classes and preprocessing come from its manifest."""
+    _check_plots(settings.plots)
     cache = open_cache(settings.cache, "train", allow_partial=settings.allow_partial)
     record = cache.manifest.dataset
     spec = settings.dataset or record.name
@@ -162,7 +166,7 @@ def train_student(settings: TrainStudent) -> Report:
         preprocess=built.preprocess,
         config=config,
         run=run,
-        description=describe(built, dataset),
+        description=describe(built, dataset) | {"cache": manifest_sha256(cache.manifest)},
     )
     role = "student distilled" if config.distill else "student alone"
     return _conclude(role, built, result, test, config, run, plots=settings.plots)
@@ -226,6 +230,12 @@ def _conclude(
             data |= _plot(evaluation, test, run.path)
     run.save_result(data)
     return Report(data, text)
+
+
+def _check_plots(wanted: bool) -> None:
+    """Know before the training that nothing could be drawn after it."""
+    if wanted:
+        require_extra("matplotlib", "plots", "--plots")
 
 
 def _plot(evaluation: Evaluation, dataset: IndexedDataset, folder: Path) -> dict[str, str]:

@@ -109,6 +109,13 @@ class Input(Settings):
     std: tuple[float, ...] | None = option(None, "Standard deviation of each channel, as 0.2,0.2,0.2.", above=0)
     size: int | None = option(None, "Resize and crop to a square of this many pixels.", minimum=1)
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if len(self.mean or ()) != len(self.std or ()):
+            raise UsageError(
+                f"--mean is {self.mean} and --std is {self.std}", "both, or neither, with one number a channel"
+            )
+
 
 @dataclass(frozen=True, kw_only=True)
 class DumpConfig(Execution):

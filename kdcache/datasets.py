@@ -29,6 +29,7 @@ __all__ = [
     "IndexedDataset",
     "MapDataset",
     "as_indexed",
+    "batch_crc32c",
     "batch_loader",
     "check_deterministic",
     "fingerprint_labels",

@@ -21,6 +21,8 @@ A message says what was found, what was needed and what to do next; each part is
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class KdcacheError(Exception):
     """Base of every error that kdcache raises on purpose.
@@ -34,11 +36,15 @@ class KdcacheError(Exception):
     exit_code = 1
 
     def __init__(self, found: str, needed: str = "", remedy: str = "") -> None:
-        # Positional arguments, so that the error survives pickling out of a DataLoader worker.
-        super().__init__(found, needed, remedy)
+        # One argument only: of several, an OSError makes its errno, strerror and filename.
+        super().__init__(found)
         self.found = found
         self.needed = needed
         self.remedy = remedy
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # The error must survive pickling out of a DataLoader worker.
+        return type(self), (self.found, self.needed, self.remedy)
 
     def __str__(self) -> str:
         lines = [self.found]

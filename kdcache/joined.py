@@ -13,7 +13,7 @@ from kdcache.cache.feeds import Feed, MemoryFeed
 from kdcache.cache.mapping import MappedFeed, can_map
 from kdcache.cache.reader import Cache
 from kdcache.datasets import as_indexed
-from kdcache.student import check_join
+from kdcache.targets import check_join
 
 
 def join(dataset: Any, cache: Cache) -> JoinedDataset:

@@ -12,11 +12,11 @@ from kdcache.errors import TargetExists, UsageError
 CONFIG, METRICS, LAST, BEST, RESULT = "config.json", "metrics.jsonl", "last.pt", "best.pt", "result.json"
 
 # Settings that change how a run is carried out or where things lie, not what comes out of it.
-FREE_ON_RESUME = frozenset({"out", "device", "workers", "data_root", "download", "resume", "cache"})
+FREE_ON_RESUME = frozenset({"out", "device", "workers", "data_root", "download", "cache"})
 
 
 class RunFolder:
-    """The folder of one training run.
+    """The folder of one training run. Nothing is written before `begin`, so that a refused run leaves nothing.
 
     Raises:
         TargetExists: a new run meets the files of another one.
@@ -25,17 +25,15 @@ class RunFolder:
 
     def __init__(self, path: Path, settings: dict[str, Any], *, resume: bool) -> None:
         self.path = path
+        self._settings = {name: value for name, value in settings.items() if name != "resume"}
         if resume:
-            self._check_same(settings)
+            self._check_same(self._settings)
         elif (path / CONFIG).exists():
             raise TargetExists(
                 f"{path} already holds a run",
                 "a new folder for a new run",
                 "give --resume to continue it, or choose another --out; nothing was changed",
             )
-        with storage_errors("create", path):
-            make_folder(path)
-        write_durable(path / CONFIG, (json.dumps(settings, indent=2) + "\n").encode())
 
     @property
     def best(self) -> Path:
@@ -47,8 +45,11 @@ class RunFolder:
         """The training state of the last finished epoch."""
         return self.path / LAST
 
-    def start_metrics(self, kept: list[dict[str, Any]]) -> None:
-        """Begin `metrics.jsonl` with the epochs that the state to continue from has seen, and no later ones."""
+    def begin(self, kept: list[dict[str, Any]]) -> None:
+        """Make the folder with its `config.json`, and `metrics.jsonl` with the epochs of the state to continue from."""
+        with storage_errors("create", self.path):
+            make_folder(self.path)
+        write_durable(self.path / CONFIG, (json.dumps(self._settings, indent=2) + "\n").encode())
         write_durable(self.path / METRICS, "".join(json.dumps(entry) + "\n" for entry in kept).encode())
 
     def add_metrics(self, entry: dict[str, Any]) -> None:

@@ -20,7 +20,7 @@ from kdcache.checkpoints import read_checkpoint, save_checkpoint
 from kdcache.config import TrainConfig
 from kdcache.datasets import Batch, IndexedDataset, batch_loader
 from kdcache.devices import autocast, floating_dtype, memory_errors, resolve_device, seeded, synchronize
-from kdcache.errors import TrainingDiverged
+from kdcache.errors import TrainingDiverged, UsageError
 from kdcache.evaluate import evaluate_model, output_logits
 from kdcache.optimization import build_optimizer, learning_rate_factor
 from kdcache.preprocess import Preprocessor
@@ -46,7 +46,13 @@ class Objective(Protocol):
 
 
 class Join(Protocol):
-    """Puts soft targets to the inputs of a batch."""
+    """Puts soft targets to the inputs of a batch.
+
+    Attributes:
+        wants_checksums: whether batches must come with the checksums of their shared inputs.
+    """
+
+    wants_checksums: bool
 
     def start_epoch(self, epoch: int) -> None:
         """Prepare for the batches of an epoch, counted from 0."""
@@ -144,7 +150,12 @@ class _Loop:
         self.validation_indices = np.empty(0, np.int64)
         self.batches = EpochBatches(order, config.batch_size)
         self.loader = batch_loader(
-            dataset, self.batches, preprocessor=self.preprocessor, workers=config.workers, device=self.device
+            dataset,
+            self.batches,
+            preprocessor=self.preprocessor,
+            workers=config.workers,
+            device=self.device,
+            checksums=join is not None and join.wants_checksums,
         )
         self.optimizer = build_optimizer(module, config)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -168,7 +179,7 @@ class _Loop:
             self._restore(read_checkpoint(self.folder.last))
             log(f"continuing after epoch {len(self.history)} of {self.config.epochs}")
         if self.folder:
-            self.folder.start_metrics(self.history)
+            self.folder.begin(self.history)
         for epoch in range(len(self.history), self.config.epochs):
             with seeded(keys.generator_seed(self.config.seed, "epoch", epoch), self.device):
                 entry = self._epoch(epoch)
@@ -280,7 +291,7 @@ class _Loop:
                 **self.description,
                 "state_dict": self.module.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
-                "schedule": {"last_epoch": self.schedule.last_epoch},
+                "schedule": self.schedule.state_dict(),
                 "scaler": self.scaler.state_dict(),
                 "average": self.average.state_dict() if self.average is not None else None,
                 "best": self.best,
@@ -290,6 +301,13 @@ class _Loop:
         self.folder.add_metrics(entry)
 
     def _restore(self, state: dict[str, Any]) -> None:
+        changed = [name for name, value in self.description.items() if state.get(name) != value]
+        if changed:
+            raise UsageError(
+                f"the run cannot be continued: its {', '.join(changed)} were {[state.get(name) for name in changed]}",
+                f"{[self.description[name] for name in changed]}",
+                "continue with the data, the cache and the model that it was begun with, or start a new run",
+            )
         self.module.load_state_dict(state["state_dict"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])

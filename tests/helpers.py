@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -123,13 +124,34 @@ def plain_forward(
 class LiveTargets:
     """The join of online distillation: the teacher answers for the batch itself, at every step, without an index."""
 
+    wants_checksums = False
+
     def __init__(self, teacher: nn.Module, preprocess: Preprocess) -> None:
         self.teacher, self.preprocessor = teacher, Preprocessor(preprocess)
+
+    def start_epoch(self, epoch: int) -> None:
+        """A live teacher has nothing to prepare."""
 
     def __call__(self, batch: Batch) -> Batch:
         with evaluation_mode(self.teacher):
             answers = self.teacher(self.preprocessor.per_batch(batch.inputs, floating_dtype(self.teacher)))
         return batch._replace(soft_targets=answers.clone())
+
+
+class Watcher:
+    """A join that joins nothing and shows each batch to a function before its step."""
+
+    wants_checksums = False
+
+    def __init__(self, look: Callable[[Batch], object]) -> None:
+        self.look, self.epochs = look, []
+
+    def start_epoch(self, epoch: int) -> None:
+        self.epochs.append(epoch)
+
+    def __call__(self, batch: Batch) -> Batch:
+        self.look(batch)
+        return batch
 
 
 def columns(path: Path, split: str = "train") -> dict[str, np.ndarray]:

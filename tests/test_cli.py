@@ -265,7 +265,7 @@ STUDENT = ("train-student", "--cache", "{cache}", "--out", "run", "--device", "c
         (1, ("inspect", "bad.toml"), ["no cache at bad.toml"]),
         (1, ("train-student", "--cache", "nowhere", "--out", "run"), ["no cache at nowhere", "dump-teacher"]),
         (1, (*STUDENT, "--student", "py:nowhere:build"), ["no module 'nowhere'"]),
-        (1, (*STUDENT, "--student", "py:mine:seven_classes"), ["(64, 7)", "(64, 10)"]),
+        (1, (*STUDENT, "--student", "py:mine:seven_classes"), ["(2, 7)", "(2, 10)"]),
         (1, (*STUDENT, "--student", "py:mine:other_shape"), ["py:mine:other_shape"]),
         (1, (*TRAIN, "--model", "py:mine:thirteen_classes"), ["13", "10"]),
         (1, (*DUMP, "--teacher", "py:mine:seven_classes"), ["(2, 7)", "(2, 10)"]),
@@ -376,6 +376,7 @@ FLAGS = {
     "dump-teacher": SHARED | {"--teacher", "--checkpoint", "--split", "--out", "--dry-run", "--encoding"},
     "train-student": TRAINING | {"--cache", "--student", "--temperature", "--alpha", "--distill"},
     "evaluate": SHARED | {"--run", "--split", "--plots"},
+    "verify": SHARED | {"--split", "--teacher", "--checkpoint", "--rows", "--tolerance"},
     "inspect": set(),
     "compare": set(),
 }

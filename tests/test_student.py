@@ -8,12 +8,14 @@ from torch import nn
 
 import kdcache
 from kdcache import DumpConfig, StudentConfig, dump_teacher, losses, open_cache, train_student
+from kdcache.cache.feeds import FeedChoice, open_feed
 from kdcache.cache.manifest import Preprocess
 from kdcache.checkpoints import read_checkpoint
 from kdcache.datasets import Batch, input_crc32c, open_dataset
 from kdcache.errors import CacheMismatch, UsageError
 from kdcache.models import build_model
-from kdcache.student import CachedTargets, check_join, distillation_objective
+from kdcache.student import distillation_objective
+from kdcache.targets import CachedTargets, check_join
 from kdcache.training import train
 from tests.helpers import Items, LiveTargets, Network, changed, synthetic, tensors, tree
 
@@ -46,64 +48,74 @@ def scenes():
     }
 
 
-def both_ways(scene, path, *, dtype, encoding):
-    """Losses of each step and the final students: with the live teacher, and from its cache."""
+def drifts(scene, folder, *, dtype, encodings):
+    """How far training from a cache of each encoding strays from training with the live teacher.
+
+    Returns:
+        For each encoding the largest relative difference of a step's loss, and the largest of a final weight.
+    """
     dataset, preprocess, batch_size, epochs = scene
-    models = {
-        role: build_model(
-            spec, num_classes=10, input_shape=dataset.input_shape, seed=seed, default=preprocess
-        ).module.to(dtype)
-        for role, spec, seed in [("teacher", "cnn", 1), ("online", "mlp", 2), ("cached", "mlp", 2)]
-    }
     settings = config(batch_size=batch_size, epochs=epochs, temperature=3.0, alpha=0.7)
-    seen = {"online": [], "cached": []}
 
-    def recorder(role):
-        return lambda step, parts: seen[role].append(float(parts["loss"]))
+    def build(spec, seed):
+        built = build_model(spec, num_classes=10, input_shape=dataset.input_shape, seed=seed, default=preprocess)
+        return built.module.to(dtype)
 
-    train(
-        models["online"],
-        dataset,
-        objective=distillation_objective(settings),
-        preprocess=preprocess,
-        config=settings,
-        join=LiveTargets(models["teacher"], preprocess),
-        on_step=recorder("online"),
+    def losses_of(run):
+        seen = []
+        run(lambda step, parts: seen.append(float(parts["loss"])))
+        assert len(seen) >= STEPS
+        return np.array(seen)
+
+    teacher, online = build("cnn", 1), build("mlp", 2)
+    online_losses = losses_of(
+        lambda on_step: train(
+            online,
+            dataset,
+            objective=distillation_objective(settings),
+            preprocess=preprocess,
+            config=settings,
+            join=LiveTargets(teacher, preprocess),
+            on_step=on_step,
+        )
     )
-    dump_teacher(
-        models["teacher"],
-        dataset,
-        out=path,
-        preprocess=preprocess,
-        config=DumpConfig(device="cpu", encoding=encoding, batch_size=100, shard_rows=256),
-    )
-    train_student(models["cached"], dataset, path, config=settings, on_step=recorder("cached"))
-    assert len(seen["online"]) == len(seen["cached"]) >= STEPS
-    online, cached = (np.array(seen[role]) for role in ("online", "cached"))
-    assert online[-10:].mean() < 0.8 * online[:10].mean()
-    return np.abs(cached / online - 1).max(), weights_apart(models["online"], models["cached"])
+    assert online_losses[-10:].mean() < 0.8 * online_losses[:10].mean()
+    found = {}
+    for encoding in encodings:
+        dump = DumpConfig(device="cpu", encoding=encoding, batch_size=100, shard_rows=256)
+        dump_teacher(teacher, dataset, out=folder / encoding, preprocess=preprocess, config=dump)
+        cached = build("mlp", 2)
+        cached_losses = losses_of(
+            lambda on_step, student=cached, path=folder / encoding: train_student(
+                student, dataset, path, config=settings, on_step=on_step
+            )
+        )
+        found[encoding] = np.abs(cached_losses / online_losses - 1).max(), weights_apart(online, cached)
+    return found
 
 
 @pytest.mark.parametrize("name", ["digits", "mnist-shaped"])
 def test_training_from_the_cache_is_training_with_the_teacher(scenes, tmp_path, name):
-    loss_drift, weight_drift = both_ways(scenes[name], tmp_path / "c", dtype=torch.float64, encoding="float64")
-    print(f"\n{name}, float64: loss {loss_drift:.2g} relative, weights {weight_drift:.2g}")
-    assert loss_drift < 1e-9
-    assert weight_drift < 1e-8
+    loss, weight = drifts(scenes[name], tmp_path, dtype=torch.float64, encodings=["float64"])["float64"]
+    print(f"\ndrift of {name}, float64 from a float64 cache: loss {loss:.2g} relative, weights {weight:.2g}")
+    assert loss < 1e-9
+    assert weight < 1e-8
 
 
-@pytest.mark.parametrize("encoding", ["float32", "float16"])
 @pytest.mark.parametrize("name", ["digits", "mnist-shaped"])
-def test_the_drift_of_narrower_caches_is_small(scenes, tmp_path, name, encoding):
-    loss_drift, weight_drift = both_ways(scenes[name], tmp_path / "c", dtype=torch.float32, encoding=encoding)
-    print(f"\n{name}, float32 from {encoding}: loss {loss_drift:.2g} relative, weights {weight_drift:.2g}")
-    assert loss_drift < 0.05
+def test_the_drift_of_narrower_caches_is_small(scenes, tmp_path, name):
+    found = drifts(scenes[name], tmp_path, dtype=torch.float32, encodings=["float32", "float16"])
+    for encoding, (loss, weight) in found.items():
+        print(f"\ndrift of {name}, float32 from a {encoding} cache: loss {loss:.2g} relative, weights {weight:.2g}")
+        assert loss < 0.05
 
 
-def test_soft_targets_are_joined_by_index_and_nothing_else(tmp_path):
+@pytest.mark.parametrize(("kind", "on_device"), [("memory", False), ("mapped", False), ("memory", True)])
+def test_soft_targets_are_joined_by_index_and_nothing_else(tmp_path, kind, on_device):
     dataset = synthetic(100)
     cache = dumped(tmp_path / "c", dataset)
-    join = CachedTargets(cache, dataset)
+    feed, _, _ = open_feed(cache.reader, indices=np.arange(100), seed=0, choice=FeedChoice(feed=kind))
+    join = CachedTargets(cache, feed, device=torch.device("cpu") if on_device else None)
     for indices in (np.array([99, 0, 64, 63, 0]), np.arange(99, -1, -1)):
         inputs, labels = dataset.fetch(indices)
         joined = join(Batch(inputs, labels, torch.from_numpy(indices), None))
@@ -307,3 +319,33 @@ def test_the_package_offers_what_it_lists():
     assert all(getattr(kdcache, name) is not None for name in kdcache.__all__)
     with pytest.raises(AttributeError):
         kdcache.no_such_name  # noqa: B018
+
+
+@pytest.mark.parametrize("settings", [{"feed": "mapped"}, {"feed": "memory"}, {"cache_on_device": True}])
+def test_however_the_cache_is_fed_the_losses_are_the_same(cache, settings):
+    def run(**settings):
+        seen = []
+        train_student(
+            Network(16, 4), BASE, cache, config=config(**settings), on_step=lambda _, parts: seen.append(parts["loss"])
+        )
+        return [float(loss) for loss in seen]
+
+    assert run(**settings) == run()
+
+
+def test_streamed_in_windows_each_sample_meets_its_own_teacher_row_once_an_epoch(tmp_path, monkeypatch):
+    dataset = synthetic(300)
+    cache = dumped(tmp_path / "c", dataset)
+    met = []
+    join = CachedTargets.__call__
+
+    def spy(self, batch):
+        joined = join(self, batch)
+        np.testing.assert_array_equal(joined.soft_targets.numpy(), cache.rows(batch.indices.numpy()))
+        met.extend(batch.indices.tolist())
+        return joined
+
+    monkeypatch.setattr(CachedTargets, "__call__", spy)
+    train_student(Network(16, 4), dataset, cache, config=config(feed="streamed", epochs=2))
+    assert sorted(met[:300]) == sorted(met[300:]) == list(range(300))
+    assert met[:300] != met[300:]

@@ -10,6 +10,7 @@ from torch import nn
 
 from kdcache import TrainConfig
 from kdcache.cache.manifest import Preprocess
+from kdcache.cache.order import ExactOrder
 from kdcache.checkpoints import read_checkpoint
 from kdcache.datasets import ArrayDataset
 from kdcache.errors import TargetExists, TrainingDiverged, UsageError
@@ -19,7 +20,7 @@ from kdcache.records import to_json
 from kdcache.runs import RunFolder
 from kdcache.sampling import EpochBatches, split_validation
 from kdcache.training import label_objective, train
-from tests.helpers import Interrupted, Network, generator_states, synthetic
+from tests.helpers import Interrupted, Network, Watcher, generator_states, synthetic
 
 PLAIN = Preprocess()
 OBJECTIVE = label_objective(0.0)
@@ -63,7 +64,7 @@ def assert_equal_weights(first, second):
 )
 def test_an_epoch_has_each_sample_once(count, batch_size, sizes):
     indices = np.arange(100, 100 + count)
-    batches = EpochBatches(indices, batch_size, seed=0)
+    batches = EpochBatches(ExactOrder(indices, 0), batch_size)
     epochs = []
     for epoch in range(4):
         batches.epoch = epoch
@@ -74,15 +75,16 @@ def test_an_epoch_has_each_sample_once(count, batch_size, sizes):
         assert sorted(epochs[-1]) == indices.tolist()
         assert epochs[-1] == np.concatenate(list(batches)).tolist()
     assert count < 8 or len({tuple(epoch) for epoch in epochs}) == 4
-    assert count < 8 or np.concatenate(list(EpochBatches(indices, batch_size, seed=1))).tolist() != epochs[0]
+    assert count < 8 or np.concatenate(list(EpochBatches(ExactOrder(indices, 1), batch_size))).tolist() != epochs[0]
 
 
 @pytest.mark.parametrize("fraction", [0.0, 0.25])
 def test_training_and_validation_part_are_a_partition(fraction):
-    train_part, validation = split_validation(40, fraction, seed=3)
+    indices = np.arange(100, 140)
+    train_part, validation = split_validation(indices, fraction, seed=3)
     assert len(validation) == 40 * fraction
-    assert sorted([*train_part, *validation]) == list(range(40))
-    assert not fraction or validation.tolist() != split_validation(40, fraction, seed=4)[1].tolist()
+    assert sorted([*train_part, *validation]) == indices.tolist()
+    assert not fraction or validation.tolist() != split_validation(indices, fraction, seed=4)[1].tolist()
 
 
 def test_one_seed_gives_one_run_and_leaves_the_global_generators_alone():
@@ -167,7 +169,7 @@ def test_a_finished_run_resumed_does_nothing_more(tmp_path):
 
 def test_a_run_is_neither_overwritten_nor_continued_with_other_settings(tmp_path):
     settings = config()
-    run_folder(tmp_path / "run", settings)
+    run_folder(tmp_path / "run", settings).begin([])
     with pytest.raises(TargetExists, match="already holds a run"):
         run_folder(tmp_path / "run", settings)
     with pytest.raises(UsageError) as caught:
@@ -229,7 +231,7 @@ def test_the_learning_rate_that_a_step_is_made_with(settings, factors):
         module=module,
         dataset=synthetic(16),
         objective=lambda logits, batch: {"loss": logits.mean()},
-        join=lambda batch: (positions.append(module.position.item()), batch)[1],
+        join=Watcher(lambda batch: positions.append(module.position.item())),
     )
     positions = [*positions, module.position.item()]
     assert -np.diff(positions) == pytest.approx([0.5 * factor for factor in factors], abs=1e-6)
@@ -282,7 +284,7 @@ def test_validation_chooses_the_best_and_trains_on_no_sample_of_its_own(tmp_path
     result, _ = fit(
         settings,
         run=run_folder(tmp_path / "run", settings),
-        join=lambda batch: (trained.extend(batch.indices.tolist()), batch)[1],
+        join=Watcher(lambda batch: trained.extend(batch.indices.tolist())),
     )
     assert [entry["val_accuracy"] for entry in result.epochs] == [0.5, 0.9, 0.9, 0.7]
     assert [len(part) for part in judged] == [21] * 4

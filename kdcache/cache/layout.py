@@ -53,7 +53,12 @@ def choose_shard_rows(length: int, bytes_a_row: int, requested: int | None = Non
 def build_arrays(
     *, length: int, logits_dtype: str, classes: int, compression: str = "none", shard_rows: int | None = None
 ) -> tuple[int, tuple[ArrayRecord, ...]]:
-    """Shard size and array records of a split: logits, the shared inputs' checksums, labels."""
+    """Shard size and array records of a split: logits, the shared inputs' checksums, labels.
+
+    Raises:
+        UsageError: a compression or a shard size that there is not.
+    """
+    zstd_level(compression)
     logits_row = row_bytes(logits_dtype, (classes,))
     shard_rows = choose_shard_rows(length, logits_row, shard_rows)
     logits = ArrayRecord(

@@ -199,8 +199,12 @@ class Manifest:
 
 def manifest_attributes(manifest: Manifest) -> dict[str, Any]:
     """The group attributes that carry a manifest."""
-    data = to_json(manifest)
-    return {ATTRIBUTE: {"manifest": data, "sha256": hashlib.sha256(canonical_json(data)).hexdigest()}}
+    return {ATTRIBUTE: {"manifest": to_json(manifest), "sha256": manifest_sha256(manifest)}}
+
+
+def manifest_sha256(manifest: Manifest) -> str:
+    """The hash that answers for a split: of its manifest, and so of all that a finished one covers."""
+    return hashlib.sha256(canonical_json(to_json(manifest))).hexdigest()
 
 
 def read_manifest(split_path: Path) -> Manifest:
@@ -255,6 +259,8 @@ def _read_json(path: Path) -> Any:
     def refuse(constant: str) -> None:
         raise ValueError(f"it holds {constant}")
 
+    if not path.exists():
+        raise CacheDamaged(f"{path} is missing", "the metadata of a Zarr group", _REMEDY)
     try:
         with storage_errors("read", path):
             return json.loads(path.read_bytes(), parse_constant=refuse)

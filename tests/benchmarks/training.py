@@ -8,7 +8,8 @@ from pathlib import Path
 from kdcache.cache.reader import open_cache
 from kdcache.config import DumpConfig, StudentConfig
 from kdcache.dump import dump_teacher
-from kdcache.student import CachedTargets, distillation_objective
+from kdcache.student import distillation_objective
+from kdcache.targets import CachedTargets
 from kdcache.training import label_objective, train
 from tests.benchmarks.data import IMAGE, images, network
 from tests.benchmarks.timing import side_by_side
