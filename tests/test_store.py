@@ -368,7 +368,7 @@ def kill_at(point):
 
         return call
 
-    for name in ("fsync", "replace", "unlink"):
+    for name in ("fsync", "replace"):
         setattr(os, name, counted(getattr(os, name)))
 
 
@@ -803,7 +803,7 @@ def edit(old, new):
         (truncate, "not the metadata of a Zarr group"),
         (lambda path: path.write_bytes(b""), "not the metadata of a Zarr group"),
         (lambda path: path.write_bytes(b"\xff\xfe"), "not the metadata of a Zarr group"),
-        pytest.param(lambda path: path.unlink(), "", marks=fault("a split without its zarr.json is a StorageError")),
+        (lambda path: path.unlink(), ""),
         (edit('"accuracy": null', '"accuracy": NaN'), "it holds NaN"),
     ],
 )
@@ -870,7 +870,7 @@ def test_no_flipped_bit_ever_changes_what_is_read(tmp_path, finished, compressio
     files = [file for file in sorted(tmp_path.rglob("*")) if file.is_file()]
     files = [file for file in files if file.name != "zarr.json" or file.parent.name in ("c.zarr", "train")]
     random, outcomes = np.random.default_rng(0), Counter()
-    for flipped in range(300):
+    for flipped in range(200):
         file = files[flipped % len(files)]
         content = file.read_bytes()
         bit = int(random.integers(len(content) * 8))
@@ -885,7 +885,7 @@ def test_no_flipped_bit_ever_changes_what_is_read(tmp_path, finished, compressio
         finally:
             file.write_bytes(content)
     assert outcomes.keys() <= {"nothing wrong", CacheDamaged, CacheIncomplete, CacheNotFound}
-    assert outcomes[CacheDamaged] > 200
+    assert outcomes[CacheDamaged] > 130
 
 
 @pytest.mark.parametrize("compression", ["none", "zstd:3"])

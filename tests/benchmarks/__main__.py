@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 
-from tests.benchmarks import dump, memory, training
+from tests.benchmarks import crashes, dump, memory, training
 
-BENCHMARKS = {"training": training.run, "dump": dump.run, "memory": memory.run}
+BENCHMARKS = {"training": training.run, "dump": dump.run, "memory": memory.run, "crashes": crashes.run}
 
 
 def main() -> None:

@@ -1,0 +1,126 @@
+"""Dumps in child processes that are killed: at a random instant, or at a chosen one of their writes."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import random
+import signal
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from kdcache.config import DumpConfig
+from kdcache.dump import dump_teacher
+from tests.helpers import Network, synthetic
+
+CLASSES = 4
+# What must be in order on the disk for a kill or a loss of power to leave a store that continues.
+WRITES = ((os, "fsync"), (os, "replace"), (pathlib.Path, "replace"), (pathlib.Path, "unlink"), (pathlib.Path, "mkdir"))
+
+
+def dump(out: Path, samples: int = 300, shard_rows: int = 16) -> None:
+    """A small dump of many shards."""
+    torch.set_num_threads(1)
+    teacher = Network(16, CLASSES)
+    config = DumpConfig(device="cpu", batch_size=8, shard_rows=shard_rows)
+    dump_teacher(teacher, synthetic(samples), out=out, config=config)
+
+
+def in_child(work: Callable[[], None], *, kill_after_s: float | None = None) -> int:
+    """Do something in a forked process; 0 for success, -9 for killed, else its exit status."""
+    with warnings.catch_warnings():
+        # Newer Pythons warn of forking with threads about; the child makes its own and uses none of ours.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+            work()
+            status = 0
+        finally:
+            os._exit(status)
+    if kill_after_s is not None:
+        time.sleep(kill_after_s)
+        os.kill(child, signal.SIGKILL)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def counting(act: Callable[[int, str, tuple[object, ...]], None], work: Callable[[], None]) -> None:
+    """Run `work` with `act(number, name, arguments)` called before each of its writes; only for a child process."""
+    count = 0
+
+    def wrap(owner: object, name: str) -> None:
+        original = getattr(owner, name)
+
+        def wrapped(*arguments: object, **options: object) -> object:
+            nonlocal count
+            count += 1
+            act(count, name, arguments)
+            return original(*arguments, **options)
+
+        setattr(owner, name, wrapped)
+
+    for owner, name in WRITES:
+        wrap(owner, name)
+    work()
+
+
+def killed_at_write(out: Path, number: int, **size: int) -> int:
+    """A dump that is killed just before its write of this number."""
+
+    def act(count: int, name: str, arguments: tuple[object, ...]) -> None:
+        if count == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    return in_child(lambda: counting(act, lambda: dump(out, **size)))
+
+
+def writes_of_a_dump(out: Path, **size: int) -> list[str]:
+    """The writes of an uninterrupted dump, in order: name and what it was done to."""
+    log = out.with_name("writes")
+
+    def act(count: int, name: str, arguments: tuple[object, ...]) -> None:
+        first = arguments[0] if arguments else ""
+        target = os.readlink(f"/proc/self/fd/{first}") if isinstance(first, int) else str(first)
+        with open(log, "a") as file:
+            file.write(f"{name} {os.path.relpath(target, out.parent)}\n")
+
+    assert in_child(lambda: counting(act, lambda: dump(out, **size))) == 0
+    return log.read_text().splitlines()
+
+
+def contents(out: Path) -> dict[str, bytes]:
+    """Every file of a store, and of what a killed dump might leave beside it."""
+    files = [path for path in out.parent.rglob("*") if path.is_file() and path.name != "writes"]
+    return {str(path.relative_to(out.parent)): path.read_bytes() for path in files}
+
+
+def random_kills(folder: Path, kills: int, seed: int = 0) -> dict[str, int]:
+    """Kill dumps at random instants, continue each until it ends, and count how it went.
+
+    Raises:
+        AssertionError: a continued store is not the uninterrupted one, to the byte.
+    """
+    reference = folder / "reference" / "c.zarr"
+    began = time.perf_counter()
+    assert in_child(lambda: dump(reference)) == 0
+    length_s = time.perf_counter() - began
+    expected = contents(reference)
+    instants = random.Random(seed)
+    counts = {"killed": 0, "had ended": 0}
+    while counts["killed"] < kills:
+        out = folder / f"{sum(counts.values())}" / "c.zarr"
+        while True:
+            status = in_child(lambda out=out: dump(out), kill_after_s=instants.uniform(0, 1.1 * length_s))
+            counts["had ended" if status == 0 else "killed"] += 1
+            assert status in (0, -signal.SIGKILL), status
+            if status == 0 or instants.random() < 0.5:
+                break
+        assert in_child(lambda out=out: dump(out)) == 0
+        assert contents(out) == expected, f"{out} is not the uninterrupted store"
+    return counts
