@@ -20,6 +20,7 @@ from torch import nn
 from kdcache.cache.encoding import encode_logits
 from kdcache.cache.layout import predicted_bytes
 from kdcache.cache.ledger import Ledger
+from kdcache.cache.lock import PathLock
 from kdcache.cache.manifest import Manifest, Preprocess
 from kdcache.cache.reader import check_complete
 from kdcache.cache.repair import prepare_repair
@@ -165,6 +166,7 @@ class _Dump:
         split = manifest.dataset.split
         if existing is not None and existing.complete and not self.repair:
             check_complete(self.out / split, existing, Ledger(self.out / split, existing))
+            PathLock.sweep(self.out)
             log(f"{self.out / split} is already complete; nothing was computed")
             return self._result(existing, 0, 0.0)
         began = time.perf_counter()

@@ -122,5 +122,7 @@ def random_kills(folder: Path, kills: int, seed: int = 0) -> dict[str, int]:
             if status == 0 or instants.random() < 0.5:
                 break
         assert in_child(lambda out=out: dump(out)) == 0
-        assert contents(out) == expected, f"{out} is not the uninterrupted store"
+        found = contents(out)
+        different = [name for name in {**found, **expected} if found.get(name) != expected.get(name)]
+        assert not different, f"{out} is not the uninterrupted store: {different}"
     return counts

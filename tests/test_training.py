@@ -102,11 +102,12 @@ def test_one_seed_gives_one_run_and_leaves_the_global_generators_alone():
 
 
 def test_workers_change_no_loss_and_leave_at_once():
-    assert fit(config(epochs=2, workers=2))[1] == fit(config(epochs=2))[1]
     began = time.perf_counter()
+    losses = fit(config(epochs=2, workers=2))[1]
+    # A loader in a cycle of references waits 5 s for each worker, whenever the cycle is collected.
     gc.collect()
-    # A loader in a cycle of references waited 5 s for each worker here.
-    assert time.perf_counter() - began < 4
+    assert time.perf_counter() - began < 8
+    assert losses == fit(config(epochs=2))[1]
 
 
 RECIPES = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 from pathlib import Path
@@ -55,6 +56,13 @@ class PathLock:
 
     def __exit__(self, *_: Any) -> None:
         self.release()
+
+    @classmethod
+    def sweep(cls, folder: Path) -> None:
+        """Remove the file that a killed holder left; one that is held stays."""
+        if (folder / NAME).exists():
+            with contextlib.suppress(CacheBusy):
+                cls(folder).release()
 
     def _still_there(self) -> bool:
         """Whether the locked file is the one at the path; its holder may have removed it while we opened it."""

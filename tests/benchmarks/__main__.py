@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import argparse
 
-from tests.benchmarks import crashes, dump, memory, training
+from tests.benchmarks import crashes, dump, memory, reading, training
 
-BENCHMARKS = {"training": training.run, "dump": dump.run, "memory": memory.run, "crashes": crashes.run}
+BENCHMARKS = {
+    "training": training.run,
+    "dump": dump.run,
+    "reading": reading.run,
+    "memory": memory.run,
+    "crashes": crashes.run,
+}
 
 
 def main() -> None:
