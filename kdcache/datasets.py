@@ -31,7 +31,6 @@ __all__ = [
     "as_indexed",
     "batch_crc32c",
     "batch_loader",
-    "check_deterministic",
     "fingerprint_labels",
     "fingerprint_samples",
     "input_crc32c",
@@ -75,24 +74,6 @@ def open_dataset(spec: str, *, split: str, data_root: str = "data", download: bo
     dataset.default_mean, dataset.default_std = source.mean, source.std
     dataset.data_root = data_root if source.has_files else None
     return dataset
-
-
-def check_deterministic(dataset: IndexedDataset, count: int = 8) -> None:
-    """Read some samples twice.
-
-    Raises:
-        DatasetError: two reads of one differ.
-    """
-    indices = keys.keyed_sample(len(dataset), count, 0, "determinism")
-    (first, first_labels), (second, second_labels) = dataset.fetch(indices), dataset.fetch(indices)
-    before, after = batch_crc32c(first), batch_crc32c(second)
-    for at, index in enumerate(indices):
-        if before[at] != after[at] or first[at].shape != second[at].shape or first_labels[at] != second_labels[at]:
-            raise DatasetError(
-                f"two reads of sample {index} of {dataset.name} differ: the dataset augments at random",
-                "the plain sample: the student must see the pixels that the teacher saw",
-                "take the random transforms out of the dataset",
-            )
 
 
 def fingerprint_labels(labels: ArrayLike) -> str:

@@ -27,14 +27,15 @@ from kdcache.cache.repair import prepare_repair
 from kdcache.cache.tally import Tally
 from kdcache.cache.writer import SplitWriter, check_target
 from kdcache.config import DumpConfig
+from kdcache.consistency import check_deterministic, check_rows, sampled_crc32c
 from kdcache.datasets import (
     Batch,
+    IndexedDataset,
     as_indexed,
     batch_loader,
-    check_deterministic,
 )
 from kdcache.devices import evaluation_mode, floating_dtype, memory_errors, resolve_device, to_host
-from kdcache.errors import DatasetError, TeacherOutputError
+from kdcache.errors import TeacherOutputError
 from kdcache.evaluate import answer
 from kdcache.preprocess import Preprocessor
 from kdcache.progress import Progress, log
@@ -86,7 +87,7 @@ def plan_dump(
     dataset: Any,
     *,
     out: str | os.PathLike[str],
-    split: str = "train",
+    split: str | None = None,
     teacher_name: str = "",
     preprocess: Preprocess | None = None,
     config: DumpConfig | None = None,
@@ -100,7 +101,7 @@ def dump_teacher(
     dataset: Any,
     *,
     out: str | os.PathLike[str],
-    split: str = "train",
+    split: str | None = None,
     teacher_name: str = "",
     preprocess: Preprocess | None = None,
     config: DumpConfig | None = None,
@@ -115,7 +116,7 @@ def dump_teacher(
             moved to the device.
         dataset: an indexed dataset, or any map-style dataset of (input, label) pairs with a `classes` attribute.
         out: the cache, a folder.
-        split: name of the subgroup that is written.
+        split: name of the subgroup that is written; None takes an indexed dataset's own, and `train` for others.
         teacher_name: recorded in the manifest; the class's name where empty.
         preprocess: from the dataset's inputs to what the teacher takes; None scales uint8 to [0, 1] and no more.
         repair: check everything that stands there, and compute again what is broken or missing.
@@ -135,19 +136,21 @@ class _Dump:
         teacher: nn.Module,
         dataset: Any,
         out: Path,
-        split: str,
+        split: str | None,
         teacher_name: str,
         preprocess: Preprocess | None,
         config: DumpConfig,
         repair: bool = False,
     ) -> None:
         self.out, self.config, self.repair = out, config, repair
+        split = split or (dataset.split if isinstance(dataset, IndexedDataset) else "train")
         self.dataset = as_indexed(dataset, name=type(dataset).__name__, split=split)
         self.device = resolve_device(config.device)
         self.teacher = teacher.to(self.device)
         preprocess = preprocess or Preprocess()
         self.preprocessor = Preprocessor(preprocess)
         check_deterministic(self.dataset)
+        self.sampled = sampled_crc32c(self.dataset)
         self._probe()
         name = teacher_name or type(teacher).__name__
         manifest = build_manifest(teacher, self.dataset, split, name, preprocess, self.device, config)
@@ -248,20 +251,21 @@ class _Dump:
         in_flight: deque[Future[None]] = deque()
         with ThreadPoolExecutor(1, thread_name_prefix="kdcache-writer") as pool:
             for view, shard in pending:
-                buffers = self._buffers(len(manifest.rows_of(shard)))
+                rows = manifest.rows_of(shard)
+                buffers = self._buffers(len(rows))
                 filled = 0
                 for size in batches.sizes(shard):
                     batch, logits = next(answers)
-                    rows = slice(filled, filled + size)
-                    buffers["logits"][rows] = logits
-                    buffers["labels"][rows] = batch.labels.numpy()
+                    here = slice(filled, filled + size)
+                    buffers["logits"][here] = logits
+                    buffers["labels"][here] = batch.labels.numpy()
                     assert batch.input_crc32c is not None, "the loader was asked for checksums"
-                    buffers["input_crc32c"][rows] = batch.input_crc32c.numpy()
+                    buffers["input_crc32c"][here] = batch.input_crc32c.numpy()
                     filled += size
                     progress.advance(size)
                     if in_flight and in_flight[0].done():
                         in_flight.popleft().result()
-                self._check_labels(shard, buffers["labels"])
+                check_rows(self.dataset, rows, buffers["labels"], buffers["input_crc32c"], self.sampled)
                 while len(in_flight) >= SHARDS_IN_FLIGHT:
                     in_flight.popleft().result()
                 in_flight.append(pool.submit(tally.commit, view, shard, buffers, self.config.encoding))
@@ -275,21 +279,6 @@ class _Dump:
             "labels": np.empty(rows, np.int64),
             "input_crc32c": np.empty(rows, np.uint32),
         }
-
-    def _check_labels(self, shard: int, labels: NDArray[np.int64]) -> None:
-        """Refuse a dataset whose list of labels, which the student is held against, is not what its samples say."""
-        listed = self.dataset.labels()
-        if listed is None:
-            return
-        first = self.plan.manifest.rows_of(shard).start
-        wrong = np.flatnonzero(listed[first : first + len(labels)] != labels)
-        if len(wrong):
-            sample = first + int(wrong[0])
-            raise DatasetError(
-                f"sample {sample} of {self.dataset.name} has label {labels[wrong[0]]}",
-                f"{listed[sample]}, as the dataset's own list of labels (targets) says",
-                "make the list agree with the samples",
-            )
 
 
 def free_bytes(path: Path) -> int:

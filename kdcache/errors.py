@@ -44,7 +44,7 @@ class KdcacheError(Exception):
 
     def __reduce__(self) -> tuple[Any, ...]:
         # The error must survive pickling out of a DataLoader worker.
-        return type(self), (self.found, self.needed, self.remedy)
+        return type(self), (self.found, self.needed, self.remedy), self.__dict__
 
     def __str__(self) -> str:
         lines = [self.found]

@@ -12,7 +12,7 @@ from kdcache.errors import TargetExists, UsageError
 CONFIG, METRICS, LAST, BEST, RESULT = "config.json", "metrics.jsonl", "last.pt", "best.pt", "result.json"
 
 # Settings that change how a run is carried out or where things lie, not what comes out of it.
-FREE_ON_RESUME = frozenset({"out", "device", "workers", "data_root", "download", "cache"})
+FREE_ON_RESUME = frozenset({"out", "device", "workers", "data_root", "download", "cache", "plots"})
 
 
 class RunFolder:

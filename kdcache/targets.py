@@ -12,12 +12,12 @@ from torch import Tensor
 
 from kdcache.cache.feeds import Feed
 from kdcache.cache.reader import Cache
+from kdcache.consistency import check_deterministic
 from kdcache.datasets import (
     ArrayDataset,
     Batch,
     IndexedDataset,
     batch_crc32c,
-    check_deterministic,
     fingerprint_labels,
 )
 from kdcache.devices import memory_errors

@@ -158,8 +158,10 @@ class _Loop:
             checksums=join is not None and join.wants_checksums,
         )
         self.optimizer = build_optimizer(module, config)
+        # The schedule must not hold the loop: in a cycle of references the workers of the loader would outlive the run.
+        steps = len(self.batches)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(
-            self.optimizer, lambda step: learning_rate_factor(config, step, len(self.batches))
+            self.optimizer, lambda step: learning_rate_factor(config, step, steps)
         )
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.amp == "fp16")
         self.average = (
@@ -167,6 +169,7 @@ class _Loop:
             if config.ema
             else None
         )
+        self.learning_rate = 0.0
         self.history: list[dict[str, Any]] = []
         self.best = -1.0
 
@@ -224,7 +227,7 @@ class _Loop:
             "epoch": epoch + 1,
             **means,
             "train_accuracy": int(correct) / samples,
-            "learning_rate": self.optimizer.param_groups[0]["lr"],
+            "learning_rate": self.learning_rate,
             "seconds": seconds,
         }
 
@@ -242,6 +245,7 @@ class _Loop:
             nn.utils.clip_grad_norm_(self.module.parameters(), self.config.clip_norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        self.learning_rate = self.optimizer.param_groups[0]["lr"]
         self.schedule.step()
         if self.average is not None:
             self.average.update_parameters(self.module)

@@ -82,6 +82,7 @@ def killed_at_write(out: Path, number: int, **size: int) -> int:
 
 def writes_of_a_dump(out: Path, **size: int) -> list[str]:
     """The writes of an uninterrupted dump, in order: name and what it was done to."""
+    out.parent.mkdir(parents=True, exist_ok=True)
     log = out.with_name("writes")
 
     def act(count: int, name: str, arguments: tuple[object, ...]) -> None:

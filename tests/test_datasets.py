@@ -11,11 +11,11 @@ from PIL import Image
 from torch.utils.data import Dataset, IterableDataset, Subset, TensorDataset
 
 from kdcache.cache.manifest import Preprocess
+from kdcache.consistency import check_deterministic
 from kdcache.datasets import (
     ArrayDataset,
     as_indexed,
     batch_loader,
-    check_deterministic,
     fingerprint_labels,
     fingerprint_samples,
     input_crc32c,

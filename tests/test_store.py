@@ -16,9 +16,10 @@ import pytest
 import zarr
 
 from kdcache.cache import ledger as ledger_module
+from kdcache.cache import streaming
 from kdcache.cache.chunks import ChunkReader
 from kdcache.cache.encoding import ENCODINGS, encode_logits
-from kdcache.cache.feeds import FeedChoice
+from kdcache.cache.feeds import FeedChoice, open_feed
 from kdcache.cache.layout import build_arrays, choose_shard_rows, predicted_bytes, shard_path, zstd_level
 from kdcache.cache.ledger import Ledger
 from kdcache.cache.lock import PathLock
@@ -234,6 +235,29 @@ def test_no_feed_gives_damaged_rows(tmp_path, finished, choice):
 
     with pytest.raises(CacheDamaged, match=r"view 0, shard 1 \(samples 8 to 15\)"):
         epoch()
+
+
+def test_a_stream_over_many_windows(tmp_path, finished, monkeypatch):
+    # A window of real size holds every chunk of a small cache; of these there are eight, and three are held.
+    monkeypatch.setattr(streaming, "WINDOW_BYTES", 1)
+    manifest, rows = finished(tmp_path / "c.zarr", length=59, shard_rows=16, chunk_rows=2)
+    reader = open_cache(tmp_path / "c.zarr").reader
+    feed, order, _ = open_feed(reader, indices=np.arange(59), seed=0, choice=FeedChoice(feed="streamed"))
+    first_windows = set()
+    for epoch in (0, 1, 0):
+        feed.start_epoch(epoch)
+        assert len(order.windows(epoch)) == 8
+        first_windows.add(tuple(sorted(order.windows(epoch)[0])))
+        for indices in batches_of(order, epoch, 7):
+            assert same(feed.rows(indices), rows["logits"][0][indices])
+    assert len(first_windows) == 2
+    # Left in the middle, begun anew, and then asked for what its slots no longer hold.
+    feed.start_epoch(0)
+    batches = list(batches_of(order, 0, 7))
+    for indices in batches[:6]:
+        assert same(feed.rows(indices), rows["logits"][0][indices])
+    with pytest.raises(IndexError, match="not next in the epoch's order"):
+        feed.rows(batches[0])
 
 
 def test_a_partial_cache_gives_what_is_committed(tmp_path, make_manifest, make_rows, commit_shard):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -18,6 +17,9 @@ from kdcache.cache.streaming import StreamedFeed, window_chunks
 from kdcache.errors import UsageError
 
 DEFAULT_MEMORY = "4GiB"
+# A view larger than so many times the memory allowed will not stay in the system's memory, and random reads of a disk
+# are slow. Not the machine's own memory: the order of an epoch must be the same on every machine.
+MAPPED_LIMIT = 16
 FEEDS = ("auto", "memory", "mapped", "streamed")
 SHUFFLES = ("auto", "exact", "window")
 
@@ -112,9 +114,9 @@ def open_feed(
     elif kind == "auto":
         if view_bytes <= allowed:
             kind, why = "memory", f"a view is {view_bytes:,} bytes, and {choice.memory} may be held"
-        elif can_map(array) and choice.shuffle != "window" and view_bytes <= _physical_memory():
+        elif can_map(array) and choice.shuffle != "window" and view_bytes <= MAPPED_LIMIT * allowed:
             kind, why = "mapped", f"a view is {view_bytes:,} bytes, more than {choice.memory}, and not compressed"
-        elif choice.shuffle == "exact" and can_map(array):
+        elif can_map(array) and choice.shuffle == "exact":
             kind, why = "mapped", "exact shuffling reads at random"
         else:
             kind, why = "streamed", f"a view is {view_bytes:,} bytes, more than {choice.memory}"
@@ -143,7 +145,3 @@ def open_feed(
         feed = MemoryFeed(reader, view) if kind == "memory" else MappedFeed(reader, view)
     shuffle = "window" if isinstance(order, WindowOrder) else "exact"
     return feed, order, f"cache {kind} ({why}), shuffle {shuffle}"
-
-
-def _physical_memory() -> int:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
