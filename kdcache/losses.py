@@ -5,6 +5,8 @@ float64 in gives float64 out; float16 and bfloat16 are computed in float32.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -62,6 +64,8 @@ def kd_with_labels(
 
     Args and errors as for `kd` and `hard_cross_entropy`.
     """
+    if not 0 <= alpha <= 1:
+        raise ValueError(f"alpha is {alpha}: it must be from 0 to 1")
     soft = kd(student_logits_bc, teacher_logits_bc, temperature=temperature)
     hard = hard_cross_entropy(student_logits_bc, labels_b, label_smoothing=label_smoothing)
     return alpha * soft + (1 - alpha) * hard
@@ -82,5 +86,5 @@ def _pair(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _check_temperature(temperature: float) -> None:
-    if not temperature > 0:
-        raise ValueError(f"temperature is {temperature}: it must be positive")
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"temperature is {temperature}: it must be positive and finite")

@@ -52,7 +52,7 @@ def from_json(cls: type[T], data: Any, *, where: str, error: type[KdcacheError])
         error: the error raised for a field that is unknown, missing, of the wrong type or refused by the record.
     """
     if not isinstance(data, Mapping):
-        raise error(f"{where} holds {_brief(data)}", "a JSON object")
+        raise error(f"{where} holds {brief(data)}", "a JSON object")
     hints = typing.get_type_hints(cls)
     unknown = sorted(set(data) - set(hints))
     if unknown:
@@ -89,7 +89,7 @@ def _read(hint: Any, value: Any, *, where: str, error: type[KdcacheError]) -> An
         return float(value)
     if isinstance(hint, type) and isinstance(value, hint) and (hint is bool or not isinstance(value, bool)):
         return value
-    raise error(f"{where} is {_brief(value)}", f"a value of type {getattr(hint, '__name__', hint)}")
+    raise error(f"{where} is {brief(value)}", f"a value of type {getattr(hint, '__name__', hint)}")
 
 
 def differences(old: Any, new: Any, *, ignore: frozenset[str] = frozenset()) -> list[tuple[str, Any, Any]]:
@@ -107,10 +107,14 @@ def _differences(old: Any, new: Any, prefix: str, ignore: frozenset[str]) -> typ
             dotted = f"{prefix}.{key}" if prefix else key
             if dotted not in ignore:
                 yield from _differences(old.get(key), new.get(key), dotted, ignore)
+    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        for at, (one, other) in enumerate(zip(old, new, strict=True)):
+            yield from _differences(one, other, f"{prefix}[{at}]", ignore)
     elif old != new:
         yield prefix, old, new
 
 
-def _brief(value: Any) -> str:
+def brief(value: Any) -> str:
+    """A value for a message, cut where it is long."""
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."

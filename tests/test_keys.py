@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from kdcache.keys import generator_seed, key, keyed_sample, permutation
 
-words = st.text("abcdefgh-", min_size=1, max_size=8)
+words = st.text("abc/0-", min_size=1, max_size=8)
 tuples = st.tuples(st.integers(-(2**63), 2**64), words, st.lists(st.integers(0, 2**40), max_size=3).map(tuple))
 
 
@@ -13,11 +13,11 @@ tuples = st.tuples(st.integers(-(2**63), 2**64), words, st.lists(st.integers(0, 
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        ((0, "order"), 0xB657BB9E4FE1AEEC834D5144EFDC3F24),
-        ((0, "order", 0), 0x4535CE2420AC22F06830E85087692056),
-        ((1, "order", 0), 0x8360ED1B005A31893850FD7982866E6F),
-        ((-7, "augment", 3, 41), 0xFD972D419E62EAD1257D0E2421190659),
-        ((9223372036854775808, "fingerprint", 1099511627776), 0x8817DB724AF8AFF28CD2579CC6ED1145),
+        ((0, "order"), 0x73FF6CF55DC33D5F2F6FE22212CC3CEE),
+        ((0, "order", 0), 0xDD71949283446DF6407171D914D0932E),
+        ((1, "order", 0), 0x4945BC7E07F43B937B1669F7C4263E4F),
+        ((-7, "augment", 3, 41), 0xE58BCD5E86D1D481C1D8C2B25E17E2DD),
+        ((9223372036854775808, "fingerprint", 1099511627776), 0x5779F00627F8A653A00C1AA4425EB12E),
     ],
 )
 def test_golden_keys(arguments, expected):
@@ -30,9 +30,9 @@ def test_golden_keys(arguments, expected):
     [
         ((0, 0, "order"), []),
         ((1, 0, "order"), [0]),
-        ((10, 0, "order", 0), [1, 4, 7, 2, 8, 5, 6, 9, 0, 3]),
-        ((10, 0, "order", 1), [7, 0, 5, 8, 1, 4, 6, 2, 3, 9]),
-        ((10, 7, "order", 0), [8, 1, 3, 9, 0, 6, 2, 7, 4, 5]),
+        ((10, 0, "order", 0), [9, 2, 3, 0, 6, 4, 5, 7, 8, 1]),
+        ((10, 0, "order", 1), [3, 6, 9, 0, 5, 1, 7, 8, 2, 4]),
+        ((10, 7, "order", 0), [6, 3, 1, 8, 4, 0, 7, 5, 2, 9]),
     ],
 )
 def test_golden_permutations(arguments, expected):

@@ -54,7 +54,7 @@ LAYOUTS = {
     "sharded by size, zstd": {"length": 2500, "classes": 7, "shard_rows": 2048, "compression": "zstd:1"},
     # 4096 rows in four chunks of 1024, of which the only shard has three.
     "one shard, its last chunk unused": {"length": 2500, "classes": 3, "dtype": "float16", "shard_rows": None},
-    "1000 classes": {"length": 7, "classes": 1000, "dtype": "float64", "compression": "zstd:22"},
+    "1000 classes": {"length": 7, "classes": 1000, "dtype": "float64", "compression": "zstd:9"},
     "1000 classes in halves": {"length": 1030, "classes": 1000, "dtype": "float16", "shard_rows": 1024},
 }
 layouts = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
@@ -76,11 +76,6 @@ def finished(tmp_path_factory, make_manifest, make_rows, write_split):
         return manifest, rows
 
     return put
-
-
-def fault(reason):
-    """A fault that stands. Whoever mends it is told by this mark to take it off."""
-    return pytest.mark.xfail(strict=True, reason=reason)
 
 
 def expected(rows, array, view):
@@ -204,8 +199,6 @@ CHOICES = {
 @layouts
 @pytest.mark.parametrize("choice", CHOICES.values(), ids=CHOICES.keys())
 def test_every_feed_gives_every_sample_once_with_its_own_rows(tmp_path, finished, layout, choice, request):
-    if layout is LAYOUTS["one shard, its last chunk unused"] and (choice.feed == "mapped" or choice.memory == "1"):
-        request.applymarker(fault("the map is as long as the file, the array over it as a full shard"))
     manifest, rows = finished(tmp_path / "c.zarr", **layout)
     cache, view = open_cache(tmp_path / "c.zarr"), manifest.views - 1
     if choice.feed == "mapped" and "compression" in layout:
@@ -240,14 +233,14 @@ def test_no_feed_gives_damaged_rows(tmp_path, finished, choice):
 def test_a_stream_over_many_windows(tmp_path, finished, monkeypatch):
     # A window of real size holds every chunk of a small cache; of these there are eight, and three are held.
     monkeypatch.setattr(streaming, "WINDOW_BYTES", 1)
-    manifest, rows = finished(tmp_path / "c.zarr", length=59, shard_rows=16, chunk_rows=2)
+    _, rows = finished(tmp_path / "c.zarr", length=59, shard_rows=16, chunk_rows=2)
     reader = open_cache(tmp_path / "c.zarr").reader
     feed, order, _ = open_feed(reader, indices=np.arange(59), seed=0, choice=FeedChoice(feed="streamed"))
     first_windows = set()
     for epoch in (0, 1, 0):
         feed.start_epoch(epoch)
-        assert len(order.windows(epoch)) == 8
-        first_windows.add(tuple(sorted(order.windows(epoch)[0])))
+        assert len(list(order.windows(epoch))) == 8
+        first_windows.add(tuple(sorted(next(order.windows(epoch))[0])))
         for indices in batches_of(order, epoch, 7):
             assert same(feed.rows(indices), rows["logits"][0][indices])
     assert len(first_windows) == 2
@@ -536,7 +529,7 @@ OTHER_DUMPS = {
     "labels": (lambda m: dataset(m, labels_sha256="bb"), "dataset.labels_sha256 is 'aa' there and 'bb' here"),
     "classes": (
         lambda m: dataset(m, classes=m.dataset.classes[::-1]),
-        "dataset.classes is ['class 0', 'class 1', 'class 2'] there and ['class 2', 'class 1', 'class 0'] here",
+        "dataset.classes[0] is 'class 0' there and 'class 2' here",
     ),
     "weights": (lambda m: teacher(m, weights_sha256="22"), "teacher.weights_sha256 is '11' there and '22' here"),
     "preprocess": (
@@ -986,12 +979,12 @@ def test_the_chosen_layout_stays_within_its_bounds(length, classes):
     assert shard_rows == logits.chunk_rows or shard_rows * row <= 64 << 20
 
 
-@pytest.mark.parametrize(("compression", "level"), [("none", None), ("zstd", 3), ("zstd:1", 1), ("zstd:22", 22)])
+@pytest.mark.parametrize(("compression", "level"), [("none", None), ("zstd", 5), ("zstd:1", 1), ("zstd:9", 9)])
 def test_compressions(compression, level):
     assert zstd_level(compression) == level
 
 
-@pytest.mark.parametrize("compression", ["", "zstd:0", "zstd:23", "zstd:-1", "zstd:x", "gzip", "none:3", "lz4:1"])
+@pytest.mark.parametrize("compression", ["", "zstd:0", "zstd:10", "zstd:-1", "zstd:x", "gzip", "none:3", "lz4:1"])
 def test_another_compression_is_refused(compression):
     with pytest.raises(UsageError, match="zstd:LEVEL") as caught:
         zstd_level(compression)
@@ -1001,7 +994,6 @@ def test_another_compression_is_refused(compression):
 # ---- faults that stand
 
 
-@fault("anything that is not streamed or memory is mapped")
 @pytest.mark.parametrize("choice", [{"feed": "memroy"}, {"shuffle": "exakt"}])
 def test_a_choice_is_one_of_those_there_are(tmp_path, finished, choice):
     finished(tmp_path / "c.zarr")
@@ -1009,7 +1001,6 @@ def test_a_choice_is_one_of_those_there_are(tmp_path, finished, choice):
         next(open_cache(tmp_path / "c.zarr").epoch(choice=FeedChoice(**choice)))
 
 
-@fault("only FileNotFoundError is met when the ledger is read")
 def test_a_ledger_that_cannot_be_read_is_a_kdcache_error(tmp_path, finished):
     finished(tmp_path / "c.zarr")
     ledger = tmp_path / "c.zarr" / "train" / "ledger/c/0/0/0"
@@ -1019,7 +1010,6 @@ def test_a_ledger_that_cannot_be_read_is_a_kdcache_error(tmp_path, finished):
         open_cache(tmp_path / "c.zarr")
 
 
-@fault("rows are cast to the array's dtype, to infinity if need be")
 def test_rows_of_another_dtype_are_not_committed(tmp_path, make_manifest, make_rows):
     manifest = make_manifest(dtype="float16")
     rows = {name: all_[0, :4] for name, all_ in make_rows(manifest).items()}
@@ -1027,14 +1017,12 @@ def test_rows_of_another_dtype_are_not_committed(tmp_path, make_manifest, make_r
         writer.commit(0, 0, rows | {"logits": rows["logits"].astype(np.float64)})
 
 
-@fault("finish asks nothing")
 def test_a_split_is_not_sealed_before_its_last_shard(tmp_path, make_manifest):
     manifest = make_manifest()
     with SplitWriter(tmp_path / "c.zarr", manifest) as writer, pytest.raises((KdcacheError, ValueError)):
         writer.finish(replace(manifest, view_sha256=(writer.ledger.digest(0),)))
 
 
-@fault("the process's number is written outside of storage_errors, and the lock is kept")
 def test_a_full_disk_refuses_the_lock_and_leaves_none(tmp_path, make_manifest):
     full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     with mock.patch.object(os, "pwrite", side_effect=full), pytest.raises(StorageError):
@@ -1043,7 +1031,6 @@ def test_a_full_disk_refuses_the_lock_and_leaves_none(tmp_path, make_manifest):
         pass
 
 
-@fault("flock belongs to the open file, which a forked worker keeps open")
 def test_a_killed_dump_gives_the_lock_free_while_its_workers_still_live(tmp_path):
     script = (
         "import os, signal, sys, time\n"

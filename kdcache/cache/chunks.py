@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numcodecs.zstd import Zstd  # type: ignore[import-untyped]
+from numcodecs.blosc import decompress  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 
 from kdcache.cache.files import storage_errors
@@ -134,7 +134,7 @@ class ChunkReader:
         data = os.pread(descriptor, size, offset)
         payload = data[:-CRC_BYTES]
         check_crc(payload, data[-CRC_BYTES:], committed)
-        Zstd().decode(payload, out.reshape(-1).view(np.uint8))
+        decompress(payload, out.reshape(-1).view(np.uint8))
 
 
 @contextmanager

@@ -69,11 +69,20 @@ class FeedChoice:
         memory: what may be held, as `4GiB`; a view that fits is read into memory whole.
         feed: `auto`, or one of the others to insist.
         shuffle: `exact`, `window`, or `auto`: exact wherever rows can be read at random.
+
+    Raises:
+        UsageError: a memory, feed or shuffle that there is not.
     """
 
     memory: str = DEFAULT_MEMORY
     feed: str = "auto"
     shuffle: str = "auto"
+
+    def __post_init__(self) -> None:
+        parse_bytes(self.memory)
+        for name, value, known in (("feed", self.feed, FEEDS), ("shuffle", self.shuffle, SHUFFLES)):
+            if value not in known:
+                raise UsageError(f"{name} is {value!r}", f"one of {', '.join(known)}")
 
 
 def parse_bytes(text: str) -> int:

@@ -30,9 +30,12 @@ def storage_errors(action: str, path: Path) -> Iterator[None]:
         if isinstance(problem, KdcacheError):
             raise
         remedy = _REMEDIES.get(problem.errno or 0, "look at the disk")
+        needed = "a disk that takes it"
+        if action == "read":
+            remedy, needed = "give yourself permission to read it, or look at the disk", "a disk that gives it"
         raise StorageError(
             f"could not {action} {path}: {problem.strerror or problem}",
-            "a disk that takes it",
+            needed,
             f"{remedy}, then run the same command again; what is committed is kept",
         ) from problem
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kdcache.cache.files import write_durable
+from kdcache.cache.files import storage_errors, write_durable
 from kdcache.cache.layout import chunks_per_shard
 from kdcache.cache.manifest import ArrayRecord, Manifest
 from kdcache.cache.shards import CRC_BYTES, crc32c
@@ -133,10 +133,11 @@ class Ledger:
         return self._path / "c" / str(view) / str(block) / "0"
 
     def _load(self, view: int, block: int) -> None:
-        try:
-            data = self._file(view, block).read_bytes()
-        except FileNotFoundError:
+        path = self._file(view, block)
+        if not path.exists():
             return
+        with storage_errors("read", path):
+            data = path.read_bytes()
         target = self._entries[view, block * self._block : (block + 1) * self._block]
         payload, stored = data[:-CRC_BYTES], data[-CRC_BYTES:]
         if len(payload) != target.nbytes or crc32c(payload).to_bytes(CRC_BYTES, "little") != stored:

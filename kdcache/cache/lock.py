@@ -27,28 +27,38 @@ class PathLock:
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / NAME
-        while True:
-            with storage_errors("lock", folder):
-                self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
-            try:
-                fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as problem:
-                holder = os.pread(self._descriptor, 32, 0).decode(errors="replace").strip()
+        with storage_errors("lock", folder):
+            while not self._take(folder):
+                pass
+
+    def _take(self, folder: Path) -> bool:
+        """Lock the file at the path; False if its last holder removed it while it was being opened."""
+        self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not self._still_there():
                 os.close(self._descriptor)
-                raise CacheBusy(
-                    f"another dump writes to {folder}" + (f" (process {holder})" if holder else ""),
-                    "one dump at a time on one path",
-                    "wait for it, stop it, or choose another --out",
-                ) from problem
-            if self._still_there():
-                break
+                return False
+            os.ftruncate(self._descriptor, 0)
+            os.pwrite(self._descriptor, str(os.getpid()).encode(), 0)
+        except BlockingIOError as problem:
+            holder = os.pread(self._descriptor, 32, 0).decode(errors="replace").strip()
             os.close(self._descriptor)
-        os.ftruncate(self._descriptor, 0)
-        os.pwrite(self._descriptor, str(os.getpid()).encode(), 0)
+            raise CacheBusy(
+                f"another dump writes to {folder}" + (f" (process {holder})" if holder else ""),
+                "one dump at a time on one path",
+                "wait for it, stop it, or choose another --out",
+            ) from problem
+        except BaseException:
+            os.close(self._descriptor)
+            raise
+        _held.add(self._descriptor)
+        return True
 
     def release(self) -> None:
         """Give the folder free and leave no file behind. The file goes first: who opens it after that makes its own."""
         self._path.unlink(missing_ok=True)
+        _held.discard(self._descriptor)
         os.close(self._descriptor)
 
     def __enter__(self) -> PathLock:
@@ -72,3 +82,16 @@ class PathLock:
             return False
         ours = os.fstat(self._descriptor)
         return (there.st_dev, there.st_ino) == (ours.st_dev, ours.st_ino)
+
+
+# A forked worker must not hold what its parent locked: it may outlive it.
+_held: set[int] = set()
+
+
+def _let_go() -> None:
+    for descriptor in _held:
+        os.close(descriptor)
+    _held.clear()
+
+
+os.register_at_fork(after_in_child=_let_go)

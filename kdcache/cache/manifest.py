@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,8 +53,10 @@ class Preprocess:
     def __post_init__(self) -> None:
         if len(self.mean) != len(self.std):
             raise ValueError(f"mean has {len(self.mean)} channels and std has {len(self.std)}: both must name the same")
-        if any(value <= 0 for value in self.std):
-            raise ValueError(f"std is {self.std}: every channel must be positive")
+        if not all(value > 0 and math.isfinite(value) for value in self.std):
+            raise ValueError(f"std is {self.std}: every channel must be positive and finite")
+        if not all(map(math.isfinite, self.mean)):
+            raise ValueError(f"mean is {self.mean}: every channel must be finite")
         for name in ("resize", "crop"):
             if (size := getattr(self, name)) is not None and size < 1:
                 raise ValueError(f"{name} is {size}: it must be at least 1 pixel")
@@ -221,7 +224,14 @@ def read_manifest(split_path: Path) -> Manifest:
         raise CacheDamaged(
             f"{split_path}: the manifest's sha256 is {digest}", f"{holder['sha256']}, as written", _REMEDY
         )
-    return from_json(Manifest, holder["manifest"], where=str(split_path), error=CacheDamaged)
+    manifest = from_json(Manifest, holder["manifest"], where=str(split_path), error=CacheDamaged)
+    if manifest.dataset.split != split_path.name:
+        raise CacheDamaged(
+            f"{split_path} holds the split {manifest.dataset.split!r}",
+            f"{split_path.name!r}, as its folder says",
+            "give the folder its name back",
+        )
+    return manifest
 
 
 def is_cache(path: Path) -> bool:

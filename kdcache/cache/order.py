@@ -59,20 +59,18 @@ class WindowOrder:
     def __len__(self) -> int:
         return len(self._indices)
 
-    def windows(self, epoch: int) -> list[NDArray[np.int64]]:
-        """The chunks of each window of an epoch, in order."""
-        order = self._chunk_order(epoch)
-        return [self._chunks[order[at : at + self._window_chunks]] for at in range(0, len(order), self._window_chunks)]
-
-    def runs(self, epoch: int) -> Iterator[NDArray[np.int64]]:
-        order = self._chunk_order(epoch)
+    def windows(self, epoch: int) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+        """The windows of an epoch, in order: the chunks of each, and its samples in the order they are visited."""
+        order = keys.permutation(len(self._chunks), self._seed, "chunk order", epoch)
         for window, at in enumerate(range(0, len(order), self._window_chunks)):
             members = order[at : at + self._window_chunks]
             rows = np.concatenate([self._indices[self._starts[chunk] : self._stops[chunk]] for chunk in members])
-            yield rows[keys.permutation(len(rows), self._seed, "window order", epoch, window)]
+            shuffled = rows[keys.permutation(len(rows), self._seed, "window order", epoch, window)]
+            yield self._chunks[members], shuffled
 
-    def _chunk_order(self, epoch: int) -> NDArray[np.int64]:
-        return keys.permutation(len(self._chunks), self._seed, "chunk order", epoch)
+    def runs(self, epoch: int) -> Iterator[NDArray[np.int64]]:
+        for _, samples in self.windows(epoch):
+            yield samples
 
 
 def batches_of(order: EpochOrder, epoch: int, batch_size: int) -> Iterator[NDArray[np.int64]]:

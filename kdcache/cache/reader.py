@@ -102,6 +102,8 @@ class Cache:
 
     def samples(self, view: int = 0) -> NDArray[np.int64]:
         """Indices of the samples that can be read, (n,), ascending: all of them, unless the cache is partial."""
+        if not 0 <= view < self.views:
+            raise IndexError(f"view is {view}; the cache has {self.views}")
         if not self._partial:
             return np.arange(len(self))
         shards = np.flatnonzero(self.reader.ledger.committed(view))
@@ -125,8 +127,11 @@ class Cache:
             Sample indices (batch,) and their soft targets (batch, classes).
 
         Raises:
+            ValueError: the batch size is not positive.
             CacheDamaged: a chunk fails its checksum.
         """
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}: it must be at least 1")
         feed, order, _ = open_feed(self.reader, indices=self.samples(view), seed=seed, view=view, choice=choice)
         feed.start_epoch(epoch)
         for indices in batches_of(order, epoch, batch_size):

@@ -10,7 +10,7 @@ from typing import Any
 
 import google_crc32c
 import numpy as np
-from numcodecs.zstd import Zstd  # type: ignore[import-untyped]
+from numcodecs.blosc import SHUFFLE, Blosc  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 
 from kdcache.cache.layout import chunks_per_shard, fill_value, is_sharded, row_bytes, zstd_level
@@ -49,9 +49,9 @@ def encode_shard(manifest: Manifest, array: ArrayRecord, values: NDArray[Any]) -
         if len(rows) < array.chunk_rows:
             padding = np.full((array.chunk_rows - len(rows), *array.row_shape), fill_value(array.dtype), array.dtype)
             rows = np.concatenate([rows, padding])
-        payload = np.ascontiguousarray(rows, stored_dtype(array)).tobytes()
-        if level is not None:
-            payload = bytes(Zstd(level=level).encode(payload))
+        rows = np.ascontiguousarray(rows, stored_dtype(array))
+        blosc = Blosc(cname="zstd", clevel=level or 0, shuffle=SHUFFLE)
+        payload = rows.tobytes() if level is None else bytes(blosc.encode(rows))
         crcs[chunk] = crc32c(payload)
         parts += [payload, crcs[chunk].to_bytes(CRC_BYTES, "little")]
         index[chunk] = offset, len(payload) + CRC_BYTES

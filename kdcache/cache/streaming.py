@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -11,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdcache.cache.chunks import ChunkReader
+from kdcache.cache.layout import row_bytes
 from kdcache.cache.order import WindowOrder
 from kdcache.cache.shards import stored_dtype
 
@@ -23,12 +25,14 @@ WINDOW_BYTES = 48 << 20
 def window_chunks(reader: ChunkReader, name: str = "logits") -> int:
     """Chunks of one window: as many as `WINDOW_BYTES` hold, and at least 4, so that rows of several chunks mix."""
     array = reader.manifest.array(name)
-    chunk = array.chunk_rows * stored_dtype(array).itemsize * int(np.prod(array.row_shape, dtype=np.int64))
-    return max(WINDOW_BYTES // chunk, 4)
+    return max(WINDOW_BYTES // (array.chunk_rows * row_bytes(array.dtype, array.row_shape)), 4)
 
 
 class StreamedFeed:
     """Rows of one view in the order of a `WindowOrder`, and in no other.
+
+    Readers put the rows of each chunk straight to their places in the epoch's order, so that a batch is one copy of
+    consecutive memory and the loop that trains has nothing to gather.
 
     Args:
         order: that also drives the dataset.
@@ -39,16 +43,13 @@ class StreamedFeed:
     def __init__(self, reader: ChunkReader, view: int, order: WindowOrder, name: str = "logits") -> None:
         self._reader, self._view, self._order = reader, view, order
         self._array = reader.manifest.array(name)
-        chunks = -(-reader.manifest.dataset.length // self._array.chunk_rows)
-        # Where each chunk's rows begin in the buffer; -1 while it is not there.
-        self._place = np.full(chunks, -1, np.int64)
-        self._buffer: NDArray[Any] | None = None
-        self._free: list[int] = []
-        # Windows that are held or being read, the one in use first: their chunks, slots and pending reads.
-        self._held: deque[tuple[NDArray[np.int64], list[int], list[Future[None]]]] = deque()
-        self._in_use = False
-        self._coming: Iterator[NDArray[np.int64]] = iter(())
+        # Windows that are in use or being read: the samples in their order, their rows, and the pending reads.
+        self._held: deque[tuple[NDArray[np.int64], NDArray[Any], list[Future[None]]]] = deque()
+        self._position = 0
+        self._free: list[NDArray[Any]] = []
+        self._coming: Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]] = iter(())
         self._pool: ThreadPoolExecutor | None = None
+        self._scratch = threading.local()
 
     def start_epoch(self, epoch: int) -> None:
         """Drop what is held and begin to read the first windows of an epoch."""
@@ -57,74 +58,79 @@ class StreamedFeed:
             self._pool = ThreadPoolExecutor(READERS, thread_name_prefix="kdcache-reader")
         while self._held:
             self._drop()
-        windows = self._order.windows(epoch)
-        if self._buffer is None:
-            slots = WINDOWS_HELD * max(map(len, windows), default=0)
-            shape = (slots * self._array.chunk_rows, *self._array.row_shape)
-            self._buffer = np.empty(shape, stored_dtype(self._array))
-            self._free = list(range(slots))
-        self._coming = iter(windows)
+        self._coming = self._order.windows(epoch)
         for _ in range(WINDOWS_HELD):
             self._fetch()
+        self._wait()
 
     def rows(self, indices: NDArray[np.int64]) -> NDArray[Any]:
-        """Some rows, (n, *row_shape), in the order asked; the next ones of the epoch's order.
+        """The next rows of the epoch's order, (n, *row_shape).
 
         Raises:
-            IndexError: they are not the next ones.
+            IndexError: the indices are not the next ones.
             CacheDamaged: a chunk fails its checksum.
         """
-        chunks, within = np.divmod(indices, self._array.chunk_rows)
-        parts: list[NDArray[Any]] = []
+        result = np.empty((len(indices), *self._array.row_shape), stored_dtype(self._array))
         done = 0
-        while True:
-            places = self._place[chunks[done:]]
-            absent = places < 0
-            here = int(absent.argmax()) if absent.any() else len(places)
-            assert self._buffer is not None, "start_epoch comes first"
-            parts.append(np.take(self._buffer, places[:here] + within[done : done + here], axis=0))
-            done += here
-            if done == len(indices):
-                return parts[0] if len(parts) == 1 else np.concatenate(parts)
-            self._next_window(int(indices[done]))
+        while done < len(indices):
+            if self._held and self._position == len(self._held[0][0]):
+                self._drop()
+                self._fetch()
+                self._wait()
+            samples, rows, _ = self._held[0] if self._held else (indices[:0], result, [])
+            here = slice(self._position, self._position + len(indices) - done)
+            count = len(samples[here])
+            if not count or not np.array_equal(samples[here], indices[done : done + count]):
+                raise IndexError(
+                    f"sample {indices[done]} is not next in the epoch's order, and a streamed cache knows no other"
+                )
+            result[done : done + count] = rows[self._position : self._position + count]
+            self._position += count
+            done += count
+        return result
 
-    def _next_window(self, sample: int) -> None:
-        """Give up the window in use, whose rows have all been asked for, and wait for the next."""
-        if self._in_use:
-            self._drop()
-            self._fetch()
-        if not self._held:
-            raise IndexError(f"sample {sample} is not next in the epoch's order, and a streamed cache knows no other")
-        chunks, slots, futures = self._held[0]
-        for future in futures:
+    def _wait(self) -> None:
+        """Wait for the first window held."""
+        self._position = 0
+        for future in self._held[0][2] if self._held else []:
             future.result()
-        self._place[chunks] = np.array(slots) * self._array.chunk_rows
-        self._in_use = True
 
     def _fetch(self) -> None:
-        chunks = next(self._coming, None)
-        if chunks is None or self._pool is None or self._buffer is None:
+        """Begin to read the next window."""
+        window = next(self._coming, None)
+        if window is None or self._pool is None:
             return
-        slots = [self._free.pop() for _ in chunks]
-        rows = self._array.chunk_rows
+        chunks, samples = window
+        rows = self._free.pop() if self._free else np.empty((0, *self._array.row_shape), stored_dtype(self._array))
+        if len(rows) < len(samples):
+            rows = np.empty((len(samples), *self._array.row_shape), stored_dtype(self._array))
+        # Places in the window by sample, so that each chunk's reader has its own, in the order of the chunk's rows.
+        order = np.argsort(samples)
+        ascending = samples[order]
+        chunks = np.sort(chunks)
+        parts = np.split(np.arange(len(samples)), np.searchsorted(ascending, chunks[1:] * self._array.chunk_rows))
         futures = [
             self._pool.submit(
-                self._reader.read_into,
-                self._array,
-                self._view,
-                int(chunk),
-                self._buffer[slot * rows : (slot + 1) * rows],
+                self._read, int(chunk), rows, order[part], ascending[part] - int(chunk) * self._array.chunk_rows
             )
-            for chunk, slot in zip(chunks, slots, strict=True)
+            for chunk, part in zip(chunks, parts, strict=True)
         ]
-        self._held.append((chunks, slots, futures))
+        self._held.append((samples, rows, futures))
+
+    def _read(self, chunk: int, rows: NDArray[Any], places: NDArray[np.int64], within: NDArray[np.int64]) -> None:
+        """Read one chunk and put the rows that the window wants of it to their places."""
+        if not hasattr(self._scratch, "chunk"):
+            shape = (self._array.chunk_rows, *self._array.row_shape)
+            self._scratch.chunk = np.empty(shape, stored_dtype(self._array))
+        self._reader.read_into(self._array, self._view, chunk, self._scratch.chunk)
+        whole = len(within) == self._array.chunk_rows
+        rows[places] = self._scratch.chunk if whole else self._scratch.chunk[within]
 
     def _drop(self) -> None:
-        """Free the slots of the first window held, once nothing writes to them."""
-        chunks, slots, futures = self._held.popleft()
+        """Give up the first window held, once nothing writes to its rows."""
+        _, rows, futures = self._held.popleft()
         for future in futures:
             if not future.cancel():
                 future.exception()
-        self._place[chunks] = -1
-        self._free += slots
-        self._in_use = False
+        self._free.append(rows)
+        self._position = 0

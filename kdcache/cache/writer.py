@@ -31,7 +31,7 @@ from kdcache.cache.manifest import (
 )
 from kdcache.cache.shards import encode_shard
 from kdcache.errors import CacheDamaged, TargetExists
-from kdcache.records import differences
+from kdcache.records import brief, differences
 
 _BUILDING = ".{}.creating"
 
@@ -100,16 +100,20 @@ class SplitWriter:
                 views share are written with view 0 and passed over with the others.
 
         Raises:
-            ValueError: an array has another shape than the shard.
+            ValueError: an array has another shape or dtype than the shard.
             StorageError: the disk refused; what was committed before stays.
         """
+        if not (0 <= view < self.manifest.views and 0 <= shard < self.manifest.shards):
+            raise ValueError(f"there is no shard {shard} of view {view}")
         entry = {}
         for array in self.manifest.arrays:
             if not array.per_view and view > 0:
                 continue
             rows, needed = arrays[array.name], (len(self.manifest.rows_of(shard)), *array.row_shape)
-            if rows.shape != needed:
-                raise ValueError(f"{array.name} of shard {shard} has shape {rows.shape}: it must have {needed}")
+            if rows.shape != needed or rows.dtype != np.dtype(array.dtype):
+                raise ValueError(
+                    f"{array.name} of shard {shard} is {rows.dtype} {rows.shape}, not {array.dtype} {needed}"
+                )
             data, crcs = encode_shard(self.manifest, array, rows)
             write_durable(shard_path(self.path, array, view, shard), data)
             entry[array.name] = len(data), crcs
@@ -119,8 +123,13 @@ class SplitWriter:
         """Seal the split: put the manifest with its results and the digests of the ledger.
 
         Raises:
+            ValueError: rows are pending, or the digests are not the ledger's.
             CacheDamaged: the manifest there is damaged, and nothing proves that it was this one.
         """
+        if self.pending():
+            raise ValueError(f"{len(self.pending())} shards are pending: a split is sealed once all are committed")
+        if manifest.view_sha256 != tuple(self.ledger.digest(view) for view in range(manifest.views)):
+            raise ValueError("view_sha256 is not that of the ledger")
         path, attributes = self.path / METADATA, manifest_attributes(manifest)
         try:
             read_manifest(self.path)
@@ -168,7 +177,7 @@ def check_target(path: Path, manifest: Manifest, *, repair: bool = False) -> Man
     if changes := differences(found, manifest, ignore=ignore):
         raise TargetExists(
             f"{split} holds another dump: "
-            + "; ".join(f"{field} is {old!r} there and {new!r} here" for field, old, new in changes),
+            + "; ".join(f"{field} is {brief(old)} there and {brief(new)} here" for field, old, new in changes[:8]),
             "the same settings to continue or keep it",
             "choose another --out, or give the settings it was made with; nothing was changed",
         )
