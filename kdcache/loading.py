@@ -6,9 +6,9 @@ import traceback
 from collections.abc import Iterator
 from typing import Any, NamedTuple, Protocol
 
-import google_crc32c
 import numpy as np
 import torch
+from crc32c import crc32c
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
@@ -66,7 +66,7 @@ def batch_loader(
     Args:
         workers: processes that read ahead, kept from epoch to epoch; 0 reads here, best for data in memory.
         device: that the batches go to; for CUDA they come in pinned memory.
-        checksums: fill `Batch.input_crc32c`, at about 0.5 µs a small sample.
+        checksums: fill `Batch.input_crc32c`, at about 0.3 µs a small sample.
 
     Raises:
         DatasetError: while iterating, a sample cannot be read or stacked, or a worker died.
@@ -164,12 +164,11 @@ def batch_crc32c(inputs: Inputs) -> list[int]:
         rows = list(_bytes(inputs).reshape(len(inputs), -1))
     else:
         rows = [_bytes(value) for value in inputs]
-    return [google_crc32c.value(row) for row in rows]
+    return [crc32c(row) for row in rows]
 
 
 def _bytes(tensor: Tensor) -> NDArray[np.uint8]:
-    """The bytes of a tensor, read-only, because google_crc32c takes nothing else without a copy."""
+    """The bytes of a tensor."""
     # Reinterpreted by torch, because numpy knows no bfloat16.
     values: NDArray[np.uint8] = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
-    values.flags.writeable = False
     return values

@@ -240,7 +240,7 @@ def test_a_stream_over_many_windows(tmp_path, finished, monkeypatch):
     for epoch in (0, 1, 0):
         feed.start_epoch(epoch)
         assert len(list(order.windows(epoch))) == 8
-        first_windows.add(tuple(sorted(next(order.windows(epoch))[0])))
+        first_windows.add(tuple(sorted(next(order.windows(epoch)).chunks)))
         for indices in batches_of(order, epoch, 7):
             assert same(feed.rows(indices), rows["logits"][0][indices])
     assert len(first_windows) == 2

@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from crc32c import crc32c
 from numpy.typing import NDArray
 
 from kdcache.cache.files import storage_errors, write_durable
 from kdcache.cache.layout import chunks_per_shard
 from kdcache.cache.manifest import ArrayRecord, Manifest
-from kdcache.cache.shards import CRC_BYTES, crc32c
+from kdcache.cache.shards import CRC_BYTES
 from kdcache.errors import CacheDamaged
 
 NAME = "ledger"

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Protocol
+from functools import lru_cache
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,6 +41,22 @@ class ExactOrder:
         yield self._indices[keys.permutation(len(self._indices), self._seed, "epoch order", epoch)]
 
 
+class Window(NamedTuple):
+    """Some chunks whose rows are visited together, shuffled.
+
+    Attributes:
+        chunks: (chunks,).
+        samples: (rows,), in the order they are visited.
+        members: of each chunk its samples, ascending.
+        places: of each chunk the positions of its samples in `samples`.
+    """
+
+    chunks: NDArray[np.int64]
+    samples: NDArray[np.int64]
+    members: list[NDArray[np.int64]]
+    places: list[NDArray[np.int64]]
+
+
 class WindowOrder:
     """Chunks in random order, and the rows of `window_chunks` of them at a time in random order.
 
@@ -55,22 +72,34 @@ class WindowOrder:
         self._window_chunks = window_chunks
         self._chunks, self._starts = np.unique(indices // chunk_rows, return_index=True)
         self._stops = np.append(self._starts[1:], len(indices))
+        # Drawn by who visits the samples and again by who reads their rows, a few windows ahead.
+        self._window = lru_cache(maxsize=8)(self._draw)
+        self._chunk_order = lru_cache(maxsize=2)(self._draw_chunk_order)
 
     def __len__(self) -> int:
         return len(self._indices)
 
-    def windows(self, epoch: int) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
-        """The windows of an epoch, in order: the chunks of each, and its samples in the order they are visited."""
-        order = keys.permutation(len(self._chunks), self._seed, "chunk order", epoch)
-        for window, at in enumerate(range(0, len(order), self._window_chunks)):
-            members = order[at : at + self._window_chunks]
-            rows = np.concatenate([self._indices[self._starts[chunk] : self._stops[chunk]] for chunk in members])
-            shuffled = rows[keys.permutation(len(rows), self._seed, "window order", epoch, window)]
-            yield self._chunks[members], shuffled
+    def windows(self, epoch: int) -> Iterator[Window]:
+        """The windows of an epoch, in order."""
+        for number in range(-(-len(self._chunks) // self._window_chunks)):
+            yield self._window(epoch, number)
 
     def runs(self, epoch: int) -> Iterator[NDArray[np.int64]]:
-        for _, samples in self.windows(epoch):
-            yield samples
+        for window in self.windows(epoch):
+            yield window.samples
+
+    def _draw(self, epoch: int, number: int) -> Window:
+        members = self._chunk_order(epoch)[number * self._window_chunks : (number + 1) * self._window_chunks]
+        parts = [self._indices[self._starts[chunk] : self._stops[chunk]] for chunk in members]
+        rows = np.concatenate(parts)
+        order = keys.permutation(len(rows), self._seed, "window order", epoch, number)
+        places = np.empty_like(order)
+        places[order] = np.arange(len(order))
+        bounds = np.cumsum([len(part) for part in parts])[:-1]
+        return Window(chunks=self._chunks[members], samples=rows[order], members=parts, places=np.split(places, bounds))
+
+    def _draw_chunk_order(self, epoch: int) -> NDArray[np.int64]:
+        return keys.permutation(len(self._chunks), self._seed, "chunk order", epoch)
 
 
 def batches_of(order: EpochOrder, epoch: int, batch_size: int) -> Iterator[NDArray[np.int64]]:

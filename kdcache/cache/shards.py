@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
-import google_crc32c
 import numpy as np
+from crc32c import crc32c
 from numcodecs.blosc import SHUFFLE, Blosc  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 
@@ -22,15 +22,6 @@ ABSENT = 2**64 - 1
 
 class BadChunk(Exception):
     """A chunk's bytes are not the committed ones; the reader says which shard and what to do."""
-
-
-def crc32c(data: bytes | NDArray[Any]) -> int:
-    """crc32c of the bytes of `data`; an array must be contiguous."""
-    if isinstance(data, np.ndarray) and data.flags.writeable:
-        # The library takes read-only buffers only; a read-only view costs nothing, a copy would.
-        data = data.view()
-        data.flags.writeable = False
-    return int(google_crc32c.value(data))
 
 
 def encode_shard(manifest: Manifest, array: ArrayRecord, values: NDArray[Any]) -> tuple[bytes, list[int]]:

@@ -6,6 +6,7 @@ import threading
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,8 @@ from numpy.typing import NDArray
 
 from kdcache.cache.chunks import ChunkReader
 from kdcache.cache.layout import row_bytes
-from kdcache.cache.order import WindowOrder
+from kdcache.cache.mapping import ChunkMap, can_map
+from kdcache.cache.order import Window, WindowOrder
 from kdcache.cache.shards import stored_dtype
 
 # One window is used, and two are read ahead.
@@ -28,11 +30,21 @@ def window_chunks(reader: ChunkReader, name: str = "logits") -> int:
     return max(WINDOW_BYTES // (array.chunk_rows * row_bytes(array.dtype, array.row_shape)), 4)
 
 
+@dataclass(frozen=True, slots=True)
+class _Held:
+    """A window that is in use or being read: its rows in the order of its samples, unless they are mapped."""
+
+    window: Window
+    rows: NDArray[Any] | None
+    reads: list[Future[None]]
+
+
 class StreamedFeed:
     """Rows of one view in the order of a `WindowOrder`, and in no other.
 
-    Readers put the rows of each chunk straight to their places in the epoch's order, so that a batch is one copy of
-    consecutive memory and the loop that trains has nothing to gather.
+    Of an uncompressed cache the readers check the chunks of the coming windows where they lie in mapped memory, and a
+    batch is gathered from there: one copy in all, which matters because shuffled rows are bound by memory. Of a
+    compressed one they put the rows to their places in the epoch's order, and a batch is a copy of consecutive memory.
 
     Args:
         order: that also drives the dataset.
@@ -43,11 +55,12 @@ class StreamedFeed:
     def __init__(self, reader: ChunkReader, view: int, order: WindowOrder, name: str = "logits") -> None:
         self._reader, self._view, self._order = reader, view, order
         self._array = reader.manifest.array(name)
-        # Windows that are in use or being read: the samples in their order, their rows, and the pending reads.
-        self._held: deque[tuple[NDArray[np.int64], NDArray[Any], list[Future[None]]]] = deque()
+        mappable = can_map(self._array) and reader.manifest.complete
+        self._map = ChunkMap(reader, view, name) if mappable else None
+        self._held: deque[_Held] = deque()
         self._position = 0
         self._free: list[NDArray[Any]] = []
-        self._coming: Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]] = iter(())
+        self._coming: Iterator[Window] = iter(())
         self._pool: ThreadPoolExecutor | None = None
         self._scratch = threading.local()
 
@@ -60,7 +73,7 @@ class StreamedFeed:
             self._drop()
         self._coming = self._order.windows(epoch)
         for _ in range(WINDOWS_HELD):
-            self._fetch()
+            self._fetch(self._pool)
         self._wait()
 
     def rows(self, indices: NDArray[np.int64]) -> NDArray[Any]:
@@ -70,52 +83,52 @@ class StreamedFeed:
             IndexError: the indices are not the next ones.
             CacheDamaged: a chunk fails its checksum.
         """
-        result = np.empty((len(indices), *self._array.row_shape), stored_dtype(self._array))
+        parts: list[NDArray[Any]] = []
         done = 0
         while done < len(indices):
-            if self._held and self._position == len(self._held[0][0]):
+            if self._held and self._pool and self._position == len(self._held[0].window.samples):
                 self._drop()
-                self._fetch()
+                self._fetch(self._pool)
                 self._wait()
-            samples, rows, _ = self._held[0] if self._held else (indices[:0], result, [])
-            here = slice(self._position, self._position + len(indices) - done)
-            count = len(samples[here])
-            if not count or not np.array_equal(samples[here], indices[done : done + count]):
-                raise IndexError(
-                    f"sample {indices[done]} is not next in the epoch's order, and a streamed cache knows no other"
-                )
-            result[done : done + count] = rows[self._position : self._position + count]
-            self._position += count
-            done += count
-        return result
+            part = self._next(indices[done:])
+            self._position += len(part)
+            done += len(part)
+            parts.append(part)
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def _next(self, indices: NDArray[np.int64]) -> NDArray[Any]:
+        """The rows of as many of the indices as the window in use has."""
+        if self._held:
+            held, here = self._held[0], slice(self._position, self._position + len(indices))
+            samples = held.window.samples[here]
+            if len(samples) and np.array_equal(samples, indices[: len(samples)]):
+                if self._map is not None:
+                    return self._map.gather(samples)
+                assert held.rows is not None, "what is not mapped is held"
+                return held.rows[here][: len(samples)].copy()
+        raise IndexError(f"sample {indices[0]} is not next in the epoch's order, and a streamed cache knows no other")
 
     def _wait(self) -> None:
         """Wait for the first window held."""
-        self._position = 0
-        for future in self._held[0][2] if self._held else []:
-            future.result()
+        for read in self._held[0].reads if self._held else []:
+            read.result()
 
-    def _fetch(self) -> None:
+    def _fetch(self, pool: ThreadPoolExecutor) -> None:
         """Begin to read the next window."""
         window = next(self._coming, None)
-        if window is None or self._pool is None:
+        if window is None:
             return
-        chunks, samples = window
+        if self._map is not None:
+            self._held.append(_Held(window, None, [pool.submit(self._map.check, int(c)) for c in window.chunks]))
+            return
         rows = self._free.pop() if self._free else np.empty((0, *self._array.row_shape), stored_dtype(self._array))
-        if len(rows) < len(samples):
-            rows = np.empty((len(samples), *self._array.row_shape), stored_dtype(self._array))
-        # Places in the window by sample, so that each chunk's reader has its own, in the order of the chunk's rows.
-        order = np.argsort(samples)
-        ascending = samples[order]
-        chunks = np.sort(chunks)
-        parts = np.split(np.arange(len(samples)), np.searchsorted(ascending, chunks[1:] * self._array.chunk_rows))
-        futures = [
-            self._pool.submit(
-                self._read, int(chunk), rows, order[part], ascending[part] - int(chunk) * self._array.chunk_rows
-            )
-            for chunk, part in zip(chunks, parts, strict=True)
+        if len(rows) < len(window.samples):
+            rows = np.empty((len(window.samples), *self._array.row_shape), stored_dtype(self._array))
+        reads = [
+            pool.submit(self._read, int(chunk), rows, places, members - int(chunk) * self._array.chunk_rows)
+            for chunk, members, places in zip(window.chunks, window.members, window.places, strict=True)
         ]
-        self._held.append((samples, rows, futures))
+        self._held.append(_Held(window, rows, reads))
 
     def _read(self, chunk: int, rows: NDArray[Any], places: NDArray[np.int64], within: NDArray[np.int64]) -> None:
         """Read one chunk and put the rows that the window wants of it to their places."""
@@ -127,10 +140,14 @@ class StreamedFeed:
         rows[places] = self._scratch.chunk if whole else self._scratch.chunk[within]
 
     def _drop(self) -> None:
-        """Give up the first window held, once nothing writes to its rows."""
-        _, rows, futures = self._held.popleft()
-        for future in futures:
-            if not future.cancel():
-                future.exception()
-        self._free.append(rows)
+        """Give up the first window held, once nothing reads into it."""
+        held = self._held.popleft()
+        for read in held.reads:
+            if not read.cancel():
+                read.exception()
+        if self._map is not None:
+            for chunk in held.window.chunks:
+                self._map.release(int(chunk))
+        if held.rows is not None:
+            self._free.append(held.rows)
         self._position = 0
