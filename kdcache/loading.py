@@ -164,7 +164,7 @@ def batch_crc32c(inputs: Inputs) -> list[int]:
         rows = list(_bytes(inputs).reshape(len(inputs), -1))
     else:
         rows = [_bytes(value) for value in inputs]
-    return [crc32c(row) for row in rows]
+    return [crc32c(row.data) for row in rows]
 
 
 def _bytes(tensor: Tensor) -> NDArray[np.uint8]:

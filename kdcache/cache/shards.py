@@ -80,7 +80,8 @@ def check_crc(payload: bytes | NDArray[Any], stored: bytes, committed: int) -> N
     Raises:
         BadChunk: they differ.
     """
-    found, beside = crc32c(payload), int.from_bytes(stored, "little")
+    data = payload if isinstance(payload, bytes) else payload.data
+    found, beside = crc32c(data), int.from_bytes(stored, "little")
     if not found == beside == committed:
         raise BadChunk(f"crc32c is {found:#010x}, stored beside it {beside:#010x}, in the ledger {committed:#010x}")
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import shutil
 import statistics
 import subprocess
@@ -66,14 +65,15 @@ def run(*, rounds: int, device: str) -> None:
 def measure(folder: str, way: str) -> None:
     """Print rows/s, CPU µs a row and memory over baseline of one way, as JSON."""
     if way.startswith("kdcache"):
-        from kdcache.cache import reader  # noqa: F401  # not counted as memory of reading
+        from kdcache.cache import reader  # noqa: F401  # its import is not memory of reading
 
-    baseline = _anonymous_mb()
+    baseline = _memory_mb()
     batches, read = _open(Path(folder), way)
-    list_of_first = 0
-    for indices in batches(0):
+    highest = 0.0
+    for number, indices in enumerate(batches(0)):
         read(indices)
-        list_of_first += len(indices)
+        if number % 20 == 0:
+            highest = max(highest, _memory_mb())
         if way in ("zarr fancy indexing", "one file a sample"):
             break
     rows, began, cpu = 0, time.perf_counter(), time.process_time()
@@ -82,11 +82,8 @@ def measure(folder: str, way: str) -> None:
         if time.perf_counter() - began > SLOW_S:
             break
     seconds, cpu_s = time.perf_counter() - began, time.process_time() - cpu
-    print(
-        json.dumps(
-            {"rows_s": rows / seconds, "cpu_us": cpu_s / rows * 1e6, "memory_mb": _anonymous_mb(peak=True) - baseline}
-        )
-    )
+    result = {"rows_s": rows / seconds, "cpu_us": cpu_s / rows * 1e6, "memory_mb": highest - baseline}
+    print(json.dumps(result))
 
 
 def _open(folder: Path, way: str) -> tuple[Callable[[int], Iterator[np.ndarray]], Reader]:
@@ -148,15 +145,10 @@ def _open_ours(folder: Path, way: str) -> tuple[Callable[[int], Iterator[np.ndar
     return batches, feed.rows
 
 
-def _anonymous_mb(*, peak: bool = False) -> float:
-    """Memory of this process alone, in MB: pages of mapped files belong to the system, which takes them back."""
+def _memory_mb() -> float:
+    """Resident memory of this process in MB, with the pages of mapped files that it holds."""
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    own = int(status["RssAnon"].split()[0]) / 1024
-    if not peak:
-        return own
-    shared = int(status["RssFile"].split()[0]) / 1024
-    highest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    return max(own, highest - shared)
+    return int(status["VmRSS"].split()[0]) / 1024
 
 
 def _open_to_first_batch() -> None:
