@@ -134,7 +134,8 @@ class LiveTargets:
 
     def __call__(self, batch: Batch) -> Batch:
         with evaluation_mode(self.teacher):
-            answers = self.teacher(self.preprocessor.per_batch(batch.inputs, floating_dtype(self.teacher)))
+            inputs = batch.inputs.to(next(self.teacher.parameters()).device)
+            answers = self.teacher(self.preprocessor.per_batch(inputs, floating_dtype(self.teacher)))
         return batch._replace(soft_targets=answers.clone())
 
 

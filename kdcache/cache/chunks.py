@@ -174,7 +174,8 @@ def check_indices(indices: NDArray[np.int64], length: int) -> None:
     Raises:
         IndexError: with the range that was asked for.
     """
-    if indices.size and (indices.min() < 0 or indices.max() >= length):
+    # Seen as unsigned, a negative index is larger than any length: one pass instead of two.
+    if indices.size and indices.view(np.uint64).max() >= length:
         raise IndexError(f"sample indices run from {indices.min()} to {indices.max()}; the cache has {length} samples")
 
 

@@ -76,7 +76,7 @@ def make_stores(folder: Path) -> None:
     import lmdb
 
     write_cache(folder / "plain.zarr", rows=ROWS, classes=CLASSES, compression="none")
-    write_cache(folder / "zstd.zarr", rows=ROWS, classes=CLASSES, compression="zstd:1")
+    write_cache(folder / "zstd.zarr", rows=ROWS, classes=CLASSES, compression="zstd")
     (folder / "files").mkdir()
     shard_rows = manifest_of(ROWS, CLASSES, "none").shard_rows
     environment = lmdb.open(str(folder / "lmdb"), map_size=4 * ROWS * CLASSES * 2)
