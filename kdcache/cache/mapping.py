@@ -68,8 +68,8 @@ class ChunkMap:
         )
         chunks = np.arange(-(-manifest.dataset.length // array.chunk_rows))
         shards, positions = np.divmod(chunks, self._chunks_a_shard)
-        # A row begins at its index times its length, plus what lies between its chunk and the ones before. Few operations
-        # on a few hundred numbers, because each costs a hundredth of the gather itself.
+        # A row begins at its index times its length, plus what lies between its chunk and those before. Few operations
+        # on few numbers, because each costs a hundredth of the gather itself.
         self._row_steps = row // self._step
         starts = (shards * self._stride + positions * chunk_stride(array)) // self._step
         self._between = starts - chunks * array.chunk_rows * self._row_steps
