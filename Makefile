@@ -42,7 +42,7 @@ constraints: $(READY) ## renew the tested set of dependencies
 		--all-extras --output-file .ci/constraints.txt pyproject.toml
 
 demo: ## the whole pipeline on the embedded digits
-	@$(MAKE) --no-print-directory pipeline DATASET=digits EPOCHS=30
+	@$(MAKE) --no-print-directory pipeline DATASET=digits EPOCHS=100
 
 teacher: $(TEACHER_RUN)/result.json ## train a teacher
 dump: $(CACHE)/.dumped ## run the teacher once, keep its logits

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import pickle
 from collections.abc import Iterable, Mapping
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kdcache.cache.files import durable_file
 from kdcache.errors import CheckpointError, StorageError
 from kdcache.plugins import require_extra
 
@@ -102,34 +102,16 @@ def save_checkpoint(path: str | os.PathLike[str], mapping: Mapping[str, Any]) ->
     Raises:
         StorageError: the disk refused the write; the old file is still there.
     """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            torch.save(dict(mapping), file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        _flush_folder(path.parent)
-    except (OSError, RuntimeError) as problem:  # torch's zip writer turns a full disk into a RuntimeError
-        raise StorageError(
-            f"{path} could not be written: {problem}",
-            "a writable folder with space",
-            "free some space, or give another path",
-        ) from problem
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-
-
-def _flush_folder(folder: Path) -> None:
-    """Make a rename last through a power cut, where the system lets folders be flushed."""
-    with contextlib.suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
+    with durable_file(Path(path)) as file:
         try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+            torch.save(dict(mapping), file)
+        except RuntimeError as problem:
+            # torch's zip writer hides the system's error, such as a full disk, behind its own.
+            if isinstance(problem.__context__, OSError):
+                raise problem.__context__ from problem
+            raise StorageError(
+                f"could not write {path}: {problem}", "a disk that takes it", "look at the disk"
+            ) from problem
 
 
 def _unwrap(content: Mapping[str, Any], own: Mapping[str, Any], path: Path) -> dict[str, Any]:

@@ -40,13 +40,14 @@ from kdcache.errors import CacheDamaged, CheckpointError
 from kdcache.evaluate import Evaluation, evaluate_model, plot_confusion
 from kdcache.inspection import verify_cache
 from kdcache.models import BuiltModel, count_parameters
+from kdcache.objectives import label_objective
 from kdcache.plugins import require_extra
 from kdcache.recompute import recompute_rows
 from kdcache.records import Report, to_json
 from kdcache.runs import RunFolder, read_config
 from kdcache.student import train_student as learn_from_cache
 from kdcache.targets import check_join
-from kdcache.training import TrainResult, label_objective, train
+from kdcache.training import TrainResult, train
 
 
 def train_teacher(settings: TrainTeacher) -> Report:

@@ -9,7 +9,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from kdcache import losses
 from kdcache.cache.feeds import FeedChoice, open_feed
 from kdcache.cache.manifest import Preprocess
 from kdcache.cache.order import EpochOrder, ExactOrder
@@ -17,28 +16,16 @@ from kdcache.cache.reader import Cache, open_cache
 from kdcache.config import StudentConfig
 from kdcache.datasets import (
     ArrayDataset,
-    Batch,
     as_indexed,
 )
 from kdcache.devices import resolve_device
+from kdcache.objectives import distillation_objective, label_objective
 from kdcache.progress import log
 from kdcache.records import to_json
 from kdcache.runs import RunFolder
 from kdcache.sampling import split_validation
 from kdcache.targets import CachedTargets, check_join
-from kdcache.training import Objective, TrainResult, label_objective, train
-
-
-def distillation_objective(config: StudentConfig) -> Objective:
-    """alpha · kd + (1 − alpha) · cross entropy, for batches with soft targets."""
-
-    def objective(logits_bc: Tensor, batch: Batch) -> dict[str, Tensor]:
-        assert batch.soft_targets is not None, "distillation needs joined batches"
-        soft = losses.kd(logits_bc, batch.soft_targets, temperature=config.temperature)
-        hard = losses.hard_cross_entropy(logits_bc, batch.labels, label_smoothing=config.label_smoothing)
-        return {"loss": config.alpha * soft + (1 - config.alpha) * hard, "kd": soft, "cross_entropy": hard}
-
-    return objective
+from kdcache.training import TrainResult, train
 
 
 def train_student(

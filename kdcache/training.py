@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from kdcache import keys, losses
+from kdcache import keys
 from kdcache.cache.manifest import Preprocess
 from kdcache.cache.order import EpochOrder, ExactOrder
 from kdcache.checkpoints import read_checkpoint, save_checkpoint
@@ -22,6 +22,7 @@ from kdcache.datasets import Batch, IndexedDataset, batch_loader
 from kdcache.devices import autocast, floating_dtype, memory_errors, resolve_device, seeded, synchronize
 from kdcache.errors import TrainingDiverged, UsageError
 from kdcache.evaluate import evaluate_model, output_logits
+from kdcache.objectives import Join, Objective
 from kdcache.optimization import build_optimizer, learning_rate_factor
 from kdcache.preprocess import Preprocessor
 from kdcache.progress import Progress, log
@@ -30,46 +31,6 @@ from kdcache.sampling import EpochBatches, split_validation
 
 # How many steps may pass before a loss that is not finite is noticed: looking at every one would stall a GPU.
 CHECK_EVERY_STEPS = 64
-
-
-class Objective(Protocol):
-    """What a network is trained for."""
-
-    def __call__(self, logits_bc: Tensor, batch: Batch) -> dict[str, Tensor]:
-        """Scalars by name; `loss` is minimised, the others are shown.
-
-        Args:
-            logits_bc: the network's, (batch, classes), on the device.
-            batch: labels and soft targets on the device, indices on the host.
-        """
-        ...
-
-
-class Join(Protocol):
-    """Puts soft targets to the inputs of a batch.
-
-    Attributes:
-        wants_checksums: whether batches must come with the checksums of their shared inputs.
-    """
-
-    wants_checksums: bool
-
-    def start_epoch(self, epoch: int) -> None:
-        """Prepare for the batches of an epoch, counted from 0."""
-        ...
-
-    def __call__(self, batch: Batch) -> Batch:
-        """Given each batch on the host before its step; returns it with soft targets."""
-        ...
-
-
-def label_objective(label_smoothing: float) -> Objective:
-    """Cross entropy with the labels and nothing else."""
-
-    def objective(logits_bc: Tensor, batch: Batch) -> dict[str, Tensor]:
-        return {"loss": losses.hard_cross_entropy(logits_bc, batch.labels, label_smoothing=label_smoothing)}
-
-    return objective
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,7 @@ from kdcache.checkpoints import read_checkpoint
 from kdcache.datasets import Batch, input_crc32c, open_dataset
 from kdcache.errors import CacheMismatch, UsageError
 from kdcache.models import build_model
-from kdcache.student import distillation_objective
+from kdcache.objectives import distillation_objective
 from kdcache.targets import CachedTargets, check_join
 from kdcache.training import train
 from tests.helpers import Items, LiveTargets, Network, changed, synthetic, tensors, tree

@@ -15,11 +15,12 @@ from kdcache.checkpoints import read_checkpoint
 from kdcache.datasets import ArrayDataset
 from kdcache.errors import TargetExists, TrainingDiverged, UsageError
 from kdcache.evaluate import Evaluation
+from kdcache.objectives import label_objective
 from kdcache.optimization import learning_rate_factor
 from kdcache.records import to_json
 from kdcache.runs import RunFolder
 from kdcache.sampling import EpochBatches, split_validation
-from kdcache.training import label_objective, train
+from kdcache.training import train
 from tests.helpers import Interrupted, Network, Watcher, generator_states, synthetic
 
 PLAIN = Preprocess()

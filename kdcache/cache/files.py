@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from kdcache.errors import KdcacheError, StorageError
 
@@ -66,12 +67,23 @@ def write_durable(path: Path, data: bytes | bytearray | memoryview) -> None:
     Raises:
         StorageError: the disk is full, read-only or closed to us; nothing is left behind.
     """
+    with durable_file(path) as file:
+        file.write(data)
+
+
+@contextmanager
+def durable_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to write that takes its place at `path` once it is whole and on disk.
+
+    Raises:
+        StorageError: the disk is full, read-only or closed to us; nothing is left behind, an old file stays.
+    """
     with storage_errors("write", path):
         make_folder(path.parent)
         temporary = path.with_name(path.name + TEMPORARY)
         try:
             with open(temporary, "wb") as file:
-                file.write(data)
+                yield file
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)

@@ -14,6 +14,7 @@ from kdcache.devices import evaluation_mode, floating_dtype, resolve_device, syn
 from kdcache.dump import dump_teacher
 from kdcache.preprocess import Preprocessor
 from tests.benchmarks.data import IMAGE, images, network
+from tests.benchmarks.stores import BATCH, logits, write_cache
 from tests.benchmarks.timing import side_by_side
 
 SAMPLES = 60_000
@@ -45,4 +46,26 @@ def run(*, rounds: int, device: str) -> None:
         rounds=rounds,
         what=f"a cnn teacher over {SAMPLES:,} MNIST-shaped samples, batch {config.batch_size}, {target_device}",
         target={"dump": "target ≤ 1.05"},
+    )
+    _appends()
+
+
+def _appends() -> None:
+    """Whole shards against what a loop that writes each batch as it comes would do to the same layout."""
+    import zarr
+
+    rows, classes = 32_768, 1000
+    with tempfile.TemporaryDirectory() as folder:
+        buffered = rows / write_cache(Path(folder) / "buffered.zarr", rows=rows, classes=classes, compression="none")
+        some = 4096
+        write_cache(Path(folder) / "appended.zarr", rows=rows, classes=classes, compression="none")
+        array = zarr.open_group(Path(folder) / "appended.zarr", mode="r+")["train/logits"]
+        values = logits(range(some), classes)
+        began = time.perf_counter()
+        for start in range(0, some, BATCH):
+            array[0, start : start + BATCH] = values[start : start + BATCH]
+        appended = some / (time.perf_counter() - began)
+    print(
+        f"writing {classes} classes: whole shards, flushed, {buffered:,.0f} rows/s; batches of {BATCH} into the same "
+        f"layout {appended:,.0f} rows/s: × {buffered / appended:.0f}  target ≥ 40"
     )

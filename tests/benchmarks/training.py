@@ -10,9 +10,9 @@ from kdcache.cache.reader import open_cache
 from kdcache.config import DumpConfig, StudentConfig
 from kdcache.devices import resolve_device
 from kdcache.dump import dump_teacher
-from kdcache.student import distillation_objective
+from kdcache.objectives import distillation_objective, label_objective
 from kdcache.targets import CachedTargets
-from kdcache.training import label_objective, train
+from kdcache.training import train
 from tests.benchmarks.data import IMAGE, images, network
 from tests.benchmarks.timing import side_by_side
 from tests.helpers import LiveTargets
