@@ -85,6 +85,11 @@ class Execution(Settings):
     amp: str = option("off", "Automatic mixed precision: off, bf16 or fp16.", choices=("off", "bf16", "fp16"))
 
 
+# What a cache may hold in memory by default, and the ways to feed and shuffle its rows.
+CACHE_MEMORY = "4GiB"
+FEEDS = ("auto", "memory", "mapped", "streamed")
+SHUFFLES = ("auto", "exact", "window")
+
 DATASET_HELP = "digits, mnist, fashion-mnist, cifar10, cifar100, folder:PATH or py:package.module:function."
 MODEL_HELP = (
     "cnn, mlp, resnet20, resnet56, resnet110, resnet8x4, resnet32x4, torchvision:NAME[@WEIGHTS], timm:NAME or "
@@ -164,12 +169,10 @@ class StudentConfig(TrainConfig):
     temperature: float = option(2.0, "T: softens teacher and student alike.", above=0)
     alpha: float = option(0.5, "Weight of the teacher; the label has 1 - alpha.", minimum=0, maximum=1)
     distill: bool = option(True, "--no-distill trains on the labels alone, through the same loop.")
-    cache_memory: str = option("4GiB", "What may be held of the cache in memory; a view that fits is read once.")
+    cache_memory: str = option(CACHE_MEMORY, "What may be held of the cache in memory; a view that fits is read once.")
     cache_on_device: bool = option(False, "Hold the view in the device's memory instead; it must fit there.")
-    feed: str = option("auto", "auto, memory, mapped or streamed.", choices=("auto", "memory", "mapped", "streamed"))
-    shuffle: str = option(
-        "auto", "exact, window (chunk by chunk), or auto: exact unless streamed.", choices=("auto", "exact", "window")
-    )
+    feed: str = option("auto", "auto, memory, mapped or streamed.", choices=FEEDS)
+    shuffle: str = option("auto", "exact, window (chunk by chunk), or auto: exact unless streamed.", choices=SHUFFLES)
     allow_partial: bool = option(False, "Train on the committed samples of a cache whose dump has not finished.")
 
 

@@ -14,14 +14,12 @@ from kdcache.cache.layout import row_bytes
 from kdcache.cache.mapping import MappedFeed, can_map
 from kdcache.cache.order import EpochOrder, ExactOrder, WindowOrder
 from kdcache.cache.streaming import StreamedFeed, window_chunks
+from kdcache.config import CACHE_MEMORY, FEEDS, SHUFFLES
 from kdcache.errors import UsageError
 
-DEFAULT_MEMORY = "4GiB"
 # A view larger than so many times the memory allowed will not stay in the system's memory, and random reads of a disk
 # are slow. Not the machine's own memory: the order of an epoch must be the same on every machine.
 MAPPED_LIMIT = 16
-FEEDS = ("auto", "memory", "mapped", "streamed")
-SHUFFLES = ("auto", "exact", "window")
 
 _UNITS = {"": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
@@ -74,7 +72,7 @@ class FeedChoice:
         UsageError: a memory, feed or shuffle that there is not.
     """
 
-    memory: str = DEFAULT_MEMORY
+    memory: str = CACHE_MEMORY
     feed: str = "auto"
     shuffle: str = "auto"
 

@@ -1,4 +1,4 @@
-"""Reading one split of a cache. Needs numpy and numcodecs, no torch, no teacher and not even zarr.
+"""Reading one split of a cache. Needs numpy, numcodecs and crc32c; no torch, no teacher and not even zarr.
 
 Nothing is returned unchecked: manifest against its sha256, ledger against manifest, chunk against ledger.
 """
