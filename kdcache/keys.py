@@ -29,12 +29,15 @@ def generator_seed(seed: int, purpose: str, *numbers: int) -> int:
 def permutation(length: int, seed: int, purpose: str, *numbers: int) -> NDArray[np.int64]:
     """A random order of `range(length)`, shape (length,), int64."""
     raw = np.random.Philox(key=key(seed, purpose, *numbers)).random_raw(length)
-    order = np.argsort(raw)
-    drawn = raw[order]
+    # Sorting numbers that carry their position in their lowest bits takes half the time of an argsort.
+    bits = np.uint64(max(length - 1, 0).bit_length())
+    position = (np.uint64(1) << bits) - np.uint64(1)
+    packed = np.sort((raw & ~position) | np.arange(length, dtype=np.uint64))
+    drawn = packed >> bits
     if (drawn[1:] == drawn[:-1]).any():
-        # Only a stable sort orders equal numbers alike on every machine; it takes twice the time and is rarely needed.
-        order = np.argsort(raw, kind="stable")
-    return order.astype(np.int64, copy=False)
+        # What tells two numbers apart was cut off.
+        return np.argsort(raw, kind="stable").astype(np.int64, copy=False)
+    return (packed & position).view(np.int64)
 
 
 def keyed_sample(length: int, count: int, seed: int, purpose: str, *numbers: int) -> NDArray[np.int64]:

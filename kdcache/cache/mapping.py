@@ -63,9 +63,9 @@ class ChunkMap:
         # float64): numpy then gathers by one number a row, which is faster than by shard, chunk and row.
         self._step = math.gcd(dtype.itemsize, CRC_BYTES)
         count = (len(self._bytes) - row) // self._step + 1
-        self._rows = np.ndarray(
-            (count, row // dtype.itemsize), dtype, self._bytes, strides=(self._step, dtype.itemsize)
-        )
+        # A row is one opaque item, because numpy copies such a one at once and a row of numbers one by one.
+        self._rows = np.ndarray((count,), f"V{row}", self._bytes, strides=(self._step,))
+        self._dtype = dtype
         chunks = np.arange(-(-manifest.dataset.length // array.chunk_rows))
         shards, positions = np.divmod(chunks, self._chunks_a_shard)
         # A row begins at its index times its length, plus what lies between its chunk and those before. Few operations
@@ -84,7 +84,7 @@ class ChunkMap:
         check_indices(indices, self._reader.manifest.dataset.length)
         starts = self._between[indices // self._array.chunk_rows]
         starts += indices * self._row_steps
-        values: NDArray[Any] = self._rows[starts]
+        values: NDArray[Any] = self._rows[starts].view(self._dtype)
         return values.reshape(len(indices), *self._array.row_shape)
 
     def check(self, chunk: int) -> None:

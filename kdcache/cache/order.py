@@ -47,14 +47,12 @@ class Window(NamedTuple):
     Attributes:
         chunks: (chunks,).
         samples: (rows,), in the order they are visited.
-        members: of each chunk its samples, ascending.
-        places: of each chunk the positions of its samples in `samples`.
+        places: (rows,), where each lies when the chunks lie one behind the other.
     """
 
     chunks: NDArray[np.int64]
     samples: NDArray[np.int64]
-    members: list[NDArray[np.int64]]
-    places: list[NDArray[np.int64]]
+    places: NDArray[np.int64]
 
 
 class WindowOrder:
@@ -69,7 +67,7 @@ class WindowOrder:
 
     def __init__(self, indices: NDArray[np.int64], seed: int, *, chunk_rows: int, window_chunks: int) -> None:
         self._indices, self._seed = indices, seed
-        self._window_chunks = window_chunks
+        self._window_chunks, self._chunk_rows = window_chunks, chunk_rows
         self._chunks, self._starts = np.unique(indices // chunk_rows, return_index=True)
         self._stops = np.append(self._starts[1:], len(indices))
         # Drawn by who visits the samples and again by who reads their rows, a few windows ahead.
@@ -90,13 +88,11 @@ class WindowOrder:
 
     def _draw(self, epoch: int, number: int) -> Window:
         members = self._chunk_order(epoch)[number * self._window_chunks : (number + 1) * self._window_chunks]
-        parts = [self._indices[self._starts[chunk] : self._stops[chunk]] for chunk in members]
-        rows = np.concatenate(parts)
+        rows = np.concatenate([self._indices[self._starts[chunk] : self._stops[chunk]] for chunk in members])
+        lie = np.repeat(np.arange(len(members)), (self._stops - self._starts)[members]) * self._chunk_rows
         order = keys.permutation(len(rows), self._seed, "window order", epoch, number)
-        places = np.empty_like(order)
-        places[order] = np.arange(len(order))
-        bounds = np.cumsum([len(part) for part in parts])[:-1]
-        return Window(chunks=self._chunks[members], samples=rows[order], members=parts, places=np.split(places, bounds))
+        places = (lie + rows % self._chunk_rows)[order]
+        return Window(chunks=self._chunks[members], samples=rows[order], places=places)
 
     def _draw_chunk_order(self, epoch: int) -> NDArray[np.int64]:
         return keys.permutation(len(self._chunks), self._seed, "chunk order", epoch)

@@ -18,6 +18,9 @@ from kdcache.cache.manifest import ArrayRecord, Manifest
 
 CRC_BYTES = 4
 ABSENT = 2**64 - 1
+# Of Blosc. In its own choice of 128 KiB blocks and less, logits take up to 8 % more room and up to 2.5 times as long to
+# decode. Readers take it from the data, so the array's metadata leaves it to the writer.
+BLOCK_BYTES = 1 << 20
 
 
 class BadChunk(Exception):
@@ -41,7 +44,7 @@ def encode_shard(manifest: Manifest, array: ArrayRecord, values: NDArray[Any]) -
             padding = np.full((array.chunk_rows - len(rows), *array.row_shape), fill_value(array.dtype), array.dtype)
             rows = np.concatenate([rows, padding])
         rows = np.ascontiguousarray(rows, stored_dtype(array))
-        blosc = Blosc(cname="zstd", clevel=level or 0, shuffle=SHUFFLE)
+        blosc = Blosc(cname="zstd", clevel=level or 0, shuffle=SHUFFLE, blocksize=BLOCK_BYTES)
         payload = rows.tobytes() if level is None else bytes(blosc.encode(rows))
         crcs[chunk] = crc32c(payload)
         parts += [payload, crcs[chunk].to_bytes(CRC_BYTES, "little")]

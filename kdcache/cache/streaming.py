@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -32,7 +31,7 @@ def window_chunks(reader: ChunkReader, name: str = "logits") -> int:
 
 @dataclass(frozen=True, slots=True)
 class _Held:
-    """A window that is in use or being read: its rows in the order of its samples, unless they are mapped."""
+    """A window that is in use or being read: its chunks one behind the other, unless they are mapped."""
 
     window: Window
     rows: NDArray[Any] | None
@@ -44,7 +43,7 @@ class StreamedFeed:
 
     Of an uncompressed cache the readers check the chunks of the coming windows where they lie in mapped memory, and a
     batch is gathered from there: one copy in all, which matters because shuffled rows are bound by memory. Of a
-    compressed one they put the rows to their places in the epoch's order, and a batch is a copy of consecutive memory.
+    compressed one the readers decode the chunks into memory of the feed's own, and a batch is gathered from that.
 
     Args:
         order: that also drives the dataset.
@@ -62,7 +61,6 @@ class StreamedFeed:
         self._free: list[NDArray[Any]] = []
         self._coming: Iterator[Window] = iter(())
         self._pool: ThreadPoolExecutor | None = None
-        self._scratch = threading.local()
 
     def start_epoch(self, epoch: int) -> None:
         """Drop what is held and begin to read the first windows of an epoch."""
@@ -105,7 +103,8 @@ class StreamedFeed:
                 if self._map is not None:
                     return self._map.gather(samples)
                 assert held.rows is not None, "what is not mapped is held"
-                return held.rows[here][: len(samples)].copy()
+                rows: NDArray[Any] = held.rows.take(held.window.places[here], axis=0)
+                return rows
         raise IndexError(f"sample {indices[0]} is not next in the epoch's order, and a streamed cache knows no other")
 
     def _wait(self) -> None:
@@ -121,23 +120,15 @@ class StreamedFeed:
         if self._map is not None:
             self._held.append(_Held(window, None, [pool.submit(self._map.check, int(c)) for c in window.chunks]))
             return
+        length = len(window.chunks) * self._array.chunk_rows
         rows = self._free.pop() if self._free else np.empty((0, *self._array.row_shape), stored_dtype(self._array))
-        if len(rows) < len(window.samples):
-            rows = np.empty((len(window.samples), *self._array.row_shape), stored_dtype(self._array))
+        if len(rows) < length:
+            rows = np.empty((length, *self._array.row_shape), stored_dtype(self._array))
         reads = [
-            pool.submit(self._read, int(chunk), rows, places, members - int(chunk) * self._array.chunk_rows)
-            for chunk, members, places in zip(window.chunks, window.members, window.places, strict=True)
+            pool.submit(self._reader.read_into, self._array, self._view, chunk, rows[at : at + self._array.chunk_rows])
+            for at, chunk in zip(range(0, length, self._array.chunk_rows), window.chunks.tolist(), strict=True)
         ]
         self._held.append(_Held(window, rows, reads))
-
-    def _read(self, chunk: int, rows: NDArray[Any], places: NDArray[np.int64], within: NDArray[np.int64]) -> None:
-        """Read one chunk and put the rows that the window wants of it to their places."""
-        if not hasattr(self._scratch, "chunk"):
-            shape = (self._array.chunk_rows, *self._array.row_shape)
-            self._scratch.chunk = np.empty(shape, stored_dtype(self._array))
-        self._reader.read_into(self._array, self._view, chunk, self._scratch.chunk)
-        whole = len(within) == self._array.chunk_rows
-        rows[places] = self._scratch.chunk if whole else self._scratch.chunk[within]
 
     def _drop(self) -> None:
         """Give up the first window held, once nothing reads into it."""
