@@ -11,7 +11,7 @@ import torch
 from kdcache.cache.manifest import Preprocess
 from kdcache.checkpoints import load_weights, read_checkpoint
 from kdcache.config import DatasetSource, Input
-from kdcache.datasets import IndexedDataset, batch_loader, open_dataset
+from kdcache.datasets import BatchRequest, IndexedDataset, batch_loader, open_dataset
 from kdcache.devices import evaluation_mode
 from kdcache.errors import CheckpointError, DatasetError, ModelError, UsageError
 from kdcache.evaluate import answer
@@ -89,7 +89,7 @@ def _probe(built: BuiltModel, dataset: IndexedDataset) -> None:
     preprocessor, device = Preprocessor(built.preprocess), torch.device("cpu")
     indices = np.arange(min(2, len(dataset)))
     with evaluation_mode(built.module):
-        for batch in batch_loader(dataset, [indices], preprocessor=preprocessor, device=device):
+        for batch in batch_loader(dataset, [BatchRequest(indices)], preprocessor=preprocessor, device=device):
             classes = len(dataset.classes)
             try:
                 answer(built.module, batch.inputs, preprocessor=preprocessor, device=device, amp="off", classes=classes)

@@ -88,11 +88,11 @@ def _parameter(each: dataclasses.Field[Any], settings_class: type) -> inspect.Pa
     kinds = [kind for kind in typing.get_args(hint) if kind is not type(None)] or [hint]
     kind = kinds[0] if typing.get_origin(hint) is not tuple else hint
     many = typing.get_origin(kind) is tuple
-    numbers = many and typing.get_args(kind)[0] is float
+    numbers = many and typing.get_args(kind)[0] in (int, float)
     text = each.metadata["help"]
     if each.metadata["required"]:
         text += " [required]"
-    elif each.default is not None and not isinstance(each.default, bool):
+    elif each.default not in (None, ()) and not isinstance(each.default, bool):
         default: Any = each.default
         text += f" [default: {','.join(map(str, default)) if many else default}]"
     hint = list[str] | None if many and not numbers else (str if numbers else kind) | None
@@ -116,7 +116,7 @@ def _settings(settings_class: type[config.Settings], given: dict[str, Any], file
         layers = [read_config(Path(given["out"]))]
     hints = typing.get_type_hints(settings_class)
     flags = {
-        name: _numbers(name, value) if isinstance(value, str) and "tuple" in str(hints[name]) else value
+        name: _numbers(name, value, hints[name]) if isinstance(value, str) and "tuple" in str(hints[name]) else value
         for name, value in given.items()
         if name in names and value is not None and value != []
     }
@@ -129,13 +129,13 @@ def _settings(settings_class: type[config.Settings], given: dict[str, Any], file
     return settings
 
 
-def _numbers(name: str, text: str) -> list[float]:
+def _numbers(name: str, text: str, hint: Any) -> list[float] | list[int]:
+    whole = "int" in str(hint)
     try:
-        return [float(part) for part in text.split(",")]
+        return [int(part) for part in text.split(",")] if whole else [float(part) for part in text.split(",")]
     except ValueError as problem:
-        raise UsageError(
-            f"--{name.replace('_', '-')} is {text!r}", "numbers with commas between, as 0.5,0.5,0.5"
-        ) from problem
+        example = "whole numbers with commas between, as 0,1,2" if whole else "numbers with commas between, as 0.5,0.5"
+        raise UsageError(f"--{name.replace('_', '-')} is {text!r}", example) from problem
 
 
 @_command(config.TrainTeacher, "train-teacher", "kdcache train-teacher --dataset mnist --model cnn --out runs/teacher")

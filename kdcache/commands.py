@@ -17,7 +17,7 @@ from kdcache.building import (
     recorded_preprocess,
 )
 from kdcache.cache.layout import predicted_bytes
-from kdcache.cache.manifest import manifest_sha256
+from kdcache.cache.manifest import ViewRecipe, manifest_sha256
 from kdcache.cache.reader import open_cache
 from kdcache.checkpoints import load_weights, read_checkpoint
 from kdcache.config import (
@@ -48,6 +48,7 @@ from kdcache.runs import RunFolder, read_config
 from kdcache.student import train_student as learn_from_cache
 from kdcache.targets import check_join
 from kdcache.training import TrainResult, train
+from kdcache.views import Views
 
 
 def train_teacher(settings: TrainTeacher) -> Report:
@@ -59,9 +60,11 @@ def train_teacher(settings: TrainTeacher) -> Report:
     run = RunFolder(Path(settings.out), {"command": "train-teacher", **to_json(settings)}, resume=settings.resume)
     description = describe(built, dataset)
     config = narrow(TrainConfig, settings)
+    recipe = ViewRecipe(augment=settings.augment, mix=settings.mix, seed=settings.seed)
     result = train(
         built.module,
-        dataset,
+        Views(dataset, recipe),
+        schedule=lambda epoch: epoch,  # a new view of every sample in each epoch
         objective=label_objective(config.label_smoothing),
         preprocess=built.preprocess,
         config=config,
@@ -88,6 +91,7 @@ def _dump_split(settings: DumpTeacher, split: str) -> Report:
         "teacher_name": settings.teacher,
         "preprocess": built.preprocess,
         "config": narrow(DumpConfig, settings),
+        "add_views": settings.add_views,
     }
     if settings.dry_run:
         plan = plan_dump(built.module, dataset, **arguments)
@@ -97,7 +101,7 @@ def _dump_split(settings: DumpTeacher, split: str) -> Report:
             "shards": plan.shards,
             "bytes": plan.bytes,
             "free_bytes": plan.free_bytes,
-            "complete": plan.existing is not None and plan.existing.complete,
+            "complete": plan.existing is not None and plan.existing.complete and not plan.existing.extending,
         }
         fits = "fits" if plan.bytes <= plan.free_bytes else "DOES NOT FIT"
         state = "; already complete" if data["complete"] else ""
@@ -120,7 +124,7 @@ def _dump_split(settings: DumpTeacher, split: str) -> Report:
     return Report(
         data,
         f"{settings.out}/{split}: {result.rows:,} rows ({result.computed_rows:,} now, {result.seconds:.1f} s), "
-        f"teacher accuracy {accuracy:.2%}",
+        f"teacher accuracy {'not known: view 0 is mixed' if accuracy is None else f'{accuracy:.2%}'}",
     )
 
 
@@ -135,14 +139,15 @@ def verify_with_teacher(settings: Verify) -> Report:
         record = cache.manifest.dataset
         dataset = open_data(settings, settings.dataset or record.name, split, hint=record.data_root)
         built = load_teacher(settings, str(settings.teacher), settings.checkpoint, dataset)
-        check_join(cache, dataset)
-        found = recompute_rows(built.module, dataset, cache, rows=settings.rows, execution=narrow(Execution, settings))
+        views = Views(dataset, cache.manifest.recipe)
+        check_join(cache, views)
+        found = recompute_rows(built.module, views, cache, rows=settings.rows, execution=narrow(Execution, settings))
         data["splits"][split]["recomputed"] = dataclasses.asdict(found)
         same = found.same_weights and found.largest_difference <= settings.tolerance
         exit_code = exit_code if same else CacheDamaged.exit_code
         lines.append(
             f"{split}: {found.rows} rows recomputed; difference up to {found.largest_difference:.2g} of 1 + |x| at "
-            f"sample {found.sample}, tolerance {settings.tolerance:g}"
+            f"sample {found.sample} in view {found.view}, tolerance {settings.tolerance:g}"
             + ("" if found.same_weights else "; the teacher's weights are not those of the manifest")
         )
     data["whole"] = exit_code == 0
@@ -152,22 +157,23 @@ def verify_with_teacher(settings: Verify) -> Report:
 def train_student(settings: TrainStudent) -> Report:
     """Train a student from a cache's training split; dataset, classes and preprocessing come from its manifest."""
     _check_plots(settings.plots)
-    cache = open_cache(settings.cache, "train", allow_partial=settings.allow_partial)
-    record = cache.manifest.dataset
+    caches = [open_cache(path, "train", allow_partial=settings.allow_partial) for path in settings.cache]
+    manifest = caches[0].manifest
+    record = manifest.dataset
     spec = settings.dataset or record.name
     dataset = open_data(settings, spec, record.split, hint=record.data_root)
-    built = build(settings.student, dataset, settings, settings.seed, cache.manifest.teacher.preprocess, training=True)
+    built = build(settings.student, dataset, settings, settings.seed, manifest.teacher.preprocess, training=True)
     test = open_test(settings, spec, hint=record.data_root)
     config = narrow(StudentConfig, settings)
     run = RunFolder(Path(settings.out), {"command": "train-student", **to_json(settings)}, resume=settings.resume)
     result = learn_from_cache(
         built.module,
         dataset,
-        cache,
+        caches,
         preprocess=built.preprocess,
         config=config,
         run=run,
-        description=describe(built, dataset) | {"cache": manifest_sha256(cache.manifest)},
+        description=describe(built, dataset) | {"cache": [manifest_sha256(cache.manifest) for cache in caches]},
     )
     role = "student distilled" if config.distill else "student alone"
     return _conclude(role, built, result, test, config, run, plots=settings.plots)

@@ -90,6 +90,10 @@ CACHE_MEMORY = "4GiB"
 FEEDS = ("auto", "memory", "mapped", "streamed")
 SHUFFLES = ("auto", "exact", "window")
 
+AUGMENT_HELP = (
+    "none, affine, crop-flip, crop-flip-randaugment, resized-crop-flip (:PIXELS behind it for another size) or "
+    "py:package.module:function."
+)
 DATASET_HELP = "digits, mnist, fashion-mnist, cifar10, cifar100, folder:PATH or py:package.module:function."
 MODEL_HELP = (
     "cnn, mlp, resnet20, resnet56, resnet110, resnet8x4, resnet32x4, torchvision:NAME[@WEIGHTS], timm:NAME or "
@@ -123,10 +127,21 @@ class Input(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DumpConfig(Execution):
+class Augmenting(Settings):
+    """How the shared input is made of the plain sample."""
+
+    augment: str = option("none", f"How samples are varied: {AUGMENT_HELP}")
+    mix: str = option("none", "How two samples become one: none, uniform, mixup:ALPHA or cutmix:ALPHA.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DumpConfig(Execution, Augmenting):
     """How a teacher's answers are computed and stored."""
 
     batch_size: int = option(256, "Samples in a batch.", minimum=1)
+    views: int = option(1, "Versions of every sample that the teacher answers for.", minimum=1)
+    view_seed: int = option(0, "What views are drawn from, with their number and the sample's index.", minimum=0)
+    plain_view: bool = option(False, "Let view 0 be the plain sample.")
     encoding: str = option(
         "float16", "Stored as float16, float32 or float64.", choices=("float16", "float32", "float64")
     )
@@ -171,13 +186,24 @@ class StudentConfig(TrainConfig):
     distill: bool = option(True, "--no-distill trains on the labels alone, through the same loop.")
     cache_memory: str = option(CACHE_MEMORY, "What may be held of the cache in memory; a view that fits is read once.")
     cache_on_device: bool = option(False, "Hold the view in the device's memory instead; it must fit there.")
+    cache_weights: tuple[float, ...] = option((), "Weights of several caches, as 2,1. [default: all equal]", above=0)
+    views: tuple[int, ...] = option((), "Views to train on, as 0,1,2. [default: all]", minimum=0)
+    view_schedule: str = option("cycle", "Which view an epoch uses: cycle, shuffle or fixed:K.")
+    verify_inputs: str = option(
+        "sample",
+        "Whose inputs are compared with the teacher's: all, sample (of batches) or off.",
+        choices=("all", "sample", "off"),
+    )
+    input_memory: str = option(
+        "0", "What augmented inputs may take in memory, as 2GiB; where all fit, each is made only once."
+    )
     feed: str = option("auto", "auto, memory, mapped or streamed.", choices=FEEDS)
     shuffle: str = option("auto", "exact, window (chunk by chunk), or auto: exact unless streamed.", choices=SHUFFLES)
     allow_partial: bool = option(False, "Train on the committed samples of a cache whose dump has not finished.")
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainTeacher(TrainConfig, DatasetSource, Input):
+class TrainTeacher(TrainConfig, Augmenting, DatasetSource, Input):
     """`kdcache train-teacher`."""
 
     dataset: str = option("digits", DATASET_HELP)
@@ -197,6 +223,7 @@ class DumpTeacher(DumpConfig, DatasetSource, Input):
     split: tuple[str, ...] = option(("train",), "Split to dump; repeat for several.")
     out: str = option("", "The cache, a folder such as runs/mnist.zarr.", required=True)
     dry_run: bool = option(False, "Tell rows, bytes and shards, and write nothing.")
+    add_views: int = option(0, "Extend the finished cache at --out by so many views.", minimum=0)
     repair: bool = option(False, "Check what stands at --out, and compute again what is broken or missing.")
 
 
@@ -204,7 +231,9 @@ class DumpTeacher(DumpConfig, DatasetSource, Input):
 class TrainStudent(StudentConfig, DatasetSource, Input):
     """`kdcache train-student`."""
 
-    cache: str = option("", "A cache made by dump-teacher.", required=True)
+    cache: tuple[str, ...] = option(
+        (), "A cache made by dump-teacher; repeat for several teachers, whose logits are averaged.", required=True
+    )
     student: str = option("mlp", MODEL_HELP)
     out: str = option("", "Folder for the run.", required=True)
     resume: bool = option(False, "Continue the run in --out.")
@@ -278,6 +307,9 @@ def merge(config_class: type[T], *layers: dict[str, Any], where: str = "settings
     merged: dict[str, Any] = {}
     for layer in layers:
         merged |= layer
+    for each in fields(config_class):
+        if "tuple" in str(each.type) and isinstance(merged.get(each.name), str):
+            merged[each.name] = [merged[each.name]]  # one value where several may stand
     return from_json(config_class, merged, where=where, error=UsageError)
 
 

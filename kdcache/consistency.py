@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from kdcache import keys
 from kdcache.datasets import IndexedDataset, batch_crc32c
 from kdcache.errors import DatasetError
+from kdcache.views import Views, unreplayable
 
 
 def check_deterministic(dataset: IndexedDataset, count: int = 8) -> None:
@@ -35,30 +36,27 @@ def changing_sample(dataset: IndexedDataset, sample: int) -> DatasetError:
     )
 
 
-def sampled_crc32c(dataset: IndexedDataset, count: int = 64) -> dict[int, int]:
-    """crc32c of the shared inputs of a keyed sample, by index."""
-    indices = keys.keyed_sample(len(dataset), count, 0, "fingerprint")
-    return dict(zip(indices.tolist(), batch_crc32c(dataset.shared_inputs(indices)), strict=True))
+def sampled_crc32c(views: Views, view: int, count: int = 64) -> dict[int, int]:
+    """crc32c of the shared inputs of a keyed sample in one view, by index."""
+    indices = keys.keyed_sample(len(views), count, 0, "fingerprint")
+    return dict(zip(indices.tolist(), batch_crc32c(views.fetch(view, indices).inputs), strict=True))
 
 
 def check_rows(
-    dataset: IndexedDataset,
-    rows: range,
-    labels: NDArray[np.int64],
-    crcs: NDArray[Any],
-    sampled: dict[int, int],
+    views: Views, view: int, rows: range, labels: NDArray[np.int64], crcs: NDArray[Any], sampled: dict[int, int]
 ) -> None:
-    """Hold samples as they were dumped against the dataset's list of labels and against an earlier read.
+    """Hold samples as they were dumped against the dataset's list of labels and against an earlier look.
 
     Args:
         rows: sample indices.
         labels: of the samples, (rows,).
         crcs: crc32c of their shared inputs, (rows,).
-        sampled: crc32c by index, from `sampled_crc32c`; shows a dataset that augments only now and then.
+        sampled: crc32c by index, from `sampled_crc32c`; shows what changes only now and then.
 
     Raises:
         DatasetError: a label or an input is another one.
     """
+    dataset = views.dataset
     listed = dataset.labels()
     if listed is not None and len(wrong := np.flatnonzero(listed[rows.start : rows.stop] != labels)):
         sample = rows[int(wrong[0])]
@@ -69,4 +67,5 @@ def check_rows(
         )
     for sample, crc in sampled.items():
         if sample in rows and crcs[sample - rows.start] != crc:
-            raise changing_sample(dataset, sample)
+            plain = views.recipe.is_plain(view)
+            raise changing_sample(dataset, sample) if plain else unreplayable(views, view, sample)

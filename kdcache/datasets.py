@@ -17,7 +17,16 @@ from torch import Tensor
 from kdcache import keys
 from kdcache.errors import DatasetError, KdcacheError
 from kdcache.indexed import ArrayDataset, IndexedDataset, MapDataset, as_indexed, dtype_name, pil_to_tensor
-from kdcache.loading import Batch, Batches, BatchLoader, batch_crc32c, batch_loader, input_crc32c
+from kdcache.loading import (
+    Batch,
+    Batches,
+    BatchLoader,
+    BatchRequest,
+    batch_crc32c,
+    batch_loader,
+    consecutive_batches,
+    input_crc32c,
+)
 from kdcache.plugins import PREFIX, call_with_accepted, describe, did_you_mean, require_extra, resolve
 from kdcache.records import canonical_json
 
@@ -25,12 +34,14 @@ __all__ = [
     "ArrayDataset",
     "Batch",
     "BatchLoader",
+    "BatchRequest",
     "Batches",
     "IndexedDataset",
     "MapDataset",
     "as_indexed",
     "batch_crc32c",
     "batch_loader",
+    "consecutive_batches",
     "fingerprint_labels",
     "fingerprint_samples",
     "input_crc32c",

@@ -8,7 +8,8 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,12 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from kdcache.augment import Transform
 from kdcache.cache.encoding import encode_logits
 from kdcache.cache.layout import predicted_bytes
 from kdcache.cache.ledger import Ledger
 from kdcache.cache.lock import PathLock
-from kdcache.cache.manifest import Manifest, Preprocess
+from kdcache.cache.manifest import Manifest, Preprocess, ViewRecipe
 from kdcache.cache.reader import check_complete
 from kdcache.cache.repair import prepare_repair
 from kdcache.cache.tally import Tally
@@ -30,17 +32,19 @@ from kdcache.config import DumpConfig
 from kdcache.consistency import check_deterministic, check_rows, sampled_crc32c
 from kdcache.datasets import (
     Batch,
+    BatchRequest,
     IndexedDataset,
     as_indexed,
     batch_loader,
 )
 from kdcache.devices import evaluation_mode, floating_dtype, memory_errors, resolve_device, to_host
-from kdcache.errors import TeacherOutputError
+from kdcache.errors import TeacherOutputError, UsageError
 from kdcache.evaluate import answer
 from kdcache.preprocess import Preprocessor
 from kdcache.progress import Progress, log
 from kdcache.provenance import build_manifest
 from kdcache.sampling import ShardBatches
+from kdcache.views import Views
 
 # Shards that wait for the disk while the teacher computes the next one; more would only cost memory.
 SHARDS_IN_FLIGHT = 2
@@ -52,7 +56,7 @@ class DumpPlan:
 
     Attributes:
         existing: the manifest of the same dump that already stands there, finished or not.
-        bytes: of the arrays' files, without compression.
+        bytes: of the arrays' files, without compression; where views are added, of those alone.
         free_bytes: on the disk that would take them.
     """
 
@@ -91,9 +95,11 @@ def plan_dump(
     teacher_name: str = "",
     preprocess: Preprocess | None = None,
     config: DumpConfig | None = None,
+    augment: Transform | None = None,
+    add_views: int = 0,
 ) -> DumpPlan:
     """Check that a dump can begin and tell what it would write; writes nothing. Arguments as for `dump_teacher`."""
-    return _Dump(teacher, dataset, Path(out), split, teacher_name, preprocess, config or DumpConfig()).plan
+    return _Dump(teacher, dataset, Path(out), split, teacher_name, preprocess, config, augment, add_views).plan
 
 
 def dump_teacher(
@@ -105,6 +111,8 @@ def dump_teacher(
     teacher_name: str = "",
     preprocess: Preprocess | None = None,
     config: DumpConfig | None = None,
+    augment: Transform | None = None,
+    add_views: int = 0,
     repair: bool = False,
 ) -> DumpResult:
     """Run a teacher once over a dataset and keep its logits.
@@ -118,16 +126,20 @@ def dump_teacher(
         out: the cache, a folder.
         split: name of the subgroup that is written; None takes an indexed dataset's own, and `train` for others.
         teacher_name: recorded in the manifest; the class's name where empty.
-        preprocess: from the dataset's inputs to what the teacher takes; None scales uint8 to [0, 1] and no more.
+        preprocess: from the shared inputs to what the teacher takes; None scales uint8 to [0, 1] and no more.
+        augment: a transform of one plain input, instead of the one that `config.augment` names.
+        add_views: extend a finished split by so many views; its views can be read meanwhile.
         repair: check everything that stands there, and compute again what is broken or missing.
 
     Raises:
-        DatasetError: a stream without an index, a dataset that gives another input at a second read, wrong labels.
+        DatasetError: a stream without an index, a dataset or a transform that gives another input at a second look,
+            wrong labels.
         TeacherOutputError: logits of the wrong shape, not finite, or beyond the encoding's range.
         TargetExists: something else stands at `out`.
         StorageError: the disk refused; what is committed stays, and the same call continues.
     """
-    return _Dump(teacher, dataset, Path(out), split, teacher_name, preprocess, config or DumpConfig(), repair).run()
+    dump = _Dump(teacher, dataset, Path(out), split, teacher_name, preprocess, config, augment, add_views, repair)
+    return dump.run()
 
 
 class _Dump:
@@ -139,10 +151,13 @@ class _Dump:
         split: str | None,
         teacher_name: str,
         preprocess: Preprocess | None,
-        config: DumpConfig,
+        config: DumpConfig | None,
+        augment: Transform | None,
+        add_views: int,
         repair: bool = False,
     ) -> None:
-        self.out, self.config, self.repair = out, config, repair
+        config = config or DumpConfig()
+        self.out, self.config, self.repair, self.add_views = out, config, repair, add_views
         split = split or (dataset.split if isinstance(dataset, IndexedDataset) else "train")
         self.dataset = as_indexed(dataset, name=type(dataset).__name__, split=split)
         self.device = resolve_device(config.device)
@@ -150,30 +165,40 @@ class _Dump:
         preprocess = preprocess or Preprocess()
         self.preprocessor = Preprocessor(preprocess)
         check_deterministic(self.dataset)
-        self.sampled = sampled_crc32c(self.dataset)
+        recipe = ViewRecipe(augment=config.augment, mix=config.mix, seed=config.view_seed, plain_view=config.plain_view)
+        self.views = Views(self.dataset, recipe, transform=augment)
+        if config.views + add_views > 1 and self.views.recipe.is_plain(1):
+            raise UsageError(
+                f"{config.views + add_views} views are asked for, with neither --augment nor --mix",
+                "views that differ: the teacher would say the same of each",
+                "give --augment or --mix, or leave out --views",
+            )
         self._probe()
         name = teacher_name or type(teacher).__name__
-        manifest = build_manifest(teacher, self.dataset, split, name, preprocess, self.device, config)
-        existing = check_target(out, manifest, repair=repair)
+        self.manifest = build_manifest(teacher, self.views, split, name, preprocess, self.device, config)
+        existing = check_target(out, self.manifest, repair=repair, add_views=add_views)
+        target = existing or self.manifest
+        finished = predicted_bytes(replace(target, views=target.readable_views)) if target.extending else 0
         self.plan = DumpPlan(
-            manifest=manifest,
+            manifest=target,
             existing=existing,
-            rows=manifest.dataset.length * manifest.views,
-            shards=manifest.shards * manifest.views,
-            bytes=predicted_bytes(manifest),
+            rows=target.dataset.length * target.views,
+            shards=target.shards * target.views,
+            bytes=predicted_bytes(target) - finished,
             free_bytes=free_bytes(out),
         )
 
     def run(self) -> DumpResult:
-        manifest, existing = self.plan.manifest, self.plan.existing
-        split = manifest.dataset.split
-        if existing is not None and existing.complete and not self.repair:
+        existing, split = self.plan.existing, self.manifest.dataset.split
+        if existing is not None and existing.complete and not self.repair and not self.add_views:
             check_complete(self.out / split, existing, Ledger(self.out / split, existing))
             PathLock.sweep(self.out)
-            log(f"{self.out / split} is already complete; nothing was computed")
+            more = existing.views - existing.readable_views
+            adding = f"; {more} more views are being added: --add-views {more} goes on" if more else ""
+            log(f"{self.out / split} is already complete; nothing was computed{adding}")
             return self._result(existing, 0, 0.0)
         began = time.perf_counter()
-        with SplitWriter(self.out, manifest, repair=self.repair) as writer:
+        with SplitWriter(self.out, self.manifest, repair=self.repair, add_views=self.add_views) as writer:
             if self.repair:
                 found = prepare_repair(writer)
                 for line in found or ["nothing is broken"]:
@@ -221,8 +246,9 @@ class _Dump:
     def _probe(self) -> None:
         """Let the teacher answer for one small batch, so that a wrong teacher is refused before anything is written."""
         indices = np.arange(min(2, len(self.dataset)))
+        requests = [BatchRequest(indices, view) for view in (0, 1)[: 1 if self.views.recipe.is_plain(1) else 2]]
         with evaluation_mode(self.teacher):
-            for batch in batch_loader(self.dataset, [indices], preprocessor=self.preprocessor, device=self.device):
+            for batch in batch_loader(self.views, requests, preprocessor=self.preprocessor, device=self.device):
                 encode_logits(self._forward(batch)(), self.config.encoding, first_sample=0)
 
     def _answers(self, loader: Iterable[Batch]) -> Iterator[tuple[Batch, NDArray[Any]]]:
@@ -238,15 +264,11 @@ class _Dump:
 
     def _write(self, tally: Tally, pending: list[tuple[int, int]], progress: Progress) -> None:
         manifest = self.plan.manifest
-        batches = ShardBatches(manifest, [shard for _, shard in pending], self.config.batch_size)
+        batches = ShardBatches(manifest, pending, self.config.batch_size)
         loader = batch_loader(
-            self.dataset,
-            batches,
-            preprocessor=self.preprocessor,
-            workers=self.config.workers,
-            device=self.device,
-            checksums=True,
+            self.views, batches, preprocessor=self.preprocessor, workers=self.config.workers, device=self.device
         )
+        sampled = lru_cache(maxsize=1)(partial(sampled_crc32c, self.views))
         answers = self._answers(loader)
         in_flight: deque[Future[None]] = deque()
         with ThreadPoolExecutor(1, thread_name_prefix="kdcache-writer") as pool:
@@ -265,7 +287,7 @@ class _Dump:
                     progress.advance(size)
                     if in_flight and in_flight[0].done():
                         in_flight.popleft().result()
-                check_rows(self.dataset, rows, buffers["labels"], buffers["input_crc32c"], self.sampled)
+                check_rows(self.views, view, rows, buffers["labels"], buffers["input_crc32c"], sampled(view))
                 while len(in_flight) >= SHARDS_IN_FLIGHT:
                     in_flight.popleft().result()
                 in_flight.append(pool.submit(tally.commit, view, shard, buffers, self.config.encoding))

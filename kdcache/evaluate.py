@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from kdcache.cache.manifest import Preprocess
 from kdcache.config import Execution
-from kdcache.datasets import IndexedDataset, batch_loader
+from kdcache.datasets import IndexedDataset, batch_loader, consecutive_batches
 from kdcache.devices import autocast, evaluation_mode, floating_dtype, memory_errors, resolve_device
 from kdcache.errors import KdcacheError, ModelError
 from kdcache.plugins import require_extra
@@ -57,7 +57,7 @@ def evaluate_model(
     module = module.to(device)
     preprocessor = Preprocessor(preprocess)
     classes = len(dataset.classes)
-    batches = np.split(indices, range(config.batch_size, len(indices), config.batch_size))
+    batches = consecutive_batches(indices, config.batch_size)
     loader = batch_loader(dataset, batches, preprocessor=preprocessor, workers=config.workers, device=device)
     confusion = np.zeros((classes, classes), np.int64)
     first: list[tuple[int, int]] = []

@@ -161,7 +161,7 @@ class MapDataset(IndexedDataset):
                 "a pair (input, label)",
                 "wrap the dataset in one whose __getitem__ returns such a pair",
             )
-        image = _as_input(item[0], where)
+        image = as_input(item[0], where)
         if self.input_dtype and dtype_name(image) != self.input_dtype:
             raise DatasetError(f"{where} has dtype {dtype_name(image)}", f"{self.input_dtype}, as the others have")
         try:
@@ -257,7 +257,7 @@ def dtype_name(tensor: Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
 
-def _as_input(value: Any, where: str) -> Tensor:
+def as_input(value: Any, where: str) -> Tensor:
     if isinstance(value, Tensor):
         return value.detach().as_subclass(Tensor).contiguous()  # torchvision wraps images in a subclass
     if isinstance(value, np.ndarray):

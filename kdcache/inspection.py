@@ -90,14 +90,19 @@ def _inspect_split(split_path: Path) -> tuple[dict[str, Any], str]:
 def _describe(split_path: Path, manifest: Manifest, committed: int, shards: int, stored: int) -> str:
     dataset, teacher = manifest.dataset, manifest.teacher
     logits = manifest.array("logits")
-    accuracy = "not known yet" if teacher.accuracy is None else f"{teacher.accuracy:.2%} on this split"
+    unknown = "not known: view 0 is mixed" if manifest.complete else "not known yet"
+    accuracy = unknown if teacher.accuracy is None else f"{teacher.accuracy:.2%} on this split"
+    state = "complete" if manifest.complete else f"incomplete: {committed} of {shards} shards committed"
+    if manifest.extending:
+        added = manifest.views - manifest.readable_views
+        state += f"; {added} more views are being added, {committed} of {shards} shards committed"
     shape = "of varying size" if dataset.input_shape is None else "×".join(map(str, dataset.input_shape))
     classes = ", ".join(dataset.classes[:10]) + (", …" if len(dataset.classes) > 10 else "")
     preprocess = ", ".join(
         f"{key} {value}" for key, value in to_json(teacher.preprocess).items() if value not in (None, [])
     )
     lines = {
-        "state": "complete" if manifest.complete else f"incomplete: {committed} of {shards} shards committed",
+        "state": state,
         "dataset": f"{dataset.name}, split {dataset.split}, {dataset.length:,} samples, {dataset.input_dtype} {shape}",
         "classes": f"{len(dataset.classes)}: {classes}",
         "labels": f"sha256 {dataset.labels_sha256}",
@@ -105,7 +110,8 @@ def _describe(split_path: Path, manifest: Manifest, committed: int, shards: int,
         "teacher": f"{teacher.spec}, {teacher.parameters:,} parameters, accuracy {accuracy}",
         "weights": f"sha256 {teacher.weights_sha256}",
         "preprocessing": preprocess,
-        "rows": f"{dataset.length * manifest.views:,} ({manifest.views} view{'s' if manifest.views > 1 else ''})",
+        "views": _describe_views(manifest),
+        "rows": f"{dataset.length * manifest.readable_views:,}",
         "encoding": f"{logits.dtype}, compression {logits.compression}, amp {manifest.amp}",
         "layout": f"chunks of {logits.chunk_rows} rows in shards of {manifest.shard_rows}, {stored:,} bytes in all",
         "made with": ", ".join(f"{name} {version}" for name, version in manifest.versions.items())
@@ -113,6 +119,14 @@ def _describe(split_path: Path, manifest: Manifest, committed: int, shards: int,
     }
     width = max(map(len, lines))
     return "\n".join([str(split_path), *(f"  {name:<{width}}  {value}" for name, value in lines.items())])
+
+
+def _describe_views(manifest: Manifest) -> str:
+    recipe, count = manifest.recipe, manifest.readable_views
+    if recipe.is_plain(1):
+        return f"{count}, the plain sample"
+    plain = "; view 0 is the plain sample" if recipe.plain_view else ""
+    return f"{count}, augment {recipe.augment}, mix {recipe.mix}, seed {recipe.seed}{plain}"
 
 
 def compare_runs(paths: Sequence[str]) -> Report:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import operator
+from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +20,19 @@ def key(seed: int, purpose: str, *numbers: int) -> int:
     """A 128-bit key of (seed, purpose, numbers)."""
     content = canonical_json([operator.index(seed), purpose, *(operator.index(number) for number in numbers)])
     return int.from_bytes(hashlib.blake2b(content, digest_size=16).digest(), "little")
+
+
+def key_series(seed: int, purpose: str, *numbers: int) -> Callable[[int], int]:
+    """`key(seed, purpose, *numbers, last)` as a function of the last number: 1 µs each where `key` takes 5."""
+    content = canonical_json([operator.index(seed), purpose, *(operator.index(number) for number in numbers)])
+    begun = hashlib.blake2b(content[:-1] + b",", digest_size=16)
+
+    def last_key(last: int) -> int:
+        digest = begun.copy()
+        digest.update(b"%d]" % last)
+        return int.from_bytes(digest.digest(), "little")
+
+    return last_key
 
 
 def generator_seed(seed: int, purpose: str, *numbers: int) -> int:

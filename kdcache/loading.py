@@ -1,4 +1,4 @@
-"""Indexed datasets to batches: whole batches are fetched, checked, resized and stacked, in workers or here."""
+"""Views of datasets to batches: whole batches are fetched, checked, resized and stacked, in workers or here."""
 
 from __future__ import annotations
 
@@ -16,6 +16,20 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from kdcache.errors import DatasetError, KdcacheError
 from kdcache.indexed import IndexedDataset, Inputs
 from kdcache.preprocess import Preprocessor
+from kdcache.views import Views, as_views
+
+
+class BatchRequest(NamedTuple):
+    """What a loader is asked for.
+
+    Attributes:
+        indices: of the samples, (B,) int64.
+        checksums: fill `Batch.input_crc32c`, at about 0.3 µs a small sample.
+    """
+
+    indices: NDArray[np.int64]
+    view: int = 0
+    checksums: bool = False
 
 
 class Batch(NamedTuple):
@@ -23,50 +37,63 @@ class Batch(NamedTuple):
 
     Attributes:
         inputs: (B, ...), after `Preprocessor.per_sample`.
-        labels: (B,) int64.
+        labels: (B,) int64, of the samples.
         indices: (B,) int64, of the samples.
         input_crc32c: (B,) int64 holding uint32, of the shared inputs before any preprocessing; None unless asked for.
+        partner_labels: (B,) int64, of the samples that were mixed in; None where nothing was.
+        shares: (B,) float32, 0 to 1: the part of an input that is the sample's own; None where nothing was mixed.
         soft_targets: (B, classes), the teacher's logits, where a cache was joined.
     """
 
     inputs: Tensor
     labels: Tensor
     indices: Tensor
-    input_crc32c: Tensor | None
+    input_crc32c: Tensor | None = None
+    partner_labels: Tensor | None = None
+    shares: Tensor | None = None
     soft_targets: Tensor | None = None
+
+    @property
+    def main_labels(self) -> Tensor:
+        """(B,) int64: of each input the label that has the larger part of it."""
+        if self.partner_labels is None or self.shares is None:
+            return self.labels
+        return torch.where(self.shares >= 0.5, self.labels, self.partner_labels)
 
     def to(self, device: torch.device) -> Batch:
         """The batch with what a step computes with on a device; the indices stay on the host."""
-        moved = {name: value.to(device, non_blocking=True) for name, value in self._moving() if value is not None}
-        return self._replace(**moved)
-
-    def _moving(self) -> list[tuple[str, Tensor | None]]:
-        return [("inputs", self.inputs), ("labels", self.labels), ("soft_targets", self.soft_targets)]
+        moving = ("inputs", "labels", "partner_labels", "shares", "soft_targets")
+        present = {name: value for name in moving if (value := getattr(self, name)) is not None}
+        return self._replace(**{name: value.to(device, non_blocking=True) for name, value in present.items()})
 
 
 class Batches(Protocol):
-    """The batches of one epoch, as sample indices (B,) int64: a list, or an object that orders each epoch anew."""
+    """The batches of one epoch: a list of requests, or an object that orders each epoch anew."""
 
-    def __iter__(self) -> Iterator[NDArray[np.int64]]: ...
+    def __iter__(self) -> Iterator[BatchRequest]: ...
 
     def __len__(self) -> int: ...
 
 
+def consecutive_batches(indices: NDArray[np.int64], batch_size: int) -> list[BatchRequest]:
+    """Plain samples in the order given."""
+    return [BatchRequest(part) for part in np.split(indices, range(batch_size, len(indices), batch_size))]
+
+
 def batch_loader(
-    dataset: IndexedDataset,
+    dataset: IndexedDataset | Views,
     batches: Batches,
     *,
     preprocessor: Preprocessor,
     workers: int = 0,
     device: torch.device,
-    checksums: bool = False,
 ) -> BatchLoader:
     """A loader of the given batches, in their order. Each `iter` of it asks `batches` for an epoch.
 
     Args:
+        dataset: its views, or itself, which has the plain one only.
         workers: processes that read ahead, kept from epoch to epoch; 0 reads here, best for data in memory.
         device: that the batches go to; for CUDA they come in pinned memory.
-        checksums: fill `Batch.input_crc32c`, at about 0.3 µs a small sample.
 
     Raises:
         DatasetError: while iterating, a sample cannot be read or stacked, or a worker died.
@@ -74,7 +101,7 @@ def batch_loader(
     """
     return BatchLoader(
         # A fresh preprocessor: spawned workers cannot receive constants that sit on a device.
-        _Fetch(dataset, Preprocessor(preprocessor.record), checksums),
+        _Fetch(as_views(dataset), Preprocessor(preprocessor.record)),
         batch_sampler=batches,  # type: ignore[arg-type]  # torch asks for lists, and only passes them on
         num_workers=workers,
         collate_fn=_as_it_is,
@@ -111,14 +138,13 @@ class BatchLoader(DataLoader[Batch]):
 class _Fetch(Dataset[Batch]):
     """What a loader sees of a dataset: batches, or in a worker the error that prevented one."""
 
-    def __init__(self, dataset: IndexedDataset, preprocessor: Preprocessor, checksums: bool) -> None:
-        self.dataset = dataset
+    def __init__(self, views: Views, preprocessor: Preprocessor) -> None:
+        self.views = views
         self.preprocessor = preprocessor
-        self.checksums = checksums
 
-    def __getitems__(self, indices: NDArray[np.int64]) -> Batch | KdcacheError:
+    def __getitems__(self, request: BatchRequest) -> Batch | KdcacheError:
         try:
-            return self._batch(np.array(indices, dtype=np.int64))
+            return self._batch(request)
         except KdcacheError as error:
             if get_worker_info() is None:
                 raise
@@ -126,14 +152,16 @@ class _Fetch(Dataset[Batch]):
             error.add_note(traceback.format_exc())
             return error
 
-    def _batch(self, indices: NDArray[np.int64]) -> Batch:
-        inputs, labels = self.dataset.fetch(indices)
-        checksums = torch.tensor(batch_crc32c(inputs), dtype=torch.int64) if self.checksums else None
+    def _batch(self, request: BatchRequest) -> Batch:
+        indices = request.indices.astype(np.int64)
+        inputs, labels, partner_labels, shares = self.views.fetch(request.view, indices)
+        checksums = torch.tensor(batch_crc32c(inputs), dtype=torch.int64) if request.checksums else None
         if isinstance(inputs, Tensor):
             inputs = self.preprocessor.per_sample(inputs)
         else:
-            inputs = _stack([self.preprocessor.per_sample(value) for value in inputs], indices, self.dataset.name)
-        return Batch(inputs, labels, torch.from_numpy(indices), checksums)
+            name = self.views.dataset.name
+            inputs = _stack([self.preprocessor.per_sample(value) for value in inputs], indices, name)
+        return Batch(inputs, labels, torch.from_numpy(indices), checksums, partner_labels, shares)
 
 
 def _as_it_is(batch: Any) -> Any:

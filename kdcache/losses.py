@@ -28,6 +28,34 @@ def hard_cross_entropy(student_logits_bc: Tensor, labels_b: Tensor, *, label_smo
     return F.cross_entropy(_precise(student_logits_bc), labels_b, label_smoothing=label_smoothing)
 
 
+def mixed_cross_entropy(
+    student_logits_bc: Tensor,
+    labels_b: Tensor,
+    partner_labels_b: Tensor,
+    shares_b: Tensor,
+    *,
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """share · CE(label) + (1 − share) · CE(partner's label), for inputs that are mixed (Zhang et al., 2018).
+
+    Args:
+        student_logits_bc: (batch, classes).
+        labels_b: (batch,), int64.
+        partner_labels_b: (batch,), int64, of the samples that were mixed in.
+        shares_b: (batch,), floating, 0 to 1: the part of an input that is the sample's own.
+
+    Returns:
+        A scalar: the mean over the batch.
+    """
+    student = _precise(student_logits_bc)
+    own, partners = (
+        F.cross_entropy(student, labels, label_smoothing=label_smoothing, reduction="none")
+        for labels in (labels_b, partner_labels_b)
+    )
+    shares = shares_b.to(student.dtype)
+    return (shares * own + (1 - shares) * partners).mean()
+
+
 def kd(student_logits_bc: Tensor, teacher_logits_bc: Tensor, *, temperature: float) -> Tensor:
     """T² · KL(teacher_T ‖ student_T), summed over classes (Hinton, Vinyals and Dean, 2015, arXiv 1503.02531).
 

@@ -25,13 +25,7 @@ class Objective(Protocol):
 
 
 class Join(Protocol):
-    """Puts soft targets to the inputs of a batch.
-
-    Attributes:
-        wants_checksums: whether batches must come with the checksums of their shared inputs.
-    """
-
-    wants_checksums: bool
+    """Puts soft targets to the inputs of a batch."""
 
     def start_epoch(self, epoch: int) -> None:
         """Prepare for the batches of an epoch, counted from 0."""
@@ -46,7 +40,7 @@ def label_objective(label_smoothing: float) -> Objective:
     """Cross entropy with the labels and nothing else."""
 
     def objective(logits_bc: Tensor, batch: Batch) -> dict[str, Tensor]:
-        return {"loss": losses.hard_cross_entropy(logits_bc, batch.labels, label_smoothing=label_smoothing)}
+        return {"loss": _cross_entropy(logits_bc, batch, label_smoothing)}
 
     return objective
 
@@ -57,7 +51,16 @@ def distillation_objective(config: StudentConfig) -> Objective:
     def objective(logits_bc: Tensor, batch: Batch) -> dict[str, Tensor]:
         assert batch.soft_targets is not None, "distillation needs joined batches"
         soft = losses.kd(logits_bc, batch.soft_targets, temperature=config.temperature)
-        hard = losses.hard_cross_entropy(logits_bc, batch.labels, label_smoothing=config.label_smoothing)
+        hard = _cross_entropy(logits_bc, batch, config.label_smoothing)
         return {"loss": config.alpha * soft + (1 - config.alpha) * hard, "kd": soft, "cross_entropy": hard}
 
     return objective
+
+
+def _cross_entropy(logits_bc: Tensor, batch: Batch, label_smoothing: float) -> Tensor:
+    """With the labels, or where inputs are mixed with both labels of each, in their shares."""
+    if batch.partner_labels is None or batch.shares is None:
+        return losses.hard_cross_entropy(logits_bc, batch.labels, label_smoothing=label_smoothing)
+    return losses.mixed_cross_entropy(
+        logits_bc, batch.labels, batch.partner_labels, batch.shares, label_smoothing=label_smoothing
+    )

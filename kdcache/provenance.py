@@ -10,15 +10,16 @@ from torch import nn
 from kdcache.cache.layout import build_arrays
 from kdcache.cache.manifest import DatasetRecord, Manifest, Preprocess, TeacherRecord
 from kdcache.config import DumpConfig
-from kdcache.datasets import IndexedDataset, fingerprint_labels, fingerprint_samples
+from kdcache.datasets import fingerprint_labels, fingerprint_samples
 from kdcache.models import count_parameters, weights_sha256
+from kdcache.views import Views
 
-_VERSIONED = ("torch", "torchvision", "zarr", "pillow", "kdcache")
+_VERSIONED = ("torch", "torchvision", "numpy", "zarr", "pillow", "kdcache")
 
 
 def build_manifest(
     teacher: nn.Module,
-    dataset: IndexedDataset,
+    views: Views,
     split: str,
     teacher_name: str,
     preprocess: Preprocess,
@@ -26,6 +27,7 @@ def build_manifest(
     config: DumpConfig,
 ) -> Manifest:
     """The manifest of a dump, without its results."""
+    dataset = views.dataset
     labels = dataset.labels()
     shard_rows, arrays = build_arrays(
         length=len(dataset),
@@ -52,6 +54,8 @@ def build_manifest(
             parameters=count_parameters(teacher),
             preprocess=preprocess,
         ),
+        views=config.views,
+        recipe=views.recipe,
         arrays=arrays,
         shard_rows=shard_rows,
         seed=config.seed,
@@ -63,5 +67,6 @@ def build_manifest(
 
 
 def package_versions() -> dict[str, str]:
-    """Versions of the packages that could change an input or an answer."""
-    return {name: importlib.metadata.version(name) for name in _VERSIONED}
+    """Versions of the packages that could change an input or an answer, and the CPU instructions that torch uses."""
+    packages = {name: importlib.metadata.version(name) for name in _VERSIONED}
+    return packages | {"cpu": torch.backends.cpu.get_cpu_capability()}

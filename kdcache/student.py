@@ -3,38 +3,44 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from kdcache.cache.feeds import FeedChoice, open_feed
+from kdcache.augment import Transform
+from kdcache.cache.feeds import FeedChoice, open_feed, parse_bytes
 from kdcache.cache.manifest import Preprocess
-from kdcache.cache.order import EpochOrder, ExactOrder
+from kdcache.cache.order import EpochOrder, ExactOrder, Schedule, view_schedule
 from kdcache.cache.reader import Cache, open_cache
 from kdcache.config import StudentConfig
-from kdcache.datasets import (
-    ArrayDataset,
-    as_indexed,
-)
+from kdcache.datasets import as_indexed
 from kdcache.devices import resolve_device
+from kdcache.errors import CacheIncomplete, UsageError
 from kdcache.objectives import distillation_objective, label_objective
 from kdcache.progress import log
 from kdcache.records import to_json
 from kdcache.runs import RunFolder
 from kdcache.sampling import split_validation
-from kdcache.targets import CachedTargets, check_join
+from kdcache.targets import CachedTargets, check_ensemble, check_join, inputs_all_checked
 from kdcache.training import TrainResult, train
+from kdcache.views import Views
+
+CachePath = Cache | str | os.PathLike[str]
 
 
 def train_student(
     student: nn.Module,
     dataset: Any,
-    cache: Cache | str | os.PathLike[str],
+    cache: CachePath | Sequence[CachePath],
     *,
     preprocess: Preprocess | None = None,
     config: StudentConfig | None = None,
+    augment: Transform | None = None,
     out: str | os.PathLike[str] | None = None,
     resume: bool = False,
     run: RunFolder | None = None,
@@ -46,8 +52,10 @@ def train_student(
     Args:
         student: takes (batch, …) and returns logits (batch, classes).
         dataset: the samples that the cache is of: an indexed dataset, or any map-style dataset of (input, label) pairs.
-        cache: a finished split, or the path of a cache whose `train` split is used.
-        preprocess: from the dataset's inputs to what the student takes; None takes the teacher's.
+        cache: a finished split, or the path of a cache whose `train` split is used; or several of these, whose logits
+            are averaged.
+        preprocess: from the shared inputs to what the student takes; None takes the teacher's.
+        augment: the transform that the views were made with, where it was given to the dump as an object.
         out: a folder for `config.json`, `metrics.jsonl`, `last.pt` and `best.pt`; None keeps nothing.
         resume: continue the run in `out`.
         run: an open run folder, instead of `out`.
@@ -56,43 +64,94 @@ def train_student(
 
     Raises:
         CacheNotFound, CacheIncomplete, CacheDamaged: the cache cannot be read.
-        CacheMismatch: the cache is of another dataset, split, length, order or class list.
+        CacheMismatch: the cache is of another dataset, split, length, order, class list or augmentation.
         TrainingDiverged: a loss is not finite.
     """
     config = config or StudentConfig()
-    if not isinstance(cache, Cache):
-        cache = open_cache(cache, allow_partial=config.allow_partial)
-    record = cache.manifest.dataset
-    indexed = as_indexed(dataset, name=record.name, split=record.split)
+    caches = _open_caches(cache, config)
+    manifest = caches[0].manifest
+    indexed = as_indexed(dataset, name=manifest.dataset.name, split=manifest.dataset.split)
     if out is not None:
-        run = RunFolder(Path(out), {"cache": str(cache.path.parent), **to_json(config)}, resume=resume)
-    check_join(cache, indexed)
-    samples = cache.samples()
-    if not cache.complete:
-        log(f"the cache is partial: training on {len(samples):,} of {len(cache):,} samples")
-    train_indices, validation_indices = split_validation(samples, config.val_fraction, config.seed)
+        paths = [str(each.path.parent) for each in caches]
+        run = RunFolder(Path(out), {"cache": paths, **to_json(config)}, resume=resume)
+    available = min(each.views for each in caches)
+    schedule = view_schedule(config.view_schedule, config.views, available=available, seed=config.seed)
+    used = list(dict.fromkeys(map(schedule, range(config.epochs))))
+    check_ensemble(caches, used)
+    views = Views(indexed, manifest.recipe, transform=augment)
+    check_join(caches[0], views, used=used, verify_inputs=config.verify_inputs)
+    if not views.recipe.is_plain(1):
+        log(f"{config.epochs} epochs over {len(used)} of {available} views: {', '.join(map(str, used[:12]))}")
+        log(views.remember(used, parse_bytes(config.input_memory)))
+    train_indices, validation_indices = split_validation(_samples(caches, used), config.val_fraction, config.seed)
     order: EpochOrder = ExactOrder(train_indices, config.seed)
     join: CachedTargets | None = None
     if config.distill:
-        choice = FeedChoice(memory=config.cache_memory, feed=config.feed, shuffle=config.shuffle)
-        feed, order, line = open_feed(cache.reader, indices=train_indices, seed=config.seed, choice=choice)
-        log(line)
-        join = CachedTargets(
-            cache,
-            feed,
-            wants_checksums=not isinstance(indexed, ArrayDataset),
-            device=resolve_device(config.device) if config.cache_on_device else None,
-        )
+        order, join = _open_targets(caches, train_indices, schedule, config)
     return train(
         student,
-        indexed,
+        views,
         objective=distillation_objective(config) if config.distill else label_objective(config.label_smoothing),
-        preprocess=preprocess or cache.manifest.teacher.preprocess,
+        preprocess=preprocess or manifest.teacher.preprocess,
         config=config,
         order=order,
         validation_indices=validation_indices,
+        schedule=schedule,
         join=join,
+        verify_inputs="off" if join is None or inputs_all_checked(views) else config.verify_inputs,
         run=run,
         description=description,
         on_step=on_step,
     )
+
+
+def _open_caches(given: CachePath | Sequence[CachePath], config: StudentConfig) -> list[Cache]:
+    several = [given] if isinstance(given, Cache | str | os.PathLike) else given
+    caches = [
+        each if isinstance(each, Cache) else open_cache(each, allow_partial=config.allow_partial) for each in several
+    ]
+    if config.cache_weights and len(config.cache_weights) != len(caches):
+        raise UsageError(
+            f"there are {len(config.cache_weights)} --cache-weights for {len(caches)} caches", "one a cache"
+        )
+    return caches
+
+
+def _open_targets(
+    caches: Sequence[Cache], indices: NDArray[np.int64], schedule: Schedule, config: StudentConfig
+) -> tuple[EpochOrder, CachedTargets]:
+    """The order of the samples, and the join of their soft targets."""
+    choice = FeedChoice(memory=config.cache_memory, feed=config.feed, shuffle=config.shuffle)
+    feeds, orders = [], []
+    for cache in caches:
+        feed, order, line = open_feed(cache.reader, indices=indices, seed=config.seed, schedule=schedule, choice=choice)
+        log(line)
+        feeds.append(feed)
+        orders.append(order)
+    if any(order.layout != orders[0].layout for order in orders):
+        raise UsageError(
+            "the caches would be read in different orders: they are streamed, in chunks of different sizes",
+            "caches that are held in memory, or have chunks of one size",
+            "raise --cache-memory, or use --feed mapped",
+        )
+    device = resolve_device(config.device) if config.cache_on_device else None
+    targets = CachedTargets(caches, feeds, weights=config.cache_weights, schedule=schedule, device=device)
+    return orders[0], targets
+
+
+def _samples(caches: Sequence[Cache], used: Sequence[int]) -> NDArray[np.int64]:
+    """The samples that every cache has in every view that is used; all of them, unless one is partial.
+
+    Raises:
+        CacheIncomplete: there are none.
+    """
+    samples = reduce(np.intersect1d, [cache.samples(view) for cache in caches for view in used])
+    if not len(samples):
+        raise CacheIncomplete(
+            f"of {caches[0].path} no sample is committed in all of the views {', '.join(map(str, used))}",
+            "at least one",
+            "choose views that are there, --views 0 for example, or let the dump go on",
+        )
+    if len(samples) < len(caches[0]):
+        log(f"the cache is partial: training on {len(samples):,} of {len(caches[0]):,} samples")
+    return samples

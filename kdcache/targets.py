@@ -1,7 +1,8 @@
-"""The join of a student's inputs and the cache's soft targets: by sample index, and refused where it would be wrong."""
+"""The join of inputs and soft targets: by view and sample index, and refused where it would be wrong."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,21 +12,27 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kdcache.cache.feeds import Feed
+from kdcache.cache.order import Schedule, always
 from kdcache.cache.reader import Cache
 from kdcache.consistency import check_deterministic
 from kdcache.datasets import (
     ArrayDataset,
     Batch,
-    IndexedDataset,
     batch_crc32c,
     fingerprint_labels,
 )
 from kdcache.devices import memory_errors
 from kdcache.errors import CacheMismatch
 from kdcache.keys import keyed_sample
+from kdcache.provenance import package_versions
+from kdcache.records import brief, differences
+from kdcache.views import Views
 
 # Content sources: their name is a place, and their identity is what is read there.
 _NAMED_BY_PLACE = ("folder:", "py:")
+
+# Where a dataset lies; it may move.
+_PLACES = frozenset({"data_root"})
 
 # Of a dataset that is not in memory, how many inputs are read before the first step.
 SAMPLED_INPUTS = 64
@@ -33,73 +40,102 @@ INPUTS_AT_ONCE = 4096
 
 
 class CachedTargets:
-    """Soft targets of a batch, by sample index, from one view of a cache.
+    """Soft targets of a batch, by view and sample index, from one cache or as the weighted mean of several.
+
+    The mean is one of logits: the teachers' distributions are averaged geometrically (Hinton et al., 2015, section 1).
 
     Args:
-        cache: that was checked to be of the dataset.
-        feed: of the cache's rows.
-        wants_checksums: compare the inputs of every batch with those that the teacher saw; not needed for samples in
-            memory, which were all compared before.
-        device: that holds all the rows, where they are to be held there; None leaves that to the feed.
+        caches: that were checked to be of the views that batches come from, and of one another's.
+        feeds: one of each cache's rows.
+        weights: one a cache; only their proportions count. Empty for equal ones.
+        schedule: the view of each epoch.
+        device: that holds all rows of the epoch's view, where they are to be held there; None leaves that to the feeds.
 
     Raises:
         KdcacheError: the rows do not fit into the device's memory.
     """
 
     def __init__(
-        self, cache: Cache, feed: Feed, *, wants_checksums: bool = True, device: torch.device | None = None
+        self,
+        caches: Sequence[Cache],
+        feeds: Sequence[Feed],
+        *,
+        weights: Sequence[float] = (),
+        schedule: Schedule | None = None,
+        device: torch.device | None = None,
     ) -> None:
-        self._feed, self._where, self.wants_checksums = feed, cache.path, wants_checksums
-        self._labels_n = torch.from_numpy(_known(cache, "labels"))
-        self._crcs_n = torch.from_numpy(_known(cache, "input_crc32c"))
+        self._caches, self._feeds, self._schedule, self._device = caches, feeds, schedule or always(0), device
+        weights = weights or [1.0] * len(caches)
+        self._shares = [weight / sum(weights) for weight in weights]
+        self._labels_n = torch.from_numpy(_known(caches[0], "labels"))
+        self._view = -1
+        self._crcs_n: NDArray[np.int64] | None = None
         self._held_nc: Tensor | None = None
-        if device is not None:
-            with memory_errors(len(cache), "leave out --cache-on-device"):
-                self._held_nc = torch.from_numpy(cache.column("logits")).to(device)
 
     def start_epoch(self, epoch: int) -> None:
-        self._feed.start_epoch(epoch)
+        view = self._schedule(epoch)
+        if self._device is None:
+            for feed in self._feeds:
+                feed.start_epoch(epoch)
+        elif view != self._view:
+            self._held_nc = None  # before the next one comes, because two may not fit
+            with memory_errors(len(self._labels_n), "leave out --cache-on-device"):
+                rows = self._mean([cache.column("logits", view) for cache in self._caches])
+                self._held_nc = torch.from_numpy(rows).to(self._device)
+        if view != self._view:
+            self._view, self._crcs_n = view, None
 
     def __call__(self, batch: Batch) -> Batch:
-        """A batch on the host, joined with the teacher's logits, (batch, classes), in the stored dtype.
+        """A batch on the host, joined with the teachers' logits, (batch, classes); of one teacher in the stored dtype.
 
         Raises:
-            CacheMismatch: a label of the batch is not the one that the teacher's dataset had.
+            CacheMismatch: a label or an input of the batch is not the one that the teacher had.
             CacheDamaged: a chunk fails its checksum.
         """
+        where = self._caches[0].path
         cached = self._labels_n[batch.indices]
         if not torch.equal(cached, batch.labels):
-            raise _label_mismatch(self._where, batch.indices.numpy(), cached.numpy(), batch.labels.numpy())
+            raise _label_mismatch(where, batch.indices.numpy(), cached.numpy(), batch.labels.numpy())
         if batch.input_crc32c is not None:
-            self._check_inputs(batch.indices, batch.input_crc32c)
+            if self._crcs_n is None:
+                self._crcs_n = _known(self._caches[0], "input_crc32c", self._view)
+            check_crcs(self._caches[0], self._view, batch.indices.numpy(), batch.input_crc32c.numpy(), self._crcs_n)
         if self._held_nc is not None:
             indices = batch.indices.to(self._held_nc.device, non_blocking=True)
             return batch._replace(soft_targets=self._held_nc.index_select(0, indices))
-        return batch._replace(soft_targets=torch.from_numpy(self._feed.rows(batch.indices.numpy())))
+        rows = self._mean([feed.rows(batch.indices.numpy()) for feed in self._feeds])
+        return batch._replace(soft_targets=torch.from_numpy(rows))
 
-    def _check_inputs(self, indices: Tensor, found: Tensor) -> None:
-        cached = self._crcs_n[indices]
-        if not torch.equal(cached, found):
-            at = int((cached != found).nonzero()[0])
-            raise input_mismatch(int(indices[at]), int(found[at]), self._crcs_n.numpy(), self._where)
+    def _mean(self, rows: list[NDArray[Any]]) -> NDArray[Any]:
+        if len(rows) == 1:
+            return rows[0]
+        precise = np.result_type(np.float32, *(each.dtype for each in rows))
+        mean = np.zeros(rows[0].shape, precise)
+        for share, each in zip(self._shares, rows, strict=True):
+            mean += share * each.astype(precise)
+        return mean
 
 
-def _known(cache: Cache, name: str) -> NDArray[np.int64]:
+def _known(cache: Cache, name: str, view: int = 0) -> NDArray[np.int64]:
     """A column of integers, (samples,), as int64; -1, which no row holds, where a partial cache has none."""
     values = np.full(len(cache), -1, np.int64)
-    samples = cache.samples()
-    values[samples] = cache.reader.rows(name, 0, samples)
+    samples = cache.samples(view)
+    values[samples] = cache.reader.rows(name, view, samples)
     return values
 
 
-def check_join(cache: Cache, dataset: IndexedDataset) -> None:
-    """Refuse a cache whose rows are not the teacher's answers to this dataset's samples.
+def check_join(cache: Cache, views: Views, *, used: Sequence[int] = (0,), verify_inputs: str = "sample") -> None:
+    """Refuse a cache whose rows are not the teacher's answers to these views of this dataset.
+
+    Args:
+        used: the views that will be used, the first of which is looked at before the first step.
+        verify_inputs: `off` compares what is recorded, and no inputs.
 
     Raises:
-        CacheMismatch: they differ in name, split, length, classes, labels, order or the bytes of the inputs; the
-            message shows both values.
+        CacheMismatch: they differ in name, split, length, classes, labels, order, in the augmentation, or in the bytes
+            of the inputs; the message shows both values.
     """
-    record = cache.manifest.dataset
+    record, dataset = cache.manifest.dataset, views.dataset
     by_place = record.name.startswith(_NAMED_BY_PLACE) and dataset.name.startswith(_NAMED_BY_PLACE)
     facts: list[tuple[str, Any, Any]] = [
         ("dataset", record.name, record.name if by_place else dataset.name),
@@ -112,24 +148,65 @@ def check_join(cache: Cache, dataset: IndexedDataset) -> None:
     for what, cached, given in facts:
         if cached != given:
             raise _mismatch(cache, f"{what} {_show(cached, given)}", f"{what} {_show(given, cached)}")
+    if changes := differences(cache.manifest.recipe, views.recipe):
+        raise CacheMismatch(
+            f"{cache.path} was made with other views: "
+            + "; ".join(f"{name} is {brief(old)} there and {brief(new)} here" for name, old, new in changes[:8]),
+            "the augmentation that the teacher's answers were given for" + _versions_apart(cache),
+            "make the transform what it was, or dump the teacher over these views",
+        )
     labels = dataset.labels() if cache.complete else None
     if labels is not None and fingerprint_labels(labels) != record.labels_sha256:
         raise _label_mismatch(cache.path, np.arange(len(cache)), cache.column("labels"), labels)
     check_deterministic(dataset)
-    _check_inputs(cache, dataset)
+    if verify_inputs != "off":
+        _check_inputs(cache, views, used[0])
 
 
-def _check_inputs(cache: Cache, dataset: IndexedDataset) -> None:
-    """Compare inputs with what the teacher saw: all that are in memory, else a keyed sample; the rest in training."""
-    samples = cache.samples()
-    if not isinstance(dataset, ArrayDataset):
-        samples = np.intersect1d(samples, keyed_sample(len(dataset), SAMPLED_INPUTS, 0, "join"))
-    crcs = _known(cache, "input_crc32c")
+def inputs_all_checked(views: Views) -> bool:
+    """Whether `check_join` compares every input that there is, so that none need be compared while training."""
+    return isinstance(views.dataset, ArrayDataset) and views.recipe.is_plain(1)
+
+
+def _check_inputs(cache: Cache, views: Views, view: int) -> None:
+    """Compare inputs with what the teacher saw: all that are in memory and plain, else a keyed sample."""
+    samples = cache.samples(view)
+    if not inputs_all_checked(views):
+        samples = np.intersect1d(samples, keyed_sample(len(views), SAMPLED_INPUTS, 0, "join"))
+    crcs = _known(cache, "input_crc32c", view)
     for at in range(0, len(samples), INPUTS_AT_ONCE):
         indices = samples[at : at + INPUTS_AT_ONCE]
-        found = np.array(batch_crc32c(dataset.shared_inputs(indices)), np.int64)
-        if len(wrong := np.flatnonzero(found != crcs[indices])):
-            raise input_mismatch(int(indices[wrong[0]]), int(found[wrong[0]]), crcs, cache.path)
+        found = np.array(batch_crc32c(views.fetch(view, indices).inputs), np.int64)
+        check_crcs(cache, view, indices, found, crcs)
+
+
+def check_ensemble(caches: Sequence[Cache], used: Sequence[int]) -> None:
+    """Refuse caches that are not of the same views of the same samples.
+
+    Raises:
+        CacheMismatch: they differ; the message shows both values.
+    """
+    first = caches[0]
+    for other in caches[1:]:
+        changes = differences(first.manifest.dataset, other.manifest.dataset, ignore=_PLACES)
+        changes += differences(first.manifest.recipe, other.manifest.recipe)
+        if changes:
+            name, one, two = changes[0]
+            raise CacheMismatch(
+                f"{first.path} and {other.path} are not of the same inputs: {name} is {brief(one)} in the first and "
+                f"{brief(two)} in the second",
+                "caches of several teachers over the same views of the same dataset",
+                "dump both teachers with the same --dataset, --split, --augment, --mix and --view-seed",
+            )
+        for view in used:
+            one_crcs, two_crcs = (_known(cache, "input_crc32c", view) for cache in (first, other))
+            if len(apart := np.flatnonzero(one_crcs != two_crcs)):
+                raise CacheMismatch(
+                    f"{first.path} and {other.path} saw different inputs of sample {apart[0]} in view {view} "
+                    f"({len(apart)} of {len(first)} differ)",
+                    "caches of several teachers over the same views of the same dataset",
+                    "dump both teachers with the same versions over the same data",
+                )
 
 
 def _mismatch(cache: Cache, cached: str, given: str) -> CacheMismatch:
@@ -154,18 +231,46 @@ def _label_mismatch(
     )
 
 
-def input_mismatch(sample: int, found: int, crcs: NDArray[np.int64], where: Path) -> CacheMismatch:
-    """The error for a sample whose pixels are not the teacher's; tells where the cache knows them, if it does."""
-    elsewhere = np.flatnonzero(crcs == found)
+def check_crcs(
+    cache: Cache, view: int, indices: NDArray[np.int64], found: NDArray[np.int64], crcs_n: NDArray[np.int64]
+) -> None:
+    """Compare the checksums of some samples' shared inputs with those of what the teacher saw.
+
+    Args:
+        indices: of the samples, (n,).
+        found: crc32c of their shared inputs, (n,).
+        crcs_n: of all samples in the view, (samples,), as the cache has them.
+
+    Raises:
+        CacheMismatch: one differs; tells where the cache knows its pixels, if it does, and which versions differ.
+    """
+    wrong = np.flatnonzero(crcs_n[indices] != found)
+    if not len(wrong):
+        return
+    sample, crc = int(indices[wrong[0]]), int(found[wrong[0]])
+    elsewhere = np.flatnonzero(crcs_n == crc)
     if len(elsewhere):
         why = f"the samples are in another order: the pixels of sample {sample} are those of sample {elsewhere[0]}"
     else:
         why = f"the shared input of sample {sample} is not what the teacher saw (another preprocessing, or other data)"
-    return CacheMismatch(
-        f"{why}; crc32c {found:#010x} here, {crcs[sample]:#010x} in {where}",
-        "the samples that the teacher answered for, in the same order and untouched",
+    if not cache.manifest.recipe.is_plain(view):
+        why += f", in view {view}"
+    raise CacheMismatch(
+        f"{why}; crc32c {crc:#010x} here, {crcs_n[sample]:#010x} in {cache.path}",
+        "the samples that the teacher answered for, in the same order and untouched" + _versions_apart(cache),
         "give the dataset as the teacher saw it, or dump the teacher over this data",
     )
+
+
+def _versions_apart(cache: Cache) -> str:
+    """Where the versions recorded in a cache differ from those that are here, for a message."""
+    here = package_versions()
+    apart = [
+        f"{name} {version} there and {here[name]} here"
+        for name, version in cache.manifest.versions.items()
+        if name in here and here[name] != version
+    ]
+    return f" (versions that differ: {', '.join(apart)})" if apart else ""
 
 
 def _show(value: Any, other: Any) -> str:

@@ -15,7 +15,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from kdcache import keys
 from kdcache.cache.manifest import Preprocess
-from kdcache.cache.order import EpochOrder, ExactOrder
+from kdcache.cache.order import EpochOrder, ExactOrder, Schedule
 from kdcache.checkpoints import read_checkpoint, save_checkpoint
 from kdcache.config import TrainConfig
 from kdcache.datasets import Batch, IndexedDataset, batch_loader
@@ -28,6 +28,7 @@ from kdcache.preprocess import Preprocessor
 from kdcache.progress import Progress, log
 from kdcache.runs import RunFolder
 from kdcache.sampling import EpochBatches, split_validation
+from kdcache.views import Views, as_views
 
 # How many steps may pass before a loss that is not finite is noticed: looking at every one would stall a GPU.
 CHECK_EVERY_STEPS = 64
@@ -53,14 +54,16 @@ class TrainResult:
 
 def train(
     module: nn.Module,
-    dataset: IndexedDataset,
+    dataset: IndexedDataset | Views,
     *,
     objective: Objective,
     preprocess: Preprocess,
     config: TrainConfig,
     order: EpochOrder | None = None,
     validation_indices: NDArray[np.int64] | None = None,
+    schedule: Schedule | None = None,
     join: Join | None = None,
+    verify_inputs: str = "off",
     run: RunFolder | None = None,
     description: dict[str, Any] | None = None,
     on_step: Callable[[int, dict[str, Tensor]], None] | None = None,
@@ -68,9 +71,12 @@ def train(
     """Train a network in place.
 
     Args:
+        dataset: its views, or itself, of which the plain one is used.
         order: of the samples in each epoch; None shuffles exactly what `config.val_fraction` leaves of the dataset.
         validation_indices: samples that choose the best epoch, (n,); given together with `order`.
+        schedule: the view of each epoch; None always takes view 0.
         join: puts soft targets to each batch.
+        verify_inputs: which batches come to the join with the checksums of their inputs: `all`, `sample` or `off`.
         run: where metrics and checkpoints go, and where a state to continue from may lie; None keeps nothing.
         description: plain values put into every checkpoint, so that it can be rebuilt and judged alone.
         on_step: called after each step with its number, from 0, and the objective's scalars.
@@ -81,7 +87,9 @@ def train(
     if order is None:
         train_indices, validation_indices = split_validation(np.arange(len(dataset)), config.val_fraction, config.seed)
         order = ExactOrder(train_indices, config.seed)
-    loop = _Loop(module, dataset, objective, preprocess, config, order, join, run, description or {}, on_step)
+    batches = EpochBatches(order, config.batch_size, schedule=schedule, verify_inputs=verify_inputs)
+    views = as_views(dataset)
+    loop = _Loop(module, views, objective, preprocess, config, batches, join, run, description or {}, on_step)
     if validation_indices is not None:
         loop.validation_indices = validation_indices
     return loop.run()
@@ -91,32 +99,26 @@ class _Loop:
     def __init__(
         self,
         module: nn.Module,
-        dataset: IndexedDataset,
+        views: Views,
         objective: Objective,
         preprocess: Preprocess,
         config: TrainConfig,
-        order: EpochOrder,
+        batches: EpochBatches,
         join: Join | None,
         run: RunFolder | None,
         description: dict[str, Any],
         on_step: Callable[[int, dict[str, Tensor]], None] | None,
     ) -> None:
         self.config, self.objective, self.folder, self.description = config, objective, run, description
-        self.dataset, self.join, self.on_step = dataset, join, on_step
+        self.views, self.batches, self.join, self.on_step = views, batches, join, on_step
         self.device = resolve_device(config.device)
         self.module = module.to(self.device)
         self.dtype = floating_dtype(module)
         self.preprocess = preprocess
         self.preprocessor = Preprocessor(preprocess)
         self.validation_indices = np.empty(0, np.int64)
-        self.batches = EpochBatches(order, config.batch_size)
         self.loader = batch_loader(
-            dataset,
-            self.batches,
-            preprocessor=self.preprocessor,
-            workers=config.workers,
-            device=self.device,
-            checksums=join is not None and join.wants_checksums,
+            views, batches, preprocessor=self.preprocessor, workers=config.workers, device=self.device
         )
         self.optimizer = build_optimizer(module, config)
         # The schedule must not hold the loop: in a cycle of references the workers of the loader would outlive the run.
@@ -142,6 +144,8 @@ class _Loop:
         if self.folder and self.folder.last.exists():
             self._restore(read_checkpoint(self.folder.last))
             log(f"continuing after epoch {len(self.history)} of {self.config.epochs}")
+        if len(self.history) < self.config.epochs:
+            self._start(len(self.history))  # what cannot be joined is known before anything is written
         if self.folder:
             self.folder.begin(self.history)
         for epoch in range(len(self.history), self.config.epochs):
@@ -154,9 +158,7 @@ class _Loop:
         return TrainResult(module=self.result_module, epochs=self.history)
 
     def _epoch(self, epoch: int) -> dict[str, Any]:
-        self.batches.epoch = epoch
-        if self.join is not None:
-            self.join.start_epoch(epoch)
+        self._start(epoch)
         self.module.train()
         seen: list[dict[str, Tensor]] = []
         correct = torch.zeros((), dtype=torch.int64, device=self.device)
@@ -186,11 +188,19 @@ class _Loop:
         means = {name: float(torch.stack([parts[name] for parts in seen]).mean()) for name in seen[0]}
         return {
             "epoch": epoch + 1,
+            **({} if self.views.recipe.is_plain(1) else {"view": self.batches.view}),
             **means,
             "train_accuracy": int(correct) / samples,
             "learning_rate": self.learning_rate,
             "seconds": seconds,
         }
+
+    def _start(self, epoch: int) -> None:
+        if epoch == self.batches.epoch:
+            return
+        self.batches.epoch = epoch
+        if self.join is not None:
+            self.join.start_epoch(epoch)
 
     def _step(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """One step; returns how many samples of the batch were right, and the objective's scalars."""
@@ -210,7 +220,7 @@ class _Loop:
         self.schedule.step()
         if self.average is not None:
             self.average.update_parameters(self.module)
-        hits = (logits.detach().argmax(dim=1) == batch.labels).sum()
+        hits = (logits.detach().argmax(dim=1) == batch.main_labels).sum()
         return hits, {name: part.detach() for name, part in parts.items()}
 
     def _check_finite(self, seen: list[dict[str, Tensor]], epoch: int, first_step: int) -> None:
@@ -233,7 +243,7 @@ class _Loop:
             return last
         entry["val_accuracy"] = evaluate_model(
             self.result_module,
-            self.dataset,
+            self.views.dataset,
             preprocess=self.preprocess,
             config=self.config,
             indices=self.validation_indices,

@@ -124,8 +124,6 @@ def plain_forward(
 class LiveTargets:
     """The join of online distillation: the teacher answers for the batch itself, at every step, without an index."""
 
-    wants_checksums = False
-
     def __init__(self, teacher: nn.Module, preprocess: Preprocess) -> None:
         self.teacher, self.preprocessor = teacher, Preprocessor(preprocess)
 
@@ -141,8 +139,6 @@ class LiveTargets:
 
 class Watcher:
     """A join that joins nothing and shows each batch to a function before its step."""
-
-    wants_checksums = False
 
     def __init__(self, look: Callable[[Batch], object]) -> None:
         self.look, self.epochs = look, []

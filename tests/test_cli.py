@@ -78,7 +78,7 @@ def test_the_pipeline_tells_what_a_program_needs(pipeline):
     settings = json.loads((pipeline.student / "config.json").read_text())
     assert settings["temperature"] == 3.0
     assert settings["alpha"] == 0.5
-    assert settings["cache"] == str(pipeline.cache)
+    assert settings["cache"] == [str(pipeline.cache)]
 
 
 def test_evaluate_gives_the_accuracy_that_training_ended_with(pipeline):

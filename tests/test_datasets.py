@@ -14,6 +14,7 @@ from kdcache.cache.manifest import Preprocess
 from kdcache.consistency import check_deterministic
 from kdcache.datasets import (
     ArrayDataset,
+    BatchRequest,
     as_indexed,
     batch_loader,
     fingerprint_labels,
@@ -51,7 +52,9 @@ def images(count, *, size=4, classes=3):
     return [(data[i], i % classes) for i in range(count)]
 
 
-def loader(dataset, batches, *, size=None, **options):
+def loader(dataset, batches, *, size=None, checksums=False, **options):
+    if isinstance(batches, list):
+        batches = [BatchRequest(indices, checksums=checksums) for indices in batches]
     return batch_loader(
         dataset, batches, preprocessor=Preprocessor(Preprocess(resize=size, crop=size)), device=CPU, **options
     )
@@ -348,7 +351,7 @@ class Epochs:
 
     def __iter__(self):
         self.epoch += 1
-        yield from np.random.default_rng(self.epoch).permutation(8).reshape(4, 2)
+        yield from map(BatchRequest, np.random.default_rng(self.epoch).permutation(8).reshape(4, 2))
 
 
 @pytest.mark.parametrize("workers", [0, 2])

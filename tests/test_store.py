@@ -812,8 +812,8 @@ def edit(old, new):
     ("damage", "message"),
     [
         (edit('"spec": "teacher"', '"spec": "preacher"'), "manifest's sha256"),
-        (edit('"seed": 0', '"seed": 1'), "manifest's sha256"),
-        (edit('"seed": 0', '"seed": 0, "new": 1'), "manifest's sha256"),
+        (edit('"amp": "off"', '"amp": "bf16"'), "manifest's sha256"),
+        (edit('"amp": "off"', '"amp": "off", "new": 1'), "manifest's sha256"),
         (edit('"sha256": "', '"sha256": "0'), "manifest's sha256"),
         (edit('"sha256": "', '"sha255": "'), "not a manifest with its sha256"),
         (edit('"node_type": "group"', '"node_type": "array"'), "not the metadata of a Zarr group"),

@@ -17,6 +17,7 @@ from kdcache.models import build_model
 from kdcache.objectives import distillation_objective
 from kdcache.targets import CachedTargets, check_join
 from kdcache.training import train
+from kdcache.views import as_views
 from tests.helpers import Items, LiveTargets, Network, changed, synthetic, tensors, tree
 
 STEPS = 200
@@ -115,7 +116,8 @@ def test_soft_targets_are_joined_by_index_and_nothing_else(tmp_path, kind, on_de
     dataset = synthetic(100)
     cache = dumped(tmp_path / "c", dataset)
     feed, _, _ = open_feed(cache.reader, indices=np.arange(100), seed=0, choice=FeedChoice(feed=kind))
-    join = CachedTargets(cache, feed, device=torch.device("cpu") if on_device else None)
+    join = CachedTargets([cache], [feed], device=torch.device("cpu") if on_device else None)
+    join.start_epoch(0)
     for indices in (np.array([99, 0, 64, 63, 0]), np.arange(99, -1, -1)):
         inputs, labels = dataset.fetch(indices)
         joined = join(Batch(inputs, labels, torch.from_numpy(indices), None))
@@ -126,7 +128,7 @@ def test_soft_targets_are_joined_by_index_and_nothing_else(tmp_path, kind, on_de
 def test_the_objective_weighs_the_teacher_with_alpha():
     student, teacher = torch.randn(2, 5, 4, generator=torch.Generator().manual_seed(0)).double()
     labels = torch.tensor([0, 1, 2, 3, 0])
-    batch = Batch(torch.zeros(5), labels, torch.arange(5), None, teacher)
+    batch = Batch(torch.zeros(5), labels, torch.arange(5), soft_targets=teacher)
     settings = config(temperature=4.0, alpha=0.3, label_smoothing=0.1)
     parts = distillation_objective(settings)(student, batch)
     soft = losses.kd(student, teacher, temperature=4.0)
@@ -211,7 +213,7 @@ def test_two_swapped_samples_among_many_are_noticed(tmp_path):
 def test_a_refusal_of_pixels_shows_both_checksums(cache, what):
     dataset = OTHER[what][0]
     with pytest.raises(CacheMismatch) as caught:
-        check_join(cache, dataset)
+        check_join(cache, as_views(dataset))
     sample = int(re.search(r"sample (\d+)", caught.value.found)[1])
     here = input_crc32c(dataset.shared_inputs([sample])[0])
     there = int(cache.column("input_crc32c")[sample])
@@ -239,12 +241,12 @@ def test_labels_that_only_the_samples_tell_are_checked_in_every_batch(cache):
 
 def test_a_dataset_may_move_but_not_change(cache, tmp_path):
     moved = dumped(tmp_path / "c", changed(BASE, name="folder:/old/place"))
-    check_join(moved, changed(BASE, name="folder:/new/place"))
-    check_join(moved, changed(BASE, name="py:mine:data"))
+    check_join(moved, as_views(changed(BASE, name="folder:/new/place")))
+    check_join(moved, as_views(changed(BASE, name="py:mine:data")))
     with pytest.raises(CacheMismatch):
-        check_join(moved, changed(BASE, name="digits"))
+        check_join(moved, as_views(changed(BASE, name="digits")))
     with pytest.raises(CacheMismatch):
-        check_join(moved, changed(BASE, name="folder:/new/place", inputs=OTHER_PIXELS))
+        check_join(moved, as_views(changed(BASE, name="folder:/new/place", inputs=OTHER_PIXELS)))
 
 
 def test_no_teacher_is_needed(cache, monkeypatch):

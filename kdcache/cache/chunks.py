@@ -89,8 +89,8 @@ class ChunkReader:
         Raises:
             CacheDamaged: its bytes are not the committed ones; `out` then holds nothing of use.
         """
-        if not 0 <= view < self.manifest.views:
-            raise IndexError(f"view is {view}; the cache has {self.manifest.views}")
+        if not 0 <= view < self.manifest.readable_views:
+            raise IndexError(f"view is {view}; the cache has {self.manifest.readable_views}")
         shard, position = divmod(chunk, self.manifest.shard_rows // array.chunk_rows)
         path = shard_path(self.path, array, view if array.per_view else 0, shard)
         length, crcs = self.ledger.lookup(array, view, shard)

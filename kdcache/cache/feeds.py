@@ -1,8 +1,9 @@
-"""One view's rows for training, fed from memory, from mapped files or as a stream; which one is chosen here."""
+"""The rows of each epoch's view, fed from memory, from mapped files or as a stream; which one is chosen here."""
 
 from __future__ import annotations
 
 import re
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 from kdcache.cache.chunks import ChunkReader, check_indices
 from kdcache.cache.layout import row_bytes
 from kdcache.cache.mapping import MappedFeed, can_map
-from kdcache.cache.order import EpochOrder, ExactOrder, WindowOrder
+from kdcache.cache.order import EpochOrder, ExactOrder, Schedule, WindowOrder, always
 from kdcache.cache.streaming import StreamedFeed, window_chunks
 from kdcache.config import CACHE_MEMORY, FEEDS, SHUFFLES
 from kdcache.errors import UsageError
@@ -25,12 +26,12 @@ _UNITS = {"": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "KB": 10**3, "M
 
 
 class Feed(Protocol):
-    """Gives rows of one view by sample index."""
+    """Gives rows of the epoch's view by sample index."""
 
     kind: str
 
     def start_epoch(self, epoch: int) -> None:
-        """Prepare for the rows of an epoch."""
+        """Prepare for the rows of an epoch; before its first rows."""
         ...
 
     def rows(self, indices: NDArray[np.int64]) -> NDArray[Any]:
@@ -39,24 +40,42 @@ class Feed(Protocol):
 
 
 class MemoryFeed:
-    """A whole view in memory, checked as it was read.
-
-    Raises:
-        CacheDamaged: a chunk fails its checksum.
-    """
+    """The epoch's view whole in memory, checked as it was read, and the next epoch's, which is read meanwhile."""
 
     kind = "memory"
 
-    def __init__(self, reader: ChunkReader, view: int, name: str = "logits") -> None:
-        self.values: NDArray[Any] = reader.span(name, view, range(reader.manifest.dataset.length))
+    def __init__(self, reader: ChunkReader, schedule: Schedule, name: str = "logits") -> None:
+        self._reader, self._schedule, self._name = reader, schedule, name
+        self._view: int | None = None
+        self._values: NDArray[Any] = np.empty(0)
+        self._coming: tuple[int, Future[NDArray[Any]]] | None = None
+        self._pool: ThreadPoolExecutor | None = None
 
     def start_epoch(self, epoch: int) -> None:
-        """Nothing to prepare."""
+        """Take the epoch's view into memory, and begin to read the next one's.
+
+        Raises:
+            CacheDamaged: a chunk fails its checksum.
+        """
+        view, following = self._schedule(epoch), self._schedule(epoch + 1)
+        if view != self._view:
+            if self._coming is not None and self._coming[0] == view:
+                self._values = self._coming[1].result()
+            else:
+                self._values = self._read(view)
+            self._view, self._coming = view, None
+        if following != view and self._coming is None:
+            # Made at first use, because threads do not survive a fork.
+            self._pool = self._pool or ThreadPoolExecutor(1, thread_name_prefix="kdcache-reader")
+            self._coming = following, self._pool.submit(self._read, following)
 
     def rows(self, indices: NDArray[np.int64]) -> NDArray[Any]:
-        check_indices(indices, len(self.values))
-        result: NDArray[Any] = np.take(self.values, indices, axis=0)
+        check_indices(indices, len(self._values))
+        result: NDArray[Any] = np.take(self._values, indices, axis=0)
         return result
+
+    def _read(self, view: int) -> NDArray[Any]:
+        return self._reader.span(self._name, view, range(self._reader.manifest.dataset.length))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,13 +115,19 @@ def parse_bytes(text: str) -> int:
 
 
 def open_feed(
-    reader: ChunkReader, *, indices: NDArray[np.int64], seed: int, view: int = 0, choice: FeedChoice | None = None
+    reader: ChunkReader,
+    *,
+    indices: NDArray[np.int64],
+    seed: int,
+    schedule: Schedule | None = None,
+    choice: FeedChoice | None = None,
 ) -> tuple[Feed, EpochOrder, str]:
-    """Choose how a view is fed and in which order its samples are visited.
+    """Choose how views are fed and in which order their samples are visited.
 
     Args:
         indices: the samples that epochs visit, (n,), ascending.
         seed: of the order.
+        schedule: the view of each epoch; None always takes view 0.
 
     Returns:
         The feed, the order that must drive the dataset, and a line that says what was chosen and why.
@@ -111,15 +136,16 @@ def open_feed(
         UsageError: what is insisted on cannot be had together.
         CacheDamaged: a chunk fails its checksum.
     """
-    choice = choice or FeedChoice()
+    choice, schedule = choice or FeedChoice(), schedule or always(0)
     array = reader.manifest.array("logits")
     view_bytes = row_bytes(array.dtype, array.row_shape) * reader.manifest.dataset.length
+    held_bytes = view_bytes * min(reader.manifest.readable_views, 2)  # with several, the next one is read ahead
     allowed = parse_bytes(choice.memory)
     kind, why = choice.feed, "as asked"
     if not reader.manifest.complete and kind in ("auto", "streamed"):
         kind, why = "streamed", "the cache is partial"
     elif kind == "auto":
-        if view_bytes <= allowed:
+        if held_bytes <= allowed:
             kind, why = "memory", f"a view is {view_bytes:,} bytes, and {choice.memory} may be held"
         elif can_map(array) and choice.shuffle != "window" and view_bytes <= MAPPED_LIMIT * allowed:
             kind, why = "mapped", f"a view is {view_bytes:,} bytes, more than {choice.memory}, and not compressed"
@@ -147,8 +173,8 @@ def open_feed(
         order = windowed
     feed: Feed
     if kind == "streamed":
-        feed = StreamedFeed(reader, view, windowed)
+        feed = StreamedFeed(reader, schedule, windowed)
     else:
-        feed = MemoryFeed(reader, view) if kind == "memory" else MappedFeed(reader, view)
+        feed = (MemoryFeed if kind == "memory" else MappedFeed)(reader, schedule)
     shuffle = "window" if isinstance(order, WindowOrder) else "exact"
     return feed, order, f"cache {kind} ({why}), shuffle {shuffle}"

@@ -17,8 +17,8 @@ from crc32c import crc32c
 from numpy.typing import NDArray
 
 from kdcache.cache.files import storage_errors, write_durable
-from kdcache.cache.layout import chunks_per_shard
-from kdcache.cache.manifest import ArrayRecord, Manifest
+from kdcache.cache.layout import chunks_per_shard, zarr_array_options
+from kdcache.cache.manifest import METADATA, ArrayRecord, Manifest
 from kdcache.cache.shards import CRC_BYTES
 from kdcache.errors import CacheDamaged
 
@@ -148,3 +148,20 @@ class Ledger:
                 "run the dump-teacher command that made it with --repair, or restore the file from a copy",
             )
         target[:] = np.frombuffer(payload, "<u8").reshape(target.shape)
+
+
+def create_arrays(group: Any, manifest: Manifest) -> None:
+    """Create a split's arrays and its ledger, without data, in a zarr group."""
+    for array in manifest.arrays:
+        group.create_array(**zarr_array_options(manifest, array))
+    group.create_array(**Ledger.zarr_array_options(manifest))
+
+
+def array_metadata(manifest: Manifest) -> dict[str, bytes]:
+    """The Zarr metadata of a split's arrays and of its ledger, by path within the split."""
+    import zarr
+    from zarr.storage import MemoryStore
+
+    files: dict[str, Any] = {}
+    create_arrays(zarr.create_group(MemoryStore(files), zarr_format=3), manifest)
+    return {path: buffer.to_bytes() for path, buffer in files.items() if path != METADATA}

@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,11 @@ _REMEDY = "run the dump-teacher command that made it with --repair, or restore t
 _SPLIT_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
 # What may differ between two runs of one dump: results, hints and circumstances, not settings.
-NOT_IDENTITY = frozenset({"view_sha256", "dataset.data_root", "teacher.accuracy", "device", "batch_size"})
+NOT_IDENTITY = frozenset(
+    {"views", "view_sha256", "dataset.data_root", "teacher.accuracy", "device", "batch_size", "versions.cpu"}
+)
+
+NONE = "none"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,7 +106,8 @@ class TeacherRecord:
     Attributes:
         weights_sha256: hash of names, shapes, dtypes and bytes of the weights.
         parameters: number of parameters.
-        accuracy: top-1 accuracy on the dumped split's view 0, 0 to 1; None until the dump is complete.
+        accuracy: top-1 accuracy on the dumped split's view 0, 0 to 1; None until the dump is complete, and where view 0
+            is mixed and has no one label.
     """
 
     spec: str
@@ -110,6 +115,31 @@ class TeacherRecord:
     parameters: int
     preprocess: Preprocess
     accuracy: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ViewRecipe:
+    """How the shared input of (view, sample) is made of plain samples. By default it is the plain sample.
+
+    Attributes:
+        augment: spec of the augmentation, such as `affine`; `none` leaves samples as they are.
+        parameters: of the augmentation, by dotted name, as text; two that differ are two augmentations.
+        mix: `none`, `mixup:ALPHA`, `cutmix:ALPHA` or `uniform`.
+        seed: with view and index, all that the augmentation and the mixing are drawn from.
+        plain_view: whether view 0 is the plain sample nevertheless.
+        input_shape: of one augmented input, channels first; None where they differ in size.
+    """
+
+    augment: str = NONE
+    parameters: dict[str, str] = field(default_factory=dict)
+    mix: str = NONE
+    seed: int = 0
+    plain_view: bool = False
+    input_shape: tuple[int, ...] | None = None
+
+    def is_plain(self, view: int) -> bool:
+        """Whether a view is the plain sample."""
+        return (self.augment == NONE and self.mix == NONE) or (self.plain_view and view == 0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,18 +170,20 @@ class Manifest:
     """What one split of a cache is of.
 
     Attributes:
-        views: how many versions of every sample the teacher answers for.
+        views: how many versions of every sample the teacher answers for, those included that are being added.
+        recipe: how views are made of samples.
         arrays: what is stored for each row; `logits` is the first.
         shard_rows: rows of one shard, the unit that is written and committed whole.
         versions: of every package that could change an input or an answer.
         amp: precision of the teacher's forward pass: `off`, `bf16` or `fp16`.
-        view_sha256: digest of the ledger of each finished view, in view order.
+        view_sha256: digest of the ledger of each finished view, in view order; none until the first dump is complete.
     """
 
     schema: int = SCHEMA
     dataset: DatasetRecord
     teacher: TeacherRecord
     views: int = 1
+    recipe: ViewRecipe = ViewRecipe()
     arrays: tuple[ArrayRecord, ...]
     shard_rows: int
     seed: int
@@ -164,8 +196,8 @@ class Manifest:
     def __post_init__(self) -> None:
         if self.schema != SCHEMA:
             raise ValueError(f"schema is {self.schema}: this version reads {SCHEMA}")
-        if self.views < 1:
-            raise ValueError(f"views is {self.views}: a cache needs at least one")
+        if self.views < 1 or len(self.view_sha256) > self.views:
+            raise ValueError(f"views is {self.views}, {len(self.view_sha256)} are finished: a cache needs at least one")
         for array in self.arrays:
             if self.shard_rows % array.chunk_rows:
                 raise ValueError(
@@ -175,8 +207,18 @@ class Manifest:
 
     @property
     def complete(self) -> bool:
-        """Whether every row of every view is committed."""
-        return len(self.view_sha256) == self.views
+        """Whether there are finished views, which can be read; more may be on their way."""
+        return bool(self.view_sha256)
+
+    @property
+    def readable_views(self) -> int:
+        """The finished views; of a dump that has not finished, those that it will have."""
+        return len(self.view_sha256) or self.views
+
+    @property
+    def extending(self) -> bool:
+        """Whether views are being added to finished ones."""
+        return 0 < len(self.view_sha256) < self.views
 
     @property
     def shards(self) -> int:

@@ -11,6 +11,7 @@ import math
 import mmap
 import os
 import sys
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from numpy.typing import NDArray
 from kdcache.cache.chunks import ChunkReader, check_indices, open_shard
 from kdcache.cache.layout import chunks_per_shard, row_bytes, shard_path
 from kdcache.cache.manifest import ArrayRecord
+from kdcache.cache.order import Schedule
 from kdcache.cache.shards import CRC_BYTES, BadChunk, check_crc, chunk_stride, stored_dtype
 from kdcache.errors import StorageError
 
@@ -114,22 +116,27 @@ class ChunkMap:
 
 
 class MappedFeed:
-    """Rows of one view from mapped memory; a chunk is checked when a row of it is first asked for.
-
-    Raises:
-        CacheDamaged, StorageError: as for `ChunkMap`.
-    """
+    """Rows of the epoch's view from mapped memory; a chunk is checked when a row of it is first asked for."""
 
     kind = "mapped"
 
-    def __init__(self, reader: ChunkReader, view: int, name: str = "logits") -> None:
-        self._map = ChunkMap(reader, view, name)
+    def __init__(self, reader: ChunkReader, schedule: Schedule, name: str = "logits") -> None:
+        self._reader, self._schedule, self._name = reader, schedule, name
         self._length, self._chunk_rows = reader.manifest.dataset.length, reader.manifest.array(name).chunk_rows
-        self._checked = np.zeros(self._map.chunks, np.bool_)
-        self._all_checked = False
+        # Maps of all views that were used: they take addresses, and the system decides what of them is in memory.
+        self._views: dict[int, _CheckedMap] = {}
 
     def start_epoch(self, epoch: int) -> None:
-        """Nothing to prepare."""
+        """Map the epoch's view, if it is not.
+
+        Raises:
+            CacheDamaged, StorageError: as for `ChunkMap`.
+        """
+        view = self._schedule(epoch)
+        if view not in self._views:
+            chunk_map = ChunkMap(self._reader, view, self._name)
+            self._views[view] = _CheckedMap(chunk_map, np.zeros(chunk_map.chunks, np.bool_))
+        self._current = self._views[view]
 
     def rows(self, indices: NDArray[np.int64]) -> NDArray[Any]:
         """Some rows, (n, *row_shape), in the order asked.
@@ -138,14 +145,24 @@ class MappedFeed:
             IndexError: an index is out of range.
             CacheDamaged: a chunk fails its checksum.
         """
-        if not self._all_checked:
+        current = self._current
+        if not current.all_checked:
             check_indices(indices, self._length)
             chunks = indices // self._chunk_rows
-            for chunk in np.unique(chunks[~self._checked[chunks]]):
-                self._map.check(int(chunk))
-                self._checked[chunk] = True
-            self._all_checked = bool(self._checked.all())
-        return self._map.gather(indices)
+            for chunk in np.unique(chunks[~current.checked[chunks]]):
+                current.map.check(int(chunk))
+                current.checked[chunk] = True
+            current.all_checked = bool(current.checked.all())
+        return current.map.gather(indices)
+
+
+@dataclass(slots=True)
+class _CheckedMap:
+    """A map and which of its chunks were checked, (chunks,)."""
+
+    map: ChunkMap
+    checked: NDArray[np.bool_]
+    all_checked: bool = False
 
 
 def _map_over(address: int, length: int, descriptor: int) -> None:

@@ -1,8 +1,8 @@
-"""In which order an epoch visits the samples: exactly shuffled, or shuffled within windows of whole chunks."""
+"""Which view an epoch uses, and in which order it visits the samples: shuffled exactly, or within windows of chunks."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from typing import NamedTuple, Protocol
 
@@ -10,10 +10,54 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdcache import keys
+from kdcache.errors import UsageError
+
+# From an epoch, counted from 0, to the view that it uses.
+Schedule = Callable[[int], int]
+
+
+def always(view: int) -> Schedule:
+    """The schedule of one view."""
+    return lambda epoch: view
+
+
+def view_schedule(kind: str, views: Sequence[int], *, available: int, seed: int) -> Schedule:
+    """The schedule that a name means.
+
+    Args:
+        kind: `cycle` takes the views in turn; `shuffle` takes each once, in a new order, before any comes again;
+            `fixed:K` always takes view K.
+        views: that are used; empty for all.
+        available: views of the cache.
+
+    Raises:
+        UsageError: there is no such schedule or view.
+    """
+    used = list(views) or list(range(available))
+    name, _, fixed = kind.partition(":")
+    if name == "fixed" and fixed.isdecimal():
+        used = [int(fixed)]
+    elif kind not in ("cycle", "shuffle"):
+        raise UsageError(f"--view-schedule is {kind!r}", "cycle, shuffle or fixed:K, with K the number of a view")
+    if wrong := [view for view in used if not 0 <= view < available]:
+        raise UsageError(f"view {wrong[0]} is asked for", f"0 to {available - 1}: the cache has {available} views")
+    if len(set(used)) < len(used):
+        raise UsageError(f"the views {used} name one twice", "each view once")
+    if kind == "shuffle":
+        return lambda epoch: used[
+            keys.permutation(len(used), seed, "view order", epoch // len(used))[epoch % len(used)]
+        ]
+    return lambda epoch: used[epoch % len(used)]
 
 
 class EpochOrder(Protocol):
-    """Orders the samples of an epoch; the same on every machine for the same seed."""
+    """Orders the samples of an epoch; the same on every machine for the same seed.
+
+    Attributes:
+        layout: what else than samples and seed an order follows from; two that agree in all three are the same.
+    """
+
+    layout: tuple[int, ...]
 
     def __len__(self) -> int:
         """Samples in an epoch."""
@@ -33,6 +77,7 @@ class ExactOrder:
 
     def __init__(self, indices: NDArray[np.int64], seed: int) -> None:
         self._indices, self._seed = indices, seed
+        self.layout: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return len(self._indices)
@@ -68,6 +113,7 @@ class WindowOrder:
     def __init__(self, indices: NDArray[np.int64], seed: int, *, chunk_rows: int, window_chunks: int) -> None:
         self._indices, self._seed = indices, seed
         self._window_chunks, self._chunk_rows = window_chunks, chunk_rows
+        self.layout: tuple[int, ...] = (chunk_rows, window_chunks)
         self._chunks, self._starts = np.unique(indices // chunk_rows, return_index=True)
         self._stops = np.append(self._starts[1:], len(indices))
         # Drawn by who visits the samples and again by who reads their rows, a few windows ahead.

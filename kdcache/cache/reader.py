@@ -17,7 +17,7 @@ from kdcache.cache.chunks import REPAIR, ChunkReader, sample_indices
 from kdcache.cache.feeds import FeedChoice, open_feed
 from kdcache.cache.ledger import Ledger
 from kdcache.cache.manifest import Manifest, is_cache, read_manifest
-from kdcache.cache.order import batches_of
+from kdcache.cache.order import always, batches_of
 from kdcache.errors import CacheDamaged, CacheIncomplete, CacheNotFound
 
 
@@ -87,8 +87,8 @@ class Cache:
 
     @property
     def views(self) -> int:
-        """Number of views of every sample."""
-        return self.manifest.views
+        """Number of views of every sample that can be read."""
+        return self.manifest.readable_views
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -132,7 +132,9 @@ class Cache:
         """
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}: it must be at least 1")
-        feed, order, _ = open_feed(self.reader, indices=self.samples(view), seed=seed, view=view, choice=choice)
+        feed, order, _ = open_feed(
+            self.reader, indices=self.samples(view), seed=seed, schedule=always(view), choice=choice
+        )
         feed.start_epoch(epoch)
         for indices in batches_of(order, epoch, batch_size):
             yield indices, feed.rows(indices)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from kdcache.cache.chunks import ChunkReader
 from kdcache.cache.layout import row_bytes
 from kdcache.cache.mapping import ChunkMap, can_map
-from kdcache.cache.order import Window, WindowOrder
+from kdcache.cache.order import Schedule, Window, WindowOrder
 from kdcache.cache.shards import stored_dtype
 
 # One window is used, and two are read ahead.
@@ -39,7 +39,7 @@ class _Held:
 
 
 class StreamedFeed:
-    """Rows of one view in the order of a `WindowOrder`, and in no other.
+    """Rows of the epoch's view in the order of a `WindowOrder`, and in no other.
 
     Of an uncompressed cache the readers check the chunks of the coming windows where they lie in mapped memory, and a
     batch is gathered from there: one copy in all, which matters because shuffled rows are bound by memory. Of a
@@ -51,11 +51,12 @@ class StreamedFeed:
 
     kind = "streamed"
 
-    def __init__(self, reader: ChunkReader, view: int, order: WindowOrder, name: str = "logits") -> None:
-        self._reader, self._view, self._order = reader, view, order
+    def __init__(self, reader: ChunkReader, schedule: Schedule, order: WindowOrder, name: str = "logits") -> None:
+        self._reader, self._schedule, self._order = reader, schedule, order
         self._array = reader.manifest.array(name)
-        mappable = can_map(self._array) and reader.manifest.complete
-        self._map = ChunkMap(reader, view, name) if mappable else None
+        self._mappable = can_map(self._array) and reader.manifest.complete
+        self._map: ChunkMap | None = None
+        self._view = -1
         self._held: deque[_Held] = deque()
         self._position = 0
         self._free: list[NDArray[Any]] = []
@@ -63,12 +64,20 @@ class StreamedFeed:
         self._pool: ThreadPoolExecutor | None = None
 
     def start_epoch(self, epoch: int) -> None:
-        """Drop what is held and begin to read the first windows of an epoch."""
+        """Drop what is held and begin to read the first windows of an epoch.
+
+        Raises:
+            CacheDamaged: a chunk of the first window fails its checksum.
+        """
         if self._pool is None:
             # Made at first use, because threads do not survive a fork.
             self._pool = ThreadPoolExecutor(READERS, thread_name_prefix="kdcache-reader")
         while self._held:
             self._drop()
+        view = self._schedule(epoch)
+        if view != self._view:
+            self._map = ChunkMap(self._reader, view, self._array.name) if self._mappable else None
+            self._view = view
         self._coming = self._order.windows(epoch)
         for _ in range(WINDOWS_HELD):
             self._fetch(self._pool)

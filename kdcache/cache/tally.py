@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from kdcache.cache.chunks import ChunkReader
 from kdcache.cache.encoding import encode_logits
-from kdcache.cache.manifest import Manifest
+from kdcache.cache.manifest import NONE, Manifest
 from kdcache.cache.writer import SplitWriter
 
 
@@ -44,10 +44,11 @@ class Tally:
     def finish(self) -> Manifest:
         """Seal the split with what was counted; the manifest as it now stands on disk."""
         manifest = self._writer.manifest
+        mixed = manifest.recipe.mix != NONE and not manifest.recipe.is_plain(0)
         finished = replace(
             manifest,
             dataset=replace(manifest.dataset, labels_sha256=self._labels.hexdigest()),
-            teacher=replace(manifest.teacher, accuracy=self._correct / manifest.dataset.length),
+            teacher=replace(manifest.teacher, accuracy=None if mixed else self._correct / manifest.dataset.length),
             view_sha256=tuple(self._writer.ledger.digest(view) for view in range(manifest.views)),
         )
         self._writer.finish(finished)

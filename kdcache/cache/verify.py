@@ -5,16 +5,15 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from kdcache.cache.chunks import ChunkReader, open_shard
-from kdcache.cache.layout import chunks_in_shard, shard_path, zarr_array_options
+from kdcache.cache.layout import chunks_in_shard, shard_path
 from kdcache.cache.ledger import NAME as LEDGER
-from kdcache.cache.ledger import Ledger
+from kdcache.cache.ledger import Ledger, create_arrays
 from kdcache.cache.manifest import METADATA, ArrayRecord, Manifest, read_manifest
 from kdcache.cache.reader import check_complete
 from kdcache.cache.shards import ABSENT, CRC_BYTES, BadChunk, check_crc, chunk_stride, decode_index, index_bytes
@@ -144,23 +143,23 @@ def _metadata_problems(split_path: Path, manifest: Manifest) -> list[str]:
     import zarr
     from zarr.storage import MemoryStore
 
+    expected, before = (zarr.create_group(MemoryStore(), zarr_format=3) for _ in range(2))
+    create_arrays(expected, manifest)
+    # While views are being added, the arrays may have grown already or not yet.
+    create_arrays(before, replace(manifest, views=manifest.readable_views))
     problems = []
-    expected = zarr.create_group(MemoryStore(), zarr_format=3)
-    for options in [
-        *(zarr_array_options(manifest, array) for array in manifest.arrays),
-        Ledger.zarr_array_options(manifest),
-    ]:
-        path = split_path / options["name"]
+    for name, array in sorted(expected.arrays()):
+        path = split_path / name
         try:
             found = zarr.open_array(path, mode="r", zarr_format=3).metadata.to_dict()
         except Exception as problem:  # whatever zarr makes of a damaged file
             problems.append(f"{path / METADATA} cannot be read: {type(problem).__name__}: {problem}")
             continue
-        wanted: dict[str, Any] = expected.create_array(**options).metadata.to_dict()
+        wanted, earlier = array.metadata.to_dict(), before[name].metadata.to_dict()
         problems += [
             f"{path / METADATA}: {key} is {found.get(key)!r}; needed: {wanted[key]!r}"
             for key in wanted
-            if key != "attributes" and repr(found.get(key)) != repr(wanted[key])
+            if key != "attributes" and repr(found.get(key)) not in (repr(wanted[key]), repr(earlier[key]))
         ]
     return problems
 

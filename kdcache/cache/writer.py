@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,8 @@ from numpy.typing import NDArray
 
 from kdcache.cache import lock
 from kdcache.cache.files import TEMPORARY, make_folder, storage_errors, sync_folder, sync_tree, write_durable
-from kdcache.cache.layout import shard_path, zarr_array_options
-from kdcache.cache.ledger import Ledger
+from kdcache.cache.layout import shard_path
+from kdcache.cache.ledger import Ledger, array_metadata
 from kdcache.cache.manifest import (
     ATTRIBUTE,
     METADATA,
@@ -30,7 +31,7 @@ from kdcache.cache.manifest import (
     read_manifest,
 )
 from kdcache.cache.shards import encode_shard
-from kdcache.errors import CacheDamaged, TargetExists
+from kdcache.errors import CacheDamaged, CacheIncomplete, CacheNotFound, TargetExists
 from kdcache.records import brief, differences
 
 _BUILDING = ".{}.creating"
@@ -43,6 +44,7 @@ class SplitWriter:
         path: the cache; created where it does not exist.
         manifest: of the split to write, without results.
         repair: open a split whose manifest or ledger is damaged, too.
+        add_views: room for so many views more is made in a finished split, whose views stay readable meanwhile.
 
     Attributes:
         manifest: as it stands on disk; complete once every view is finished.
@@ -51,25 +53,30 @@ class SplitWriter:
     Raises:
         TargetExists: the path holds something else, or the same split of another dump; the message names the settings
             that differ.
+        CacheNotFound, CacheIncomplete: views are to be added to what is not there, or not finished.
         CacheBusy: another dump writes to the path.
         CacheDamaged: what is there cannot be read.
     """
 
-    def __init__(self, path: Path, manifest: Manifest, *, repair: bool = False) -> None:
+    def __init__(self, path: Path, manifest: Manifest, *, repair: bool = False, add_views: int = 0) -> None:
         self.path = path / manifest.dataset.split
-        check_target(path, manifest, repair=repair)
+        check_target(path, manifest, repair=repair, add_views=add_views)
         with storage_errors("create", path):
             make_folder(path)
         self._lock = lock.PathLock(path)
         try:
             # Again, now that nobody else writes: what was free may have been taken since.
-            found = check_target(path, manifest, repair=repair)
+            found = check_target(path, manifest, repair=repair, add_views=add_views)
             if not is_cache(path):
                 root = {"zarr_format": 3, "node_type": "group", "attributes": {ATTRIBUTE: ROOT_MARK}}
                 write_durable(path / METADATA, json.dumps(root, indent=2).encode())
             if found is None:
                 _create_split(self.path, manifest)
             self.manifest = found or manifest
+            if self.manifest.extending and read_manifest(self.path) != self.manifest:
+                self._put_manifest(self.manifest)
+            if self.manifest.extending or repair:
+                self._put_metadata()
             self.proof_needed = found is manifest
             for leftover in self.path.rglob(f"*{TEMPORARY}"):
                 leftover.unlink()
@@ -119,6 +126,19 @@ class SplitWriter:
             entry[array.name] = len(data), crcs
         self.ledger.commit(view, shard, entry)
 
+    def _put_metadata(self) -> None:
+        """Let the arrays' metadata say what the manifest says, where it does not: it is missing, damaged or grew."""
+        for name, expected in array_metadata(self.manifest).items():
+            path = self.path / name
+            try:
+                with storage_errors("read", path):
+                    current = json.loads(path.read_bytes()) if path.exists() else None
+            except ValueError:
+                current = None
+            if current != json.loads(expected):
+                make_folder(path.parent)
+                write_durable(path, expected)
+
     def finish(self, manifest: Manifest) -> None:
         """Seal the split: put the manifest with its results and the digests of the ledger.
 
@@ -130,6 +150,9 @@ class SplitWriter:
             raise ValueError(f"{len(self.pending())} shards are pending: a split is sealed once all are committed")
         if manifest.view_sha256 != tuple(self.ledger.digest(view) for view in range(manifest.views)):
             raise ValueError("view_sha256 is not that of the ledger")
+        self._put_manifest(manifest)
+
+    def _put_manifest(self, manifest: Manifest) -> None:
         path, attributes = self.path / METADATA, manifest_attributes(manifest)
         try:
             read_manifest(self.path)
@@ -143,16 +166,53 @@ class SplitWriter:
         self.manifest = manifest
 
 
-def check_target(path: Path, manifest: Manifest, *, repair: bool = False) -> Manifest | None:
+def check_target(path: Path, manifest: Manifest, *, repair: bool = False, add_views: int = 0) -> Manifest | None:
     """The manifest of the same dump that stands at a target, None where the place is free; reads only.
+
+    A dump may be asked for fewer views than stand there: it was extended since.
 
     Args:
         repair: take `manifest` itself where the one there is damaged; `SplitWriter.finish` asks for proof.
+        add_views: give the manifest that stands there room for so many more.
 
     Raises:
         TargetExists: something else stands there.
+        CacheNotFound, CacheIncomplete: there is nothing to add views to, or its dump has not finished.
         CacheDamaged: a cache stands there that cannot be read.
     """
+    found = _same_dump(path, manifest, repair=repair, exact_versions=repair or add_views > 0)
+    if add_views:
+        return _with_room(path / manifest.dataset.split, found, add_views)
+    if found is not None and (manifest.views > found.views or (manifest.views < found.views and not found.complete)):
+        split = path / manifest.dataset.split
+        extend = f"give --add-views {manifest.views - found.views} to extend it, or " if found.complete else ""
+        raise TargetExists(
+            f"{split} holds another dump: views is {found.views} there and {manifest.views} here",
+            f"--views {found.views} to continue or keep it",
+            f"{extend}choose another --out; nothing was changed",
+        )
+    return found
+
+
+def _with_room(split: Path, found: Manifest | None, add_views: int) -> Manifest:
+    if found is None:
+        raise CacheNotFound(
+            f"there is no {split} to add views to", "a finished dump", "leave out --add-views to dump it first"
+        )
+    if not found.complete:
+        raise CacheIncomplete(
+            f"{split} has not finished its {found.views} views", "a finished dump", "run it without --add-views first"
+        )
+    if found.extending and found.views != found.readable_views + add_views:
+        raise TargetExists(
+            f"{found.views - found.readable_views} views are already being added to {split}, and now {add_views}",
+            "one extension at a time",
+            f"finish it first: give --add-views {found.views - found.readable_views}; nothing was changed",
+        )
+    return replace(found, views=found.readable_views + add_views)
+
+
+def _same_dump(path: Path, manifest: Manifest, *, repair: bool, exact_versions: bool) -> Manifest | None:
     if not is_cache(path):
         if os.path.lexists(path) and not (path.is_dir() and _is_free(path)):
             raise TargetExists(
@@ -171,7 +231,7 @@ def check_target(path: Path, manifest: Manifest, *, repair: bool = False) -> Man
             return manifest
         raise
     # A finished split is only read, so another version of a package cannot mix two kinds of rows in it.
-    ignore = NOT_IDENTITY | ({"versions"} if found.complete and not repair else set())
+    ignore = NOT_IDENTITY | ({"versions"} if found.complete and not exact_versions else set())
     if None in (found.dataset.labels_sha256, manifest.dataset.labels_sha256):
         ignore |= {"dataset.labels_sha256"}
     if changes := differences(found, manifest, ignore=ignore):
@@ -208,15 +268,15 @@ def _is_free(folder: Path) -> bool:
 
 def _create_split(split_path: Path, manifest: Manifest) -> None:
     """Build the split's metadata beside its place and move it there, so that a kill leaves all of it or nothing."""
-    import zarr
-
+    group = {"zarr_format": 3, "node_type": "group", "attributes": manifest_attributes(manifest)}
     building = split_path.with_name(_BUILDING.format(split_path.name))
     with storage_errors("create", split_path):
         shutil.rmtree(building, ignore_errors=True)
-        group = zarr.create_group(building, zarr_format=3, attributes=manifest_attributes(manifest))
-        for array in manifest.arrays:
-            group.create_array(**zarr_array_options(manifest, array))
-        group.create_array(**Ledger.zarr_array_options(manifest))
+        building.mkdir()
+        (building / METADATA).write_text(json.dumps(group, indent=2))
+        for path, document in array_metadata(manifest).items():
+            (building / path).parent.mkdir()
+            (building / path).write_bytes(document)
         sync_tree(building)
         building.replace(split_path)
         sync_folder(split_path.parent)

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from kdcache.config import DumpConfig
-from kdcache.datasets import batch_loader
+from kdcache.datasets import batch_loader, consecutive_batches
 from kdcache.devices import evaluation_mode, floating_dtype, resolve_device, synchronize
 from kdcache.dump import dump_teacher
 from kdcache.preprocess import Preprocessor
@@ -25,7 +25,7 @@ def run(*, rounds: int, device: str) -> None:
     config = DumpConfig(device=device)
     target_device = resolve_device(device)
     preprocessor = Preprocessor(IMAGE)
-    batches = np.split(np.arange(SAMPLES), range(config.batch_size, SAMPLES, config.batch_size))
+    batches = consecutive_batches(np.arange(SAMPLES), config.batch_size)
 
     def bare() -> float:
         began = time.perf_counter()

@@ -28,7 +28,7 @@ def run(*, rounds: int, device: str) -> None:
         dump_teacher(teacher, dataset, out=path, preprocess=IMAGE, config=DumpConfig(device=device))
         cache = open_cache(path)
         feed = open_feed(cache.reader, indices=cache.samples(), seed=0)[0]
-        cached = CachedTargets(cache, feed, wants_checksums=False)
+        cached = CachedTargets([cache], [feed])
         live = LiveTargets(teacher.to(resolve_device(device)), IMAGE)
         labels_only, distill = label_objective(0.0), distillation_objective(config)
         for name in ("mlp", "cnn"):

@@ -1,0 +1,160 @@
+"""Augmentations by name, and what tells one from another."""
+
+from __future__ import annotations
+
+import enum
+import hashlib
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torchvision.transforms import InterpolationMode, v2  # type: ignore[import-untyped]
+
+from kdcache.cache.manifest import NONE
+from kdcache.errors import DatasetError, UsageError
+from kdcache.plugins import PREFIX, call_with_accepted, describe, did_you_mean, resolve
+
+# From one plain uint8 image (C, H, W) to the shared one.
+Transform = Callable[[Tensor], Any]
+
+# Before the type of a transform that was given as an object, and so cannot be made again from its name.
+OBJECT = "object:"
+RESIZED_PIXELS = 224
+
+
+def _affine(size: int | None, input_shape: tuple[int, ...] | None) -> Transform:
+    """For digits and letters, which have a right way up and may not be flipped."""
+    bilinear = InterpolationMode.BILINEAR
+    affine: Transform = v2.RandomAffine(15, translate=(0.1, 0.1), scale=(0.85, 1.15), shear=10, interpolation=bilinear)
+    return affine
+
+
+def _crop_flip(size: int | None, input_shape: tuple[int, ...] | None) -> Transform:
+    """Of CIFAR: a crop after padding by an eighth of the side, and a flip (He et al., 2016, section 4.2)."""
+    if input_shape is None or len(input_shape) != 3:
+        raise DatasetError(
+            f"crop-flip was asked for inputs of shape {input_shape or 'that varies'}",
+            "images of one shape (channels, height, width)",
+            "use resized-crop-flip for images of varying size",
+        )
+    height, width = input_shape[1:]
+    padding = max(height, width) // 8
+    return _in_turn(v2.RandomCrop((size or height, size or width), padding=padding), v2.RandomHorizontalFlip())
+
+
+def _crop_flip_randaugment(size: int | None, input_shape: tuple[int, ...] | None) -> Transform:
+    """The same, then two operations of RandAugment at magnitude 9 (Cubuk et al., 2020)."""
+    return _in_turn(_crop_flip(size, input_shape), v2.RandAugment(num_ops=2, magnitude=9))
+
+
+def _resized_crop_flip(size: int | None, input_shape: tuple[int, ...] | None) -> Transform:
+    """Of ImageNet: a crop of 8 to 100 % of the area, resized to a square, and a flip (Szegedy et al., 2015)."""
+    return _in_turn(v2.RandomResizedCrop(size or RESIZED_PIXELS, antialias=True), v2.RandomHorizontalFlip())
+
+
+def _in_turn(*transforms: Transform) -> Transform:
+    composed: Transform = v2.Compose(list(transforms))
+    return composed
+
+
+PRESETS: dict[str, Callable[[int | None, tuple[int, ...] | None], Transform]] = {
+    "affine": _affine,
+    "crop-flip": _crop_flip,
+    "crop-flip-randaugment": _crop_flip_randaugment,
+    "resized-crop-flip": _resized_crop_flip,
+}
+
+
+def build_transform(spec: str, input_shape: tuple[int, ...] | None) -> Transform | None:
+    """The transform that a spec means; None for `none`.
+
+    Args:
+        spec: `none`, a name of `PRESETS` with `:PIXELS` behind it for another size of the result, or
+            `py:package.module:function`, which is called with those of `input_shape` that it takes and returns a
+            transform.
+        input_shape: of one plain input; None where they differ in size.
+
+    Raises:
+        UsageError: there is no such preset or function, or it returns something else.
+        DatasetError: the preset does not suit the inputs.
+    """
+    if spec == NONE:
+        return None
+    if spec.startswith(OBJECT):
+        raise UsageError(
+            f"the augmentation is a {spec.removeprefix(OBJECT)} that was given as an object",
+            "the same transform, to make the same inputs",
+            "pass augment=TRANSFORM; or dump with --augment py:package.module:function, which can be found by name",
+        )
+    if spec.startswith(PREFIX):
+        function = resolve(spec, error=UsageError)
+        try:
+            transform: Any = call_with_accepted(function, input_shape=input_shape)
+        except Exception as problem:
+            raise UsageError(f"--augment {spec} fails with {describe(problem)}", "a transform") from problem
+        if not callable(transform):
+            raise UsageError(
+                f"--augment {spec} returns a {type(transform).__name__}", "a transform: a torchvision v2 one, say"
+            )
+        found: Transform = transform
+        return found
+    name, colon, pixels = spec.partition(":")
+    if name not in PRESETS or (colon and not (pixels.isdecimal() and int(pixels) > 0)):
+        raise UsageError(
+            f"--augment is {spec!r}",
+            f"none, {', '.join(PRESETS)} (with :PIXELS behind it), or py:package.module:function",
+            did_you_mean(name, [NONE, *PRESETS]),
+        )
+    return PRESETS[name](int(pixels) if colon else None, input_shape)
+
+
+def describe_transform(transform: Transform | None) -> dict[str, str]:
+    """What a transform is made of, as text by dotted name: its type, its settings, and those of all that it holds.
+
+    Two transforms whose descriptions differ are two augmentations. What differs only in the code of a function is not
+    seen here, but by the checksums of the inputs.
+    """
+    return dict(_describe("transform", transform, frozenset())) if transform is not None else {}
+
+
+def _describe(name: str, value: Any, above: frozenset[int]) -> Iterator[tuple[str, str]]:
+    if value is None or isinstance(value, bool | int | float | str | bytes):
+        yield name, repr(value)
+    elif isinstance(value, enum.Enum):
+        yield name, f"{type(value).__name__}.{value.name}"
+    elif isinstance(value, Tensor | np.ndarray | np.generic):
+        array = np.ascontiguousarray(value.detach().cpu().numpy() if isinstance(value, Tensor) else value)
+        yield name, f"{array.dtype} {array.shape} sha256 {hashlib.sha256(array.tobytes()).hexdigest()[:16]}"
+    elif id(value) in above:
+        yield name, "itself"
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _describe(f"{name}.{key}", item, above | {id(value)})
+    elif isinstance(value, list | tuple | set | frozenset | nn.ModuleList):
+        if all(isinstance(item, bool | int | float | str | None) for item in value):
+            yield name, repr(sorted(value) if isinstance(value, set | frozenset) else list(value))
+            return
+        for at, item in enumerate(value):
+            yield from _describe(f"{name}[{at}]", item, above | {id(value)})
+    elif isinstance(value, type) or inspect.isroutine(value):
+        yield name, f"{value.__module__}.{value.__qualname__}"
+    elif isinstance(value, torch.dtype | torch.device):
+        yield name, str(value)
+    else:
+        yield name, f"{type(value).__module__}.{type(value).__qualname__}"
+        for key, item in _settings(value).items():
+            yield from _describe(f"{name}.{key}", item, above | {id(value)})
+
+
+def _settings(value: Any) -> dict[str, Any]:
+    """The attributes of an object that are its settings; of a module also what it holds, and not torch's own ones."""
+    own = dict(getattr(value, "__dict__", {}))
+    if isinstance(value, nn.Module):
+        torchs = nn.Module().__dict__.keys()
+        own = {key: item for key, item in own.items() if key not in torchs}
+        own |= dict(value.named_buffers(recurse=False)) | dict(value.named_parameters(recurse=False))
+        own |= dict(value.named_children())
+    return own

@@ -1,0 +1,61 @@
+"""Augmented inputs that are kept in memory, where all of them fit, so that each is made only once."""
+
+from __future__ import annotations
+
+import math
+import mmap
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+class RememberedRows:
+    """Rows of some views, each as bytes, filled in as they are made.
+
+    Lies in memory that forked workers share, so that what one made the others find; spawned ones begin empty.
+
+    Args:
+        views: whose rows are kept.
+        samples: of each view.
+        row_bytes: of one row.
+    """
+
+    def __init__(self, views: Sequence[int], samples: int, row_bytes: int) -> None:
+        self._slots = {view: slot for slot, view in enumerate(views)}
+        self._rows = _shared((len(views), samples, row_bytes))
+        self._known = _shared((len(views), samples))
+
+    @staticmethod
+    def bytes_needed(views: int, samples: int, row_bytes: int) -> int:
+        return views * samples * (row_bytes + 1)
+
+    def missing(self, view: int, indices: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """(n,): which of some samples are not kept yet."""
+        known: NDArray[np.bool_] = self._known[self._slots[view]][indices] == 0
+        return known
+
+    def put(self, view: int, indices: NDArray[np.int64], rows: NDArray[np.uint8]) -> None:
+        """Keep some rows, (n, row_bytes)."""
+        slot = self._slots[view]
+        self._rows[slot, indices] = rows
+        self._known[slot, indices] = 1
+
+    def take(self, view: int, indices: NDArray[np.int64]) -> NDArray[np.uint8]:
+        """Some rows, (n, row_bytes), all of which are kept."""
+        rows: NDArray[np.uint8] = self._rows[self._slots[view]].take(indices, axis=0)
+        return rows
+
+    def __contains__(self, view: int) -> bool:
+        return view in self._slots
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Shared memory does not go to a spawned worker, which fills its own as far as it gets.
+        _, samples, row_bytes = self._rows.shape
+        return RememberedRows, (list(self._slots), samples, row_bytes)
+
+
+def _shared(shape: tuple[int, ...]) -> NDArray[np.uint8]:
+    # Anonymous, because the place for named shared memory is often small, and writing beyond it kills the process.
+    return np.frombuffer(mmap.mmap(-1, math.prod(shape)), np.uint8).reshape(shape)

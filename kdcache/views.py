@@ -1,0 +1,203 @@
+"""Views: the shared input of (view, sample), made again whenever it is asked for, the same to the bit."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from kdcache import keys
+from kdcache.augment import OBJECT, Transform, build_transform, describe_transform
+from kdcache.cache.manifest import ViewRecipe
+from kdcache.errors import DatasetError, KdcacheError
+from kdcache.indexed import IndexedDataset, Inputs, as_input, dtype_name
+from kdcache.mixing import Mix, parse_mix
+from kdcache.plugins import describe
+from kdcache.remembered import RememberedRows
+from kdcache.replay import generators_kept, seed_generators
+
+PROBES = 4
+
+
+class Shared(NamedTuple):
+    """What every network sees of some samples in one view, and what it is worth.
+
+    Attributes:
+        inputs: (B, ...) or B tensors, before any network's preprocessing.
+        labels: (B,) int64, of the samples.
+        partner_labels: (B,) int64, of the samples that were mixed in; None where nothing was.
+        shares: (B,) float32, 0 to 1: the part of an input that is the sample's own; None where nothing was mixed.
+    """
+
+    inputs: Inputs
+    labels: Tensor
+    partner_labels: Tensor | None = None
+    shares: Tensor | None = None
+
+
+class Views:
+    """The views of one dataset. Goes to forked and spawned workers, if its transform does.
+
+    Args:
+        recipe: `augment`, `mix`, `seed` and `plain_view` are followed; the rest is found out.
+        transform: instead of the one that `recipe.augment` means.
+
+    Attributes:
+        recipe: with the parameters of the transform, and the shape of what it gives.
+
+    Raises:
+        UsageError: there is no such augmentation or mixing.
+        DatasetError: the transform fails, does not replay, or gives something else than a tensor of the dataset's
+            dtype.
+    """
+
+    def __init__(self, dataset: IndexedDataset, recipe: ViewRecipe, *, transform: Transform | None = None) -> None:
+        self.dataset = dataset
+        self._transform = transform or build_transform(recipe.augment, dataset.input_shape)
+        self._mix: Mix | None = parse_mix(recipe.mix)
+        self.recipe = ViewRecipe(
+            augment=recipe.augment if transform is None else f"{OBJECT}{type(transform).__qualname__}",
+            parameters=describe_transform(self._transform),
+            mix=recipe.mix,
+            seed=recipe.seed,
+            plain_view=recipe.plain_view,
+        )
+        self.input_shape = dataset.input_shape
+        self._remembered: RememberedRows | None = None
+        if not self.recipe.is_plain(1):
+            self._probe()
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def remember(self, views: Sequence[int], limit_bytes: int) -> str:
+        """Keep the inputs of some views in memory, if they fit; a line that says what was decided.
+
+        Args:
+            limit_bytes: what they may take; 0 keeps none.
+        """
+        if not limit_bytes:
+            return "augmented inputs are made at every use; --input-memory keeps them"
+        shape, dtype, count = self.input_shape, self.dataset.input_dtype, len(views)
+        if shape is None:
+            return "augmented inputs differ in size and are made at every use"
+        row_bytes = math.prod(shape) * getattr(torch, dtype).itemsize
+        needed = RememberedRows.bytes_needed(count, len(self), row_bytes)
+        if needed > limit_bytes:
+            return f"augmented inputs are made at every use: those of {count} views would take {needed:,} bytes"
+        self._remembered = RememberedRows(list(views), len(self), row_bytes)
+        return f"augmented inputs are kept in memory once they are made: {needed:,} bytes for {count} views"
+
+    def fetch(self, view: int, indices: NDArray[np.int64]) -> Shared:
+        """Some samples as a view shows them. The same for the same view and index, whatever else is asked for.
+
+        Args:
+            indices: of the samples, (B,).
+
+        Raises:
+            DatasetError: a sample cannot be read, or the transform fails on it.
+        """
+        if self.recipe.is_plain(view):
+            return Shared(*self.dataset.fetch(indices))
+        augmented, labels = self._augmented(view, indices)
+        if self._mix is None:
+            return Shared(augmented, labels)
+        mix_key = keys.key_series(self.recipe.seed, "mix", view)
+        draws = [self._mix.draw(mix_key(index), index, len(self.dataset)) for index in indices.tolist()]
+        partners = np.array([draw.partner for draw in draws], np.int64)
+        others, partner_labels = self._augmented(view, partners)
+        mixed, shares = [], []
+        for at, (image, other, draw) in enumerate(zip(augmented, others, draws, strict=True)):
+            if image.dtype != torch.uint8 or image.ndim != 3 or image.shape != other.shape:
+                raise DatasetError(
+                    f"samples {indices[at]} and {partners[at]} of {self.dataset.name} are {dtype_name(image)} "
+                    f"{tuple(image.shape)} and {dtype_name(other)} {tuple(other.shape)} in view {view}",
+                    "uint8 images of one shape, to be mixed",
+                    "let --augment give them one, as resized-crop-flip does, or leave out --mix",
+                )
+            result, share = self._mix.apply(image, other, draw)
+            mixed.append(result)
+            shares.append(share)
+        return Shared(torch.stack(mixed), labels, partner_labels, torch.tensor(shares))
+
+    def _augmented(self, view: int, indices: NDArray[np.int64]) -> tuple[Inputs, Tensor]:
+        """Augmented inputs and labels, before any mixing; from memory, where they are kept."""
+        remembered, labels = self._remembered, self.dataset.labels()
+        if remembered is None or labels is None or view not in remembered:
+            inputs, found = self.dataset.fetch(indices)
+            return self._augment(view, indices, inputs), found
+        missing = remembered.missing(view, indices)
+        if missing.any():
+            wanted = np.unique(indices[missing])
+            made = torch.stack(self._augment(view, wanted, self.dataset.fetch(wanted)[0]))
+            remembered.put(view, wanted, made.view(torch.uint8).reshape(len(wanted), -1).numpy())
+        rows = torch.from_numpy(remembered.take(view, indices)).view(getattr(torch, self.dataset.input_dtype))
+        assert self.input_shape is not None, "only inputs of one shape are kept"
+        return rows.reshape(len(indices), *self.input_shape), torch.from_numpy(labels[indices])
+
+    def _augment(self, view: int, indices: NDArray[np.int64], inputs: Inputs) -> list[Tensor]:
+        if self._transform is None:
+            return list(inputs)
+        view_key = keys.key_series(self.recipe.seed, "view", view)
+        results = []
+        with generators_kept():
+            for index, plain in zip(indices.tolist(), inputs, strict=True):
+                seed_generators(view_key(index))
+                try:
+                    # A copy of its own, because a transform that writes into its input would write into the dataset.
+                    results.append(self._transform(plain.clone()))
+                except KdcacheError:
+                    raise
+                except Exception as problem:
+                    raise DatasetError(
+                        f"--augment {self.recipe.augment} fails on sample {index} of {self.dataset.name}, which is "
+                        f"{dtype_name(plain)} {tuple(plain.shape)}, with {describe(problem)}",
+                        "a transform of the dataset's plain inputs",
+                        "choose an augmentation that suits them",
+                    ) from problem
+        return [self._checked(value, view, index) for value, index in zip(results, indices.tolist(), strict=True)]
+
+    def _checked(self, value: Any, view: int, index: int) -> Tensor:
+        image = as_input(value, f"sample {index} of {self.dataset.name} in view {view}")
+        if dtype_name(image) != self.dataset.input_dtype:
+            raise DatasetError(
+                f"--augment {self.recipe.augment} gives {dtype_name(image)}",
+                f"{self.dataset.input_dtype}, as the plain sample has: scaling and normalising are each network's own",
+                "leave out ToDtype, ToTensor and Normalize, and give --mean and --std if need be",
+            )
+        return image
+
+    def _probe(self) -> None:
+        """Find the shape of an augmented input, and whether it can be made again."""
+        indices = keys.keyed_sample(len(self.dataset), PROBES, 0, "determinism")
+        shapes = set()
+        for view in (1, 2):
+            first, second = self.fetch(view, indices).inputs, self.fetch(view, indices[::-1].copy()).inputs
+            for index, one, other in zip(indices, first, reversed(list(second)), strict=True):
+                if one.shape != other.shape or not torch.equal(one, other):
+                    raise unreplayable(self, view, int(index))
+            shapes |= {tuple(image.shape) for image in first}
+        shape = shapes.pop() if len(shapes) == 1 else None
+        self.recipe = replace(self.recipe, input_shape=shape)
+        self.input_shape = shape
+
+
+def as_views(dataset: IndexedDataset | Views) -> Views:
+    """The views of a dataset that was given none: the plain one."""
+    return dataset if isinstance(dataset, Views) else Views(dataset, ViewRecipe())
+
+
+def unreplayable(views: Views, view: int, sample: int) -> DatasetError:
+    """The error for a sample that a view shows otherwise at a second look."""
+    return DatasetError(
+        f"two looks at sample {sample} of {views.dataset.name} in view {view} differ: --augment {views.recipe.augment} "
+        "keeps a state, or draws from a generator of its own",
+        "a transform that draws from torch's, Python's or numpy's global generator, which are seeded for each look",
+        "let it draw from one of them: torch.rand, random.random, numpy.random.rand",
+    )
