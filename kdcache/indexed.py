@@ -56,6 +56,8 @@ class IndexedDataset(ABC):
     def fetch(self, indices: Indices) -> tuple[Inputs, Tensor]:
         """Shared inputs and labels (B,) int64 of some samples, each read once.
 
+        Inputs that come as one tensor are a copy, which the caller may write to.
+
         Raises:
             DatasetError: a sample cannot be read, or is not what the dataset promised.
         """

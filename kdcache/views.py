@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kdcache import keys
-from kdcache.augment import OBJECT, Transform, build_transform, describe_transform
+from kdcache.augment import OBJECT, Transform, build_transform, describe_transform, draws_from_torch_only
 from kdcache.cache.manifest import ViewRecipe
 from kdcache.errors import DatasetError, KdcacheError
 from kdcache.indexed import IndexedDataset, Inputs, as_input, dtype_name
@@ -60,6 +60,8 @@ class Views:
     def __init__(self, dataset: IndexedDataset, recipe: ViewRecipe, *, transform: Transform | None = None) -> None:
         self.dataset = dataset
         self._transform = transform or build_transform(recipe.augment, dataset.input_shape)
+        self._torch_only = draws_from_torch_only(self._transform)
+        self._dtype: torch.dtype = getattr(torch, dataset.input_dtype)
         self._mix: Mix | None = parse_mix(recipe.mix)
         self.recipe = ViewRecipe(
             augment=recipe.augment if transform is None else f"{OBJECT}{type(transform).__qualname__}",
@@ -84,10 +86,10 @@ class Views:
         """
         if not limit_bytes:
             return "augmented inputs are made at every use; --input-memory keeps them"
-        shape, dtype, count = self.input_shape, self.dataset.input_dtype, len(views)
+        shape, count = self.input_shape, len(views)
         if shape is None:
             return "augmented inputs differ in size and are made at every use"
-        row_bytes = math.prod(shape) * getattr(torch, dtype).itemsize
+        row_bytes = math.prod(shape) * self._dtype.itemsize
         needed = RememberedRows.bytes_needed(count, len(self), row_bytes)
         if needed > limit_bytes:
             return f"augmented inputs are made at every use: those of {count} views would take {needed:,} bytes"
@@ -137,7 +139,7 @@ class Views:
             wanted = np.unique(indices[missing])
             made = torch.stack(self._augment(view, wanted, self.dataset.fetch(wanted)[0]))
             remembered.put(view, wanted, made.view(torch.uint8).reshape(len(wanted), -1).numpy())
-        rows = torch.from_numpy(remembered.take(view, indices)).view(getattr(torch, self.dataset.input_dtype))
+        rows = torch.from_numpy(remembered.take(view, indices)).view(self._dtype)
         assert self.input_shape is not None, "only inputs of one shape are kept"
         return rows.reshape(len(indices), *self.input_shape), torch.from_numpy(labels[indices])
 
@@ -146,12 +148,13 @@ class Views:
             return list(inputs)
         view_key = keys.key_series(self.recipe.seed, "view", view)
         results = []
-        with generators_kept():
-            for index, plain in zip(indices.tolist(), inputs, strict=True):
-                seed_generators(view_key(index))
+        # Copies, because a transform that writes into its input would write into the dataset; a tensor of them is one.
+        plains = inputs if isinstance(inputs, Tensor) else [plain.clone() for plain in inputs]
+        with generators_kept(torch_only=self._torch_only):
+            for index, plain in zip(indices.tolist(), plains, strict=True):
+                seed_generators(view_key(index), torch_only=self._torch_only)
                 try:
-                    # A copy of its own, because a transform that writes into its input would write into the dataset.
-                    results.append(self._transform(plain.clone()))
+                    results.append(self._transform(plain))
                 except KdcacheError:
                     raise
                 except Exception as problem:
@@ -164,8 +167,10 @@ class Views:
         return [self._checked(value, view, index) for value, index in zip(results, indices.tolist(), strict=True)]
 
     def _checked(self, value: Any, view: int, index: int) -> Tensor:
+        if type(value) is Tensor and value.dtype == self._dtype and value.is_contiguous():
+            return value
         image = as_input(value, f"sample {index} of {self.dataset.name} in view {view}")
-        if dtype_name(image) != self.dataset.input_dtype:
+        if image.dtype != self._dtype:
             raise DatasetError(
                 f"--augment {self.recipe.augment} gives {dtype_name(image)}",
                 f"{self.dataset.input_dtype}, as the plain sample has: scaling and normalising are each network's own",

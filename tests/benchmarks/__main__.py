@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from tests.benchmarks import crashes, dump, memory, reading, training
+from tests.benchmarks import crashes, dump, memory, reading, training, views
 
 BENCHMARKS = {
     "training": training.run,
@@ -12,6 +12,7 @@ BENCHMARKS = {
     "reading": reading.run,
     "memory": memory.run,
     "crashes": crashes.run,
+    "views": views.run,
 }
 
 

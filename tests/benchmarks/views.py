@@ -1,0 +1,161 @@
+"""What consistent views gain: students of one size, trained for equally many steps on MNIST, taught in five ways.
+
+Needs the real MNIST in KDCACHE_TEST_DATA. Prepares once, and keeps what it prepared, under KDCACHE_BENCH (or a folder
+that is thrown away).
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from kdcache.cache.feeds import open_feed
+from kdcache.cache.manifest import Preprocess, ViewRecipe
+from kdcache.cache.order import ExactOrder, Schedule, always, view_schedule
+from kdcache.cache.reader import Cache, open_cache
+from kdcache.checkpoints import load_weights
+from kdcache.config import DumpConfig, StudentConfig, TrainConfig
+from kdcache.datasets import IndexedDataset, batch_loader, open_dataset
+from kdcache.dump import dump_teacher
+from kdcache.evaluate import evaluate_model
+from kdcache.models import build_model
+from kdcache.objectives import distillation_objective, label_objective
+from kdcache.preprocess import Preprocessor
+from kdcache.runs import RunFolder
+from kdcache.sampling import ShardBatches
+from kdcache.targets import CachedTargets
+from kdcache.training import train
+from kdcache.views import Views
+
+VIEWS, EPOCHS, SEEDS, TEACHER_EPOCHS = 8, 40, 3, 30
+CPU = "cpu"
+STUDENT = StudentConfig(
+    device=CPU, epochs=EPOCHS, batch_size=128, learning_rate=1e-3, schedule="cosine", temperature=4.0, alpha=1.0
+)
+TEACHER = TrainConfig(
+    device=CPU, epochs=TEACHER_EPOCHS, batch_size=128, learning_rate=2e-3, schedule="cosine", workers=2, ema=0.999
+)
+# (inputs are augmented, soft targets: none, of the plain sample, or of the view)
+ARMS = {
+    "labels, plain images": (False, None),
+    "labels, views": (True, None),
+    "cached targets, plain images": (False, "plain"),
+    "fixed targets under augmentation": (True, "plain"),
+    "consistent views": (True, "views"),
+}
+
+
+class _Scene:
+    """Data, views in memory, and two caches; forked workers share the views."""
+
+    def __init__(self, folder: Path) -> None:
+        self.data: dict[str, IndexedDataset] = {
+            split: open_dataset("mnist", split=split, data_root=os.environ["KDCACHE_TEST_DATA"])
+            for split in ("train", "test")
+        }
+        train_data = self.data["train"]
+        self.preprocess = Preprocess(mean=train_data.default_mean, std=train_data.default_std)
+        self.views = Views(train_data, ViewRecipe(augment="affine"))
+        teacher = self._teacher(folder)
+        self.caches: dict[str, Cache] = {}
+        for name, config in {"plain": DumpConfig(), "views": DumpConfig(augment="affine", views=VIEWS)}.items():
+            config = replace(config, device=CPU, workers=2)
+            path = folder / f"{name}.zarr"
+            result = dump_teacher(teacher, train_data, out=path, preprocess=self.preprocess, config=config)
+            print(f"cache of {result.rows:,} rows, {result.computed_rows:,} now in {result.seconds:.0f} s", flush=True)
+            self.caches[name] = open_cache(path)
+        print(self.views.remember(range(VIEWS), 1 << 30))
+        manifest = self.caches["views"].manifest
+        places = [(view, shard) for view in range(VIEWS) for shard in range(manifest.shards)]
+        loader = batch_loader(
+            self.views,
+            ShardBatches(manifest, places, 256),
+            preprocessor=Preprocessor(self.preprocess),
+            workers=2,
+            device=torch.device(CPU),
+        )
+        for _ in loader:
+            pass
+
+    def build(self, spec: str, seed: int) -> torch.nn.Module:
+        shape = self.data["train"].input_shape
+        return build_model(spec, num_classes=10, input_shape=shape, seed=seed, default=self.preprocess).module
+
+    def accuracy(self, module: torch.nn.Module) -> float:
+        return evaluate_model(module, self.data["test"], preprocess=self.preprocess, config=STUDENT).accuracy
+
+    def student(self, arm: str, seed: int) -> float:
+        """Test accuracy of one student after its last epoch."""
+        torch.set_num_threads(1)
+        augmented, taught = ARMS[arm]
+        config = replace(STUDENT, seed=seed)
+        schedule = view_schedule("cycle", (), available=VIEWS if augmented else 1, seed=seed)
+        join = self._join(taught, schedule, seed) if taught else None
+        module = self.build("mlp", seed)
+        train(
+            module,
+            self.views if augmented else self.data["train"],
+            objective=distillation_objective(config) if taught else label_objective(0.0),
+            preprocess=self.preprocess,
+            config=config,
+            order=ExactOrder(np.arange(len(self.data["train"])), seed),
+            schedule=schedule,
+            join=join,
+        )
+        return self.accuracy(module)
+
+    def _join(self, taught: str, schedule: Schedule, seed: int) -> CachedTargets:
+        cache = self.caches[taught]
+        own = schedule if taught == "views" else always(0)
+        feed, _, _ = open_feed(cache.reader, indices=cache.samples(), seed=seed, schedule=own)
+        return CachedTargets([cache], [feed], schedule=own)
+
+    def _teacher(self, folder: Path) -> torch.nn.Module:
+        module, run = self.build("cnn", 0), folder / "teacher"
+        if not (run / "best.pt").exists():
+            train(
+                module,
+                Views(self.data["train"], ViewRecipe(augment="affine", seed=1)),
+                objective=label_objective(0.0),
+                preprocess=self.preprocess,
+                config=TEACHER,
+                schedule=lambda epoch: epoch,
+                run=RunFolder(run, {}, resume=(run / "config.json").exists()),
+            )
+        load_weights(module, run / "best.pt")
+        print(f"teacher, cnn: {self.accuracy(module):.2%}", flush=True)
+        return module
+
+
+_scene: _Scene
+
+
+def _run(arm: str, seed: int) -> float:
+    return _scene.student(arm, seed)
+
+
+def run(*, rounds: int, device: str) -> None:
+    global _scene
+    if "KDCACHE_TEST_DATA" not in os.environ:
+        print("views: needs the real MNIST; set KDCACHE_TEST_DATA to a folder that holds it")
+        return
+    with tempfile.TemporaryDirectory() as thrown_away:
+        _scene = _Scene(Path(os.environ.get("KDCACHE_BENCH", thrown_away)))
+        began = time.perf_counter()
+        with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("fork")) as pool:
+            found = {arm: [pool.submit(_run, arm, seed) for seed in range(SEEDS)] for arm in ARMS}
+            accuracies = {arm: [future.result() for future in futures] for arm, futures in found.items()}
+        seconds = time.perf_counter() - began
+    print(f"mlp 784-128-10, {EPOCHS} epochs, {VIEWS} views, {SEEDS} seeds, {seconds:.0f} s; test accuracy on MNIST")
+    for arm, values in accuracies.items():
+        each = ", ".join(f"{value:.2%}" for value in values)
+        print(f"  {arm:<34} {statistics.mean(values):.2%} ± {statistics.stdev(values):.2%}   ({each})")
