@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from kdcache.cache.manifest import Preprocess
+from kdcache.cache.manifest import Preprocess, ViewRecipe
 from kdcache.checkpoints import load_weights, read_checkpoint
 from kdcache.config import DatasetSource, Input
 from kdcache.datasets import BatchRequest, IndexedDataset, batch_loader, open_dataset
@@ -19,13 +19,16 @@ from kdcache.models import BuiltModel, build_model
 from kdcache.preprocess import Preprocessor
 from kdcache.progress import log
 from kdcache.records import from_json, to_json
+from kdcache.views import Views, as_views
 
 DATA_ROOT = "data"
 
 
-def load_teacher(settings: Input, spec: str, checkpoint_path: str | None, dataset: IndexedDataset) -> BuiltModel:
+def load_teacher(
+    settings: Input, spec: str, checkpoint_path: str | None, dataset: IndexedDataset, recipe: ViewRecipe
+) -> BuiltModel:
     checkpoint = read_checkpoint(checkpoint_path) if checkpoint_path else {}
-    built = build(spec, dataset, settings, 0, dataset_preprocess(dataset), checkpoint=checkpoint)
+    built = build(spec, dataset, settings, 0, dataset_preprocess(dataset), checkpoint=checkpoint, recipe=recipe)
     if checkpoint_path:
         check_classes(checkpoint_path, checkpoint, dataset)
         load_weights(built.module, checkpoint_path)
@@ -65,8 +68,13 @@ def build(
     *,
     training: bool = False,
     checkpoint: dict[str, Any] | None = None,
+    recipe: ViewRecipe | None = None,
 ) -> BuiltModel:
-    """A network for a dataset; what a kdcache checkpoint recorded of its preprocessing goes before the default."""
+    """A network for a dataset; what a kdcache checkpoint recorded of its preprocessing goes before the default.
+
+    Args:
+        recipe: of the views that the network will see beside the plain samples.
+    """
     if checkpoint and "kdcache" in checkpoint:
         default = recorded_preprocess(checkpoint, Path(spec))
     built = build_model(
@@ -80,17 +88,21 @@ def build(
         default=default,
         replace_head=training,
     )
-    _probe(built, dataset)
+    _probe(built, Views(dataset, recipe or ViewRecipe()))
     return built
 
 
-def _probe(built: BuiltModel, dataset: IndexedDataset) -> None:
+def _probe(built: BuiltModel, views: Views) -> None:
     """Let a network answer for two samples, so that one that does not suit the dataset is refused at once."""
     preprocessor, device = Preprocessor(built.preprocess), torch.device("cpu")
-    indices = np.arange(min(2, len(dataset)))
+    indices = np.arange(min(2, len(views)))
+    # The plain sample too, because networks are judged on it.
+    looks = [(as_views(views.dataset), 0)] + ([] if views.recipe.is_plain(1) else [(views, 1)])
+    classes = len(views.dataset.classes)
     with evaluation_mode(built.module):
-        for batch in batch_loader(dataset, [BatchRequest(indices)], preprocessor=preprocessor, device=device):
-            classes = len(dataset.classes)
+        for source, view in looks:
+            request = BatchRequest(indices, view)
+            (batch,) = batch_loader(source, [request], preprocessor=preprocessor, device=device)
             try:
                 answer(built.module, batch.inputs, preprocessor=preprocessor, device=device, amp="off", classes=classes)
             except RuntimeError as problem:

@@ -55,12 +55,13 @@ def train_teacher(settings: TrainTeacher) -> Report:
     """Train a network on the labels of a dataset's training split."""
     _check_plots(settings.plots)
     dataset = open_data(settings, settings.dataset, "train")
-    built = build(settings.model, dataset, settings, settings.seed, dataset_preprocess(dataset), training=True)
+    recipe = ViewRecipe(augment=settings.augment, mix=settings.mix, seed=settings.seed)
+    default = dataset_preprocess(dataset)
+    built = build(settings.model, dataset, settings, settings.seed, default, training=True, recipe=recipe)
     test = open_test(settings, settings.dataset)
     run = RunFolder(Path(settings.out), {"command": "train-teacher", **to_json(settings)}, resume=settings.resume)
     description = describe(built, dataset)
     config = narrow(TrainConfig, settings)
-    recipe = ViewRecipe(augment=settings.augment, mix=settings.mix, seed=settings.seed)
     result = train(
         built.module,
         Views(dataset, recipe),
@@ -84,7 +85,8 @@ def dump_teacher(settings: DumpTeacher) -> Report:
 
 def _dump_split(settings: DumpTeacher, split: str) -> Report:
     dataset = open_data(settings, settings.dataset, split)
-    built = load_teacher(settings, settings.teacher, settings.checkpoint, dataset)
+    recipe = ViewRecipe(augment=settings.augment, mix=settings.mix, seed=settings.view_seed)
+    built = load_teacher(settings, settings.teacher, settings.checkpoint, dataset, recipe)
     arguments: dict[str, Any] = {
         "out": settings.out,
         "split": split,
@@ -138,8 +140,9 @@ def verify_with_teacher(settings: Verify) -> Report:
         cache = open_cache(settings.cache, split)
         record = cache.manifest.dataset
         dataset = open_data(settings, settings.dataset or record.name, split, hint=record.data_root)
-        built = load_teacher(settings, str(settings.teacher), settings.checkpoint, dataset)
-        views = Views(dataset, cache.manifest.recipe)
+        recipe = cache.manifest.recipe
+        built = load_teacher(settings, str(settings.teacher), settings.checkpoint, dataset, recipe)
+        views = Views(dataset, recipe)
         check_join(cache, views)
         found = recompute_rows(built.module, views, cache, rows=settings.rows, execution=narrow(Execution, settings))
         data["splits"][split]["recomputed"] = dataclasses.asdict(found)
@@ -162,7 +165,8 @@ def train_student(settings: TrainStudent) -> Report:
     record = manifest.dataset
     spec = settings.dataset or record.name
     dataset = open_data(settings, spec, record.split, hint=record.data_root)
-    built = build(settings.student, dataset, settings, settings.seed, manifest.teacher.preprocess, training=True)
+    default, recipe = manifest.teacher.preprocess, manifest.recipe
+    built = build(settings.student, dataset, settings, settings.seed, default, training=True, recipe=recipe)
     test = open_test(settings, spec, hint=record.data_root)
     config = narrow(StudentConfig, settings)
     run = RunFolder(Path(settings.out), {"command": "train-student", **to_json(settings)}, resume=settings.resume)

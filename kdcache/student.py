@@ -68,6 +68,7 @@ def train_student(
         TrainingDiverged: a loss is not finite.
     """
     config = config or StudentConfig()
+    input_memory = parse_bytes(config.input_memory)
     caches = _open_caches(cache, config)
     manifest = caches[0].manifest
     indexed = as_indexed(dataset, name=manifest.dataset.name, split=manifest.dataset.split)
@@ -82,7 +83,7 @@ def train_student(
     check_join(caches[0], views, used=used, verify_inputs=config.verify_inputs)
     if not views.recipe.is_plain(1):
         log(f"{config.epochs} epochs over {len(used)} of {available} views: {', '.join(map(str, used[:12]))}")
-        log(views.remember(used, parse_bytes(config.input_memory)))
+        log(views.remember(used, input_memory))
     train_indices, validation_indices = split_validation(_samples(caches, used), config.val_fraction, config.seed)
     order: EpochOrder = ExactOrder(train_indices, config.seed)
     join: CachedTargets | None = None

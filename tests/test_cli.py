@@ -248,6 +248,22 @@ STUDENT = ("train-student", "--cache", "{cache}", "--out", "run", "--device", "c
         (2, (*DUMP, "--checkpoint", "{best}", "--shard-rows", "1000"), ["--shard-rows is 1000", "512"]),
         (2, (*DUMP, "--checkpoint", "{best}", "--compression", "lzma", "--dry-run"), ["lzma"]),
         (2, DUMP, ["random weights", "--checkpoint"]),
+        (2, (*DUMP, "--checkpoint", "{best}", "--views", "3"), ["3 views", "--augment"]),
+        (2, (*DUMP, "--checkpoint", "{best}", "--augment", "afine"), ["'afine'", "did you mean affine?"]),
+        (2, (*DUMP, "--checkpoint", "{best}", "--mix", "mixup"), ["--mix is 'mixup'", "mixup:ALPHA"]),
+        (1, (*DUMP, "--checkpoint", "{best}", "--add-views", "2", "--augment", "affine"), ["no c/train to add views"]),
+        (1, (*DUMP, "--checkpoint", "{best}", "--augment", "py:mine:floats"), ["gives float32", "uint8", "ToDtype"]),
+        (1, (*DUMP, "--checkpoint", "{best}", "--augment", "py:mine:own_noise"), ["two looks at sample", "torch.rand"]),
+        (
+            1,
+            (*DUMP, "--checkpoint", "{best}", "--augment", "crop-flip:5"),
+            ["fails on a batch of (2, 1, 5, 5)", "--size"],
+        ),
+        (2, (*STUDENT, "--view-schedule", "random"), ["'random'", "cycle, shuffle or fixed:K"]),
+        (2, (*STUDENT, "--views", "1"), ["view 1", "the cache has 1 views"]),
+        (2, (*STUDENT, "--views", "0,x"), ["--views is '0,x'", "whole numbers"]),
+        (2, (*STUDENT, "--cache-weights", "1,2"), ["2 --cache-weights for 1 caches"]),
+        (2, (*STUDENT, "--input-memory", "much"), ["'much'", "4GiB"]),
         (2, (*TRAIN, "--resume"), ["no run at run"]),
         (2, ("evaluate", "--run", "nowhere"), ["no run at nowhere"]),
         (2, ("compare", "nowhere"), ["no run at nowhere"]),
@@ -278,7 +294,12 @@ def test_what_a_user_gets_wrong_is_said_in_words(pipeline, tmp_path, monkeypatch
     (tmp_path / "bad.toml").write_text("epoks = 3\n")
     (tmp_path / "type.toml").write_text("epochs = '3'\n")
     (tmp_path / "mine.py").write_text(
+        "import torch\n"
         "from torch import nn\n"
+        "def floats(): return lambda image: image / 255\n"
+        "def own_noise():\n"
+        "    generator = torch.Generator()\n"
+        "    return lambda image: image ^ torch.randint(0, 9, image.shape, dtype=torch.uint8, generator=generator)\n"
         "def seven_classes(): return nn.Sequential(nn.Flatten(), nn.Linear(64, 7))\n"
         "def thirteen_classes(): return nn.Sequential(nn.Flatten(), nn.Linear(64, 13))\n"
         "def other_shape(): return nn.Sequential(nn.Flatten(), nn.Linear(9, 10))\n"
