@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import enum
-import hashlib
-import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from torchvision.transforms import InterpolationMode, v2  # type: ignore[import-untyped]
 
 from kdcache.cache.manifest import NONE
+from kdcache.description import describe_object, settings_of
 from kdcache.errors import DatasetError, UsageError
 from kdcache.plugins import PREFIX, call_with_accepted, describe, did_you_mean, resolve
 
@@ -111,70 +111,31 @@ def build_transform(spec: str, input_shape: tuple[int, ...] | None) -> Transform
     return PRESETS[name](int(pixels) if colon else None, input_shape)
 
 
-def draws_from_torch_only(transform: Any) -> bool:
+def describe_transform(transform: Transform | None) -> dict[str, str]:
+    """What a transform is made of, as text by dotted name; two that differ there are two augmentations.
+
+    What differs only in the code of a function is not seen here, but by the checksums of the inputs.
+    """
+    return {} if transform is None else describe_object("transform", transform)
+
+
+def draws_from_torch_only(transform: Any, above: tuple[int, ...] = ()) -> bool:
     """Whether a transform is made of torchvision's v2 transforms alone, which draw from no generator but torch's.
 
     Seeding Python's and numpy's too takes 7 µs a sample, more than the smallest transforms take themselves.
     """
+    if id(transform) in above:
+        return True
+    within = partial(draws_from_torch_only, above=(*above, id(transform)))
     if isinstance(transform, nn.Module):
-        ours = type(transform).__module__.startswith("torchvision.transforms.v2") and not isinstance(
-            transform, v2.Lambda
-        )
-        return ours and all(map(draws_from_torch_only, _settings(transform).values()))
+        theirs = type(transform).__module__.startswith("torchvision.transforms.v2")
+        hooked = transform._forward_hooks or transform._forward_pre_hooks
+        return theirs and not hooked and all(map(within, settings_of(transform).values()))
     if isinstance(transform, Mapping):
-        return all(map(draws_from_torch_only, transform.values()))
+        return all(map(within, transform.values()))
     if isinstance(transform, list | tuple | set | frozenset):
-        return all(map(draws_from_torch_only, transform))
+        return all(map(within, transform))
     # Settings are values; a function or an object of another make may draw from anything.
     return transform is None or isinstance(
         transform, bool | int | float | str | enum.Enum | Tensor | np.ndarray | type | torch.dtype
     )
-
-
-def describe_transform(transform: Transform | None) -> dict[str, str]:
-    """What a transform is made of, as text by dotted name: its type, its settings, and those of all that it holds.
-
-    Two transforms whose descriptions differ are two augmentations. What differs only in the code of a function is not
-    seen here, but by the checksums of the inputs.
-    """
-    return dict(_describe("transform", transform, frozenset())) if transform is not None else {}
-
-
-def _describe(name: str, value: Any, above: frozenset[int]) -> Iterator[tuple[str, str]]:
-    if value is None or isinstance(value, bool | int | float | str | bytes):
-        yield name, repr(value)
-    elif isinstance(value, enum.Enum):
-        yield name, f"{type(value).__name__}.{value.name}"
-    elif isinstance(value, Tensor | np.ndarray | np.generic):
-        array = np.ascontiguousarray(value.detach().cpu().numpy() if isinstance(value, Tensor) else value)
-        yield name, f"{array.dtype} {array.shape} sha256 {hashlib.sha256(array.tobytes()).hexdigest()[:16]}"
-    elif id(value) in above:
-        yield name, "itself"
-    elif isinstance(value, Mapping):
-        for key, item in value.items():
-            yield from _describe(f"{name}.{key}", item, above | {id(value)})
-    elif isinstance(value, list | tuple | set | frozenset | nn.ModuleList):
-        if all(isinstance(item, bool | int | float | str | None) for item in value):
-            yield name, repr(sorted(value) if isinstance(value, set | frozenset) else list(value))
-            return
-        for at, item in enumerate(value):
-            yield from _describe(f"{name}[{at}]", item, above | {id(value)})
-    elif isinstance(value, type) or inspect.isroutine(value):
-        yield name, f"{value.__module__}.{value.__qualname__}"
-    elif isinstance(value, torch.dtype | torch.device):
-        yield name, str(value)
-    else:
-        yield name, f"{type(value).__module__}.{type(value).__qualname__}"
-        for key, item in _settings(value).items():
-            yield from _describe(f"{name}.{key}", item, above | {id(value)})
-
-
-def _settings(value: Any) -> dict[str, Any]:
-    """The attributes of an object that are its settings; of a module also what it holds, and not torch's own ones."""
-    own = dict(getattr(value, "__dict__", {}))
-    if isinstance(value, nn.Module):
-        torchs = nn.Module().__dict__.keys()
-        own = {key: item for key, item in own.items() if key not in torchs}
-        own |= dict(value.named_buffers(recurse=False)) | dict(value.named_parameters(recurse=False))
-        own |= dict(value.named_children())
-    return own

@@ -46,7 +46,7 @@ from kdcache.recompute import recompute_rows
 from kdcache.records import Report, to_json
 from kdcache.runs import RunFolder, read_config
 from kdcache.student import train_student as learn_from_cache
-from kdcache.targets import check_join
+from kdcache.targets import check_join, check_recorded
 from kdcache.training import TrainResult, train
 from kdcache.views import Views
 
@@ -166,6 +166,7 @@ def train_student(settings: TrainStudent) -> Report:
     spec = settings.dataset or record.name
     dataset = open_data(settings, spec, record.split, hint=record.data_root)
     default, recipe = manifest.teacher.preprocess, manifest.recipe
+    check_recorded(caches[0], Views(dataset, recipe))  # before the student sees an input
     built = build(settings.student, dataset, settings, settings.seed, default, training=True, recipe=recipe)
     test = open_test(settings, spec, hint=record.data_root)
     config = narrow(StudentConfig, settings)

@@ -16,16 +16,23 @@ from torch import Tensor
 
 from kdcache import keys
 from kdcache.errors import DatasetError, KdcacheError
-from kdcache.indexed import ArrayDataset, IndexedDataset, MapDataset, as_indexed, dtype_name, pil_to_tensor
+from kdcache.indexed import (
+    ArrayDataset,
+    IndexedDataset,
+    MapDataset,
+    as_indexed,
+    batch_crc32c,
+    dtype_name,
+    input_crc32c,
+    pil_to_tensor,
+)
 from kdcache.loading import (
     Batch,
     Batches,
     BatchLoader,
     BatchRequest,
-    batch_crc32c,
     batch_loader,
     consecutive_batches,
-    input_crc32c,
 )
 from kdcache.plugins import PREFIX, call_with_accepted, describe, did_you_mean, require_extra, resolve
 from kdcache.records import canonical_json

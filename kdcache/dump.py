@@ -23,7 +23,7 @@ from kdcache.cache.encoding import encode_logits
 from kdcache.cache.layout import predicted_bytes
 from kdcache.cache.ledger import Ledger
 from kdcache.cache.lock import PathLock
-from kdcache.cache.manifest import Manifest, Preprocess, ViewRecipe
+from kdcache.cache.manifest import NONE, Manifest, Preprocess, ViewRecipe
 from kdcache.cache.reader import check_complete
 from kdcache.cache.repair import prepare_repair
 from kdcache.cache.tally import Tally
@@ -165,8 +165,11 @@ class _Dump:
         preprocess = preprocess or Preprocess()
         self.preprocessor = Preprocessor(preprocess)
         check_deterministic(self.dataset)
+        if augment is not None and config.augment != NONE:
+            raise UsageError(f"augment is given twice, as an object and as {config.augment!r}", "one of the two")
         recipe = ViewRecipe(augment=config.augment, mix=config.mix, seed=config.view_seed, plain_view=config.plain_view)
         self.views = Views(self.dataset, recipe, transform=augment)
+        self.views.probe()
         if config.views + add_views > 1 and self.views.recipe.is_plain(1):
             raise UsageError(
                 f"{config.views + add_views} views are asked for, with neither --augment nor --mix",

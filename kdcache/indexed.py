@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from crc32c import crc32c
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import IterableDataset, Subset, TensorDataset
@@ -264,8 +265,8 @@ def as_input(value: Any, where: str) -> Tensor:
         return value.detach().as_subclass(Tensor).contiguous()  # torchvision wraps images in a subclass
     if isinstance(value, np.ndarray):
         try:
-            return torch.tensor(value)
-        except TypeError as problem:
+            return torch.tensor(np.ascontiguousarray(value, value.dtype.newbyteorder("=")))
+        except (TypeError, ValueError) as problem:
             raise DatasetError(f"{where} is an array of {value.dtype}", "an array of numbers") from problem
     from PIL import Image
 
@@ -282,3 +283,24 @@ def pil_to_tensor(image: Any) -> Tensor:
     """uint8 (C, H, W), contiguous, because checksums are of the bytes in this order."""
     pixels = np.array(image, dtype=np.uint8)
     return torch.from_numpy(np.ascontiguousarray(pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)))
+
+
+def input_crc32c(shared_input: Tensor) -> int:
+    """crc32c of one shared input's bytes in C order; the shape and the dtype are not part of it."""
+    return batch_crc32c([shared_input])[0]
+
+
+def batch_crc32c(inputs: Inputs) -> list[int]:
+    """crc32c of each shared input of a batch, on the CPU."""
+    if isinstance(inputs, Tensor):
+        rows = list(_bytes(inputs).reshape(len(inputs), -1))
+    else:
+        rows = [_bytes(value) for value in inputs]
+    return [crc32c(row.data) for row in rows]
+
+
+def _bytes(tensor: Tensor) -> NDArray[np.uint8]:
+    """The bytes of a tensor."""
+    # Reinterpreted by torch, because numpy knows no bfloat16.
+    values: NDArray[np.uint8] = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
+    return values

@@ -8,13 +8,12 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
-from crc32c import crc32c
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from kdcache.errors import DatasetError, KdcacheError
-from kdcache.indexed import IndexedDataset, Inputs
+from kdcache.indexed import IndexedDataset, batch_crc32c
 from kdcache.preprocess import Preprocessor
 from kdcache.views import Views, as_views
 
@@ -179,24 +178,3 @@ def _stack(inputs: list[Tensor], indices: NDArray[np.int64], name: str) -> Tenso
                 "give --size PIXELS" if same_channels else "make the dataset return inputs of one kind",
             )
     return torch.stack(inputs)
-
-
-def input_crc32c(shared_input: Tensor) -> int:
-    """crc32c of one shared input's bytes in C order; the shape and the dtype are not part of it."""
-    return batch_crc32c([shared_input])[0]
-
-
-def batch_crc32c(inputs: Inputs) -> list[int]:
-    """crc32c of each shared input of a batch, on the CPU."""
-    if isinstance(inputs, Tensor):
-        rows = list(_bytes(inputs).reshape(len(inputs), -1))
-    else:
-        rows = [_bytes(value) for value in inputs]
-    return [crc32c(row.data) for row in rows]
-
-
-def _bytes(tensor: Tensor) -> NDArray[np.uint8]:
-    """The bytes of a tensor."""
-    # Reinterpreted by torch, because numpy knows no bfloat16.
-    values: NDArray[np.uint8] = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
-    return values

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import re
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -43,9 +44,12 @@ class Mix:
     alpha: float
     cut: bool
 
+    def __str__(self) -> str:
+        return f"{'cutmix' if self.cut else 'mixup'}:{self.alpha:g}"
+
     def draw(self, key: int, sample: int, samples: int) -> Draw:
         """Draw a partner among the other samples (itself where there is none), and how to mix with it."""
-        # Python's generator: of all at hand it is the cheapest to seed, and its stream is promised to stay.
+        # Python's generator: of all at hand it is the cheapest to seed.
         generator = random.Random(key)
         drawn = generator.randrange(max(samples - 1, 1))
         partner = min(drawn + (drawn >= sample), samples - 1)
@@ -93,11 +97,7 @@ def parse_mix(spec: str) -> Mix | None:
         return None
     if spec == "uniform":
         return Mix(alpha=1.0, cut=False)
-    name, _, text = spec.partition(":")
-    try:
-        alpha = float(text)
-    except ValueError:
-        alpha = math.nan
-    if name not in ("mixup", "cutmix") or not 0 < alpha < math.inf:
+    match = re.fullmatch(r"(mixup|cutmix):(\d+(?:\.\d+)?)", spec)
+    if match is None or not float(match[2]) > 0:
         raise UsageError(f"--mix is {spec!r}", "none, uniform, mixup:ALPHA or cutmix:ALPHA, as mixup:0.8")
-    return Mix(alpha=alpha, cut=name == "cutmix")
+    return Mix(alpha=float(match[2]), cut=match[1] == "cutmix")

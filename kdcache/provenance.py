@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import platform
 
 import torch
 from torch import nn
@@ -67,6 +68,6 @@ def build_manifest(
 
 
 def package_versions() -> dict[str, str]:
-    """Versions of the packages that could change an input or an answer, and the CPU instructions that torch uses."""
+    """Versions of all that could change an input or an answer, and the CPU instructions that torch uses."""
     packages = {name: importlib.metadata.version(name) for name in _VERSIONED}
-    return packages | {"cpu": torch.backends.cpu.get_cpu_capability()}
+    return packages | {"python": platform.python_version(), "cpu": torch.backends.cpu.get_cpu_capability()}

@@ -135,6 +135,24 @@ def check_join(cache: Cache, views: Views, *, used: Sequence[int] = (0,), verify
         CacheMismatch: they differ in name, split, length, classes, labels, order, in the augmentation, or in the bytes
             of the inputs; the message shows both values.
     """
+    check_recorded(cache, views)
+    views.probe()
+    _check_recipe(cache, views)
+    dataset = views.dataset
+    labels = dataset.labels() if cache.complete else None
+    if labels is not None and fingerprint_labels(labels) != cache.manifest.dataset.labels_sha256:
+        raise _label_mismatch(cache.path, np.arange(len(cache)), cache.column("labels"), labels)
+    check_deterministic(dataset)
+    if verify_inputs != "off":
+        _check_inputs(cache, views, used[0])
+
+
+def check_recorded(cache: Cache, views: Views) -> None:
+    """Compare what the manifest records of dataset and augmentation, without looking at one input.
+
+    Raises:
+        CacheMismatch: something differs; the message shows both values.
+    """
     record, dataset = cache.manifest.dataset, views.dataset
     by_place = record.name.startswith(_NAMED_BY_PLACE) and dataset.name.startswith(_NAMED_BY_PLACE)
     facts: list[tuple[str, Any, Any]] = [
@@ -148,19 +166,17 @@ def check_join(cache: Cache, views: Views, *, used: Sequence[int] = (0,), verify
     for what, cached, given in facts:
         if cached != given:
             raise _mismatch(cache, f"{what} {_show(cached, given)}", f"{what} {_show(given, cached)}")
-    if changes := differences(cache.manifest.recipe, views.recipe):
+    _check_recipe(cache, views, ignore=frozenset({"input_shape"}))
+
+
+def _check_recipe(cache: Cache, views: Views, *, ignore: frozenset[str] = frozenset()) -> None:
+    if changes := differences(cache.manifest.recipe, views.recipe, ignore=ignore):
         raise CacheMismatch(
             f"{cache.path} was made with other views: "
             + "; ".join(f"{name} is {brief(old)} there and {brief(new)} here" for name, old, new in changes[:8]),
             "the augmentation that the teacher's answers were given for" + _versions_apart(cache),
             "make the transform what it was, or dump the teacher over these views",
         )
-    labels = dataset.labels() if cache.complete else None
-    if labels is not None and fingerprint_labels(labels) != record.labels_sha256:
-        raise _label_mismatch(cache.path, np.arange(len(cache)), cache.column("labels"), labels)
-    check_deterministic(dataset)
-    if verify_inputs != "off":
-        _check_inputs(cache, views, used[0])
 
 
 def inputs_all_checked(views: Views) -> bool:

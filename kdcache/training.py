@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from kdcache import keys
-from kdcache.cache.manifest import Preprocess
+from kdcache.cache.manifest import NONE, Preprocess
 from kdcache.cache.order import EpochOrder, ExactOrder, Schedule
 from kdcache.checkpoints import read_checkpoint, save_checkpoint
 from kdcache.config import TrainConfig
@@ -87,8 +87,16 @@ def train(
     if order is None:
         train_indices, validation_indices = split_validation(np.arange(len(dataset)), config.val_fraction, config.seed)
         order = ExactOrder(train_indices, config.seed)
-    batches = EpochBatches(order, config.batch_size, schedule=schedule, verify_inputs=verify_inputs)
     views = as_views(dataset)
+    views.probe()
+    if views.recipe.mix != NONE and validation_indices is not None and len(validation_indices):
+        raise UsageError(
+            f"--val-fraction is {config.val_fraction:g}, and inputs are mixed ({views.recipe.mix}) with any sample, "
+            "also with those held out",
+            "--val-fraction 0 with mixed inputs",
+            "leave out --val-fraction; the last epoch is then the result",
+        )
+    batches = EpochBatches(order, config.batch_size, schedule=schedule, verify_inputs=verify_inputs)
     loop = _Loop(module, views, objective, preprocess, config, batches, join, run, description or {}, on_step)
     if validation_indices is not None:
         loop.validation_indices = validation_indices

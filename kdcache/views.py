@@ -14,9 +14,9 @@ from torch import Tensor
 
 from kdcache import keys
 from kdcache.augment import OBJECT, Transform, build_transform, describe_transform, draws_from_torch_only
-from kdcache.cache.manifest import ViewRecipe
+from kdcache.cache.manifest import NONE, ViewRecipe
 from kdcache.errors import DatasetError, KdcacheError
-from kdcache.indexed import IndexedDataset, Inputs, as_input, dtype_name
+from kdcache.indexed import IndexedDataset, Inputs, as_input, batch_crc32c, dtype_name
 from kdcache.mixing import Mix, parse_mix
 from kdcache.plugins import describe
 from kdcache.remembered import RememberedRows
@@ -49,31 +49,28 @@ class Views:
         transform: instead of the one that `recipe.augment` means.
 
     Attributes:
-        recipe: with the parameters of the transform, and the shape of what it gives.
+        recipe: with the parameters of the transform and, after `probe`, the shape of what it gives.
+        input_shape: of one shared input after `probe`, channels first; None where they differ in size.
 
     Raises:
         UsageError: there is no such augmentation or mixing.
-        DatasetError: the transform fails, does not replay, or gives something else than a tensor of the dataset's
-            dtype.
     """
 
     def __init__(self, dataset: IndexedDataset, recipe: ViewRecipe, *, transform: Transform | None = None) -> None:
         self.dataset = dataset
-        self._transform = transform or build_transform(recipe.augment, dataset.input_shape)
+        self._transform = build_transform(recipe.augment, dataset.input_shape) if transform is None else transform
         self._torch_only = draws_from_torch_only(self._transform)
         self._dtype: torch.dtype = getattr(torch, dataset.input_dtype)
         self._mix: Mix | None = parse_mix(recipe.mix)
         self.recipe = ViewRecipe(
             augment=recipe.augment if transform is None else f"{OBJECT}{type(transform).__qualname__}",
             parameters=describe_transform(self._transform),
-            mix=recipe.mix,
+            mix=NONE if self._mix is None else str(self._mix),
             seed=recipe.seed,
             plain_view=recipe.plain_view,
         )
         self.input_shape = dataset.input_shape
         self._remembered: RememberedRows | None = None
-        if not self.recipe.is_plain(1):
-            self._probe()
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -86,9 +83,11 @@ class Views:
         """
         if not limit_bytes:
             return "augmented inputs are made at every use; --input-memory keeps them"
+        views = [view for view in views if not self.recipe.is_plain(view)]
         shape, count = self.input_shape, len(views)
-        if shape is None:
-            return "augmented inputs differ in size and are made at every use"
+        if shape is None or self.dataset.labels() is None:
+            what = "differ in size" if shape is None else "are of a dataset without a list of labels"
+            return f"augmented inputs {what}, and are made at every use"
         row_bytes = math.prod(shape) * self._dtype.itemsize
         needed = RememberedRows.bytes_needed(count, len(self), row_bytes)
         if needed > limit_bytes:
@@ -126,7 +125,10 @@ class Views:
             result, share = self._mix.apply(image, other, draw)
             mixed.append(result)
             shares.append(share)
-        return Shared(torch.stack(mixed), labels, partner_labels, torch.tensor(shares))
+        alike = len({image.shape for image in mixed}) == 1
+        return Shared(
+            torch.stack(mixed) if alike else mixed, labels, partner_labels, torch.tensor(shares, dtype=torch.float32)
+        )
 
     def _augmented(self, view: int, indices: NDArray[np.int64]) -> tuple[Inputs, Tensor]:
         """Augmented inputs and labels, before any mixing; from memory, where they are kept."""
@@ -137,7 +139,15 @@ class Views:
         missing = remembered.missing(view, indices)
         if missing.any():
             wanted = np.unique(indices[missing])
-            made = torch.stack(self._augment(view, wanted, self.dataset.fetch(wanted)[0]))
+            images = self._augment(view, wanted, self.dataset.fetch(wanted)[0])
+            for index, image in zip(wanted, images, strict=True):
+                if image.shape != self.input_shape:
+                    raise DatasetError(
+                        f"sample {index} of {self.dataset.name} has shape {tuple(image.shape)} in view {view}",
+                        f"{self.input_shape}, as the first ones have, to be kept in memory",
+                        "leave out --input-memory",
+                    )
+            made = torch.stack(images)
             remembered.put(view, wanted, made.view(torch.uint8).reshape(len(wanted), -1).numpy())
         rows = torch.from_numpy(remembered.take(view, indices)).view(self._dtype)
         assert self.input_shape is not None, "only inputs of one shape are kept"
@@ -167,26 +177,48 @@ class Views:
         return [self._checked(value, view, index) for value, index in zip(results, indices.tolist(), strict=True)]
 
     def _checked(self, value: Any, view: int, index: int) -> Tensor:
-        if type(value) is Tensor and value.dtype == self._dtype and value.is_contiguous():
-            return value
-        image = as_input(value, f"sample {index} of {self.dataset.name} in view {view}")
-        if image.dtype != self._dtype:
-            raise DatasetError(
-                f"--augment {self.recipe.augment} gives {dtype_name(image)}",
-                f"{self.dataset.input_dtype}, as the plain sample has: scaling and normalising are each network's own",
-                "leave out ToDtype, ToTensor and Normalize, and give --mean and --std if need be",
-            )
+        if type(value) is Tensor and value.dtype == self._dtype and value.device.type == "cpu":
+            return value.detach().contiguous() if value.requires_grad or not value.is_contiguous() else value
+        try:
+            image = as_input(value, f"sample {index} of {self.dataset.name} in view {view}")
+        except DatasetError as problem:
+            raise self._not_shared(problem.found) from problem
+        if image.dtype != self._dtype or image.device.type != "cpu":
+            where = "" if image.device.type == "cpu" else f" on {image.device.type}"
+            raise self._not_shared(f"--augment {self.recipe.augment} gives {dtype_name(image)}{where}")
         return image
 
-    def _probe(self) -> None:
-        """Find the shape of an augmented input, and whether it can be made again."""
+    def _not_shared(self, found: str) -> DatasetError:
+        return DatasetError(
+            f"{found} (--augment {self.recipe.augment})",
+            f"{self.dataset.input_dtype} on the CPU, as the plain sample is",
+            "let the transform return its image, and leave scaling and normalising (ToDtype, ToTensor, Normalize) to "
+            "each network's own --mean and --std",
+        )
+
+    def probe(self) -> None:
+        """Find the shape of an augmented input, and whether it can be made again.
+
+        Raises:
+            DatasetError: the transform fails, does not replay, gives one tensor again and again, or something else than
+                a tensor of the dataset's dtype.
+        """
+        if self.recipe.is_plain(1):
+            return
         indices = keys.keyed_sample(len(self.dataset), PROBES, 0, "determinism")
         shapes = set()
         for view in (1, 2):
             first, second = self.fetch(view, indices).inputs, self.fetch(view, indices[::-1].copy()).inputs
-            for index, one, other in zip(indices, first, reversed(list(second)), strict=True):
-                if one.shape != other.shape or not torch.equal(one, other):
+            before, after = batch_crc32c(first), batch_crc32c(second)[::-1]
+            for at, (index, one, other) in enumerate(zip(indices, first, reversed(list(second)), strict=True)):
+                if one.shape != other.shape or before[at] != after[at]:
                     raise unreplayable(self, view, int(index))
+            if len({image.data_ptr() for image in first}) < len(first):
+                raise DatasetError(
+                    f"--augment {self.recipe.augment} gives one and the same tensor for several samples",
+                    "a tensor of its own for each",
+                    "let it return a clone",
+                )
             shapes |= {tuple(image.shape) for image in first}
         shape = shapes.pop() if len(shapes) == 1 else None
         self.recipe = replace(self.recipe, input_shape=shape)

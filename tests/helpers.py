@@ -15,6 +15,7 @@ from kdcache.cache.reader import open_cache
 from kdcache.datasets import ArrayDataset, Batch
 from kdcache.devices import evaluation_mode, floating_dtype
 from kdcache.preprocess import Preprocessor
+from kdcache.views import Views
 
 COLUMNS = ("logits", "labels", "input_crc32c")
 
@@ -57,6 +58,13 @@ def changed(dataset: ArrayDataset, *, inputs: Tensor | None = None, labels: np.n
     old_inputs, old_labels = tensors(dataset)
     named = {"name": dataset.name, "split": dataset.split, "classes": dataset.classes} | attributes
     return ArrayDataset(old_inputs if inputs is None else inputs, old_labels if labels is None else labels, **named)
+
+
+def probed_views(dataset, recipe, **options) -> Views:
+    """Views that were looked at, as every run does before its first step."""
+    views = Views(dataset, recipe, **options)
+    views.probe()
+    return views
 
 
 class Items:

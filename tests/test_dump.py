@@ -99,7 +99,7 @@ def test_the_manifest_says_what_was_dumped(tmp_path):
     record = manifest.dataset
     assert (record.name, record.split, record.length, record.classes) == ("synthetic", "train", 20, dataset.classes)
     assert (record.input_dtype, record.input_shape, manifest.seed) == ("uint8", (1, 4, 4), 3)
-    assert set(manifest.versions) == {"torch", "torchvision", "numpy", "zarr", "pillow", "kdcache", "cpu"}
+    assert set(manifest.versions) == {"torch", "torchvision", "numpy", "zarr", "pillow", "kdcache", "python", "cpu"}
 
 
 @pytest.mark.parametrize("shards_before", [0, 1, 2])

@@ -28,7 +28,8 @@ _SPLIT_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
 # What may differ between two runs of one dump: results, hints and circumstances, not settings.
 NOT_IDENTITY = frozenset(
-    {"views", "view_sha256", "dataset.data_root", "teacher.accuracy", "device", "batch_size", "versions.cpu"}
+    {"views", "view_sha256", "dataset.data_root", "teacher.accuracy", "device", "batch_size"}
+    | {"versions.cpu", "versions.python"}
 )
 
 NONE = "none"
