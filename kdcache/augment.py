@@ -26,9 +26,12 @@ RESIZED_PIXELS = 224
 
 
 def _affine(size: int | None, input_shape: tuple[int, ...] | None) -> Transform:
-    """For digits and letters, which have a right way up and may not be flipped."""
-    bilinear = InterpolationMode.BILINEAR
-    affine: Transform = v2.RandomAffine(15, translate=(0.1, 0.1), scale=(0.85, 1.15), shear=10, interpolation=bilinear)
+    """For digits and letters, which have a right way up. Small, so that a small student can follow: with twice as much
+    and a shear, a student of one hidden layer lost 0.15 points of accuracy on MNIST.
+    """
+    affine: Transform = v2.RandomAffine(
+        7, translate=(0.07, 0.07), scale=(0.95, 1.05), interpolation=InterpolationMode.BILINEAR
+    )
     return affine
 
 

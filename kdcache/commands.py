@@ -17,7 +17,7 @@ from kdcache.building import (
     recorded_preprocess,
 )
 from kdcache.cache.layout import predicted_bytes
-from kdcache.cache.manifest import ViewRecipe, manifest_sha256
+from kdcache.cache.manifest import ViewRecipe
 from kdcache.cache.reader import open_cache
 from kdcache.checkpoints import load_weights, read_checkpoint
 from kdcache.config import (
@@ -178,7 +178,7 @@ def train_student(settings: TrainStudent) -> Report:
         preprocess=built.preprocess,
         config=config,
         run=run,
-        description=describe(built, dataset) | {"cache": [manifest_sha256(cache.manifest) for cache in caches]},
+        description=describe(built, dataset),
     )
     role = "student distilled" if config.distill else "student alone"
     return _conclude(role, built, result, test, config, run, plots=settings.plots)

@@ -193,7 +193,8 @@ class _Dump:
 
     def run(self) -> DumpResult:
         existing, split = self.plan.existing, self.manifest.dataset.split
-        if existing is not None and existing.complete and not self.repair and not self.add_views:
+        done = existing is not None and existing.complete and not (self.add_views and existing.extending)
+        if existing is not None and done and not self.repair:
             check_complete(self.out / split, existing, Ledger(self.out / split, existing))
             PathLock.sweep(self.out)
             more = existing.views - existing.readable_views
@@ -228,7 +229,7 @@ class _Dump:
             path=self.out,
             split=manifest.dataset.split,
             manifest=manifest,
-            rows=self.plan.rows,
+            rows=manifest.dataset.length * manifest.readable_views,
             computed_rows=computed_rows,
             seconds=seconds,
         )

@@ -80,7 +80,9 @@ def _inspect_split(split_path: Path) -> tuple[dict[str, Any], str]:
         "complete": manifest.complete,
         "committed_shards": committed,
         "shards": shards,
-        "rows": manifest.dataset.length * manifest.views,
+        "views": manifest.readable_views,
+        "views_being_added": manifest.views - manifest.readable_views,
+        "rows": manifest.dataset.length * manifest.readable_views,
         "bytes": stored,
         "manifest": to_json(manifest),
     }

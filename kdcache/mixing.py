@@ -8,6 +8,7 @@ import re
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -45,7 +46,8 @@ class Mix:
     cut: bool
 
     def __str__(self) -> str:
-        return f"{'cutmix' if self.cut else 'mixup'}:{self.alpha:g}"
+        alpha = np.format_float_positional(self.alpha, trim="-")
+        return f"{'cutmix' if self.cut else 'mixup'}:{alpha}"
 
     def draw(self, key: int, sample: int, samples: int) -> Draw:
         """Draw a partner among the other samples (itself where there is none), and how to mix with it."""

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import math
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -13,17 +16,18 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from kdcache.augment import Transform
-from kdcache.cache.feeds import FeedChoice, open_feed, parse_bytes
+from kdcache.cache.feeds import Feed, FeedChoice, open_feed, parse_bytes
 from kdcache.cache.manifest import Preprocess
 from kdcache.cache.order import EpochOrder, ExactOrder, Schedule, view_schedule
 from kdcache.cache.reader import Cache, open_cache
+from kdcache.cache.streaming import window_chunks
 from kdcache.config import StudentConfig
 from kdcache.datasets import as_indexed
 from kdcache.devices import resolve_device
 from kdcache.errors import CacheIncomplete, UsageError
 from kdcache.objectives import distillation_objective, label_objective
 from kdcache.progress import log
-from kdcache.records import to_json
+from kdcache.records import canonical_json, to_json
 from kdcache.runs import RunFolder
 from kdcache.sampling import split_validation
 from kdcache.targets import CachedTargets, check_ensemble, check_join, inputs_all_checked
@@ -76,7 +80,12 @@ def train_student(
         paths = [str(each.path.parent) for each in caches]
         run = RunFolder(Path(out), {"cache": paths, **to_json(config)}, resume=resume)
     available = min(each.views for each in caches)
-    schedule = view_schedule(config.view_schedule, config.views, available=available, seed=config.seed)
+    named = view_schedule(config.view_schedule, config.views, available=available, seed=config.seed)
+    last = config.epochs - 1
+
+    def schedule(epoch: int) -> int:
+        return named(min(epoch, last))  # no view is read ahead for an epoch that does not come
+
     used = list(dict.fromkeys(map(schedule, range(config.epochs))))
     check_ensemble(caches, used)
     views = Views(indexed, manifest.recipe, transform=augment)
@@ -101,13 +110,28 @@ def train_student(
         join=join,
         verify_inputs="off" if join is None or inputs_all_checked(views) else config.verify_inputs,
         run=run,
-        description=description,
+        description={**(description or {}), **_taught_by(caches, used)},
         on_step=on_step,
     )
 
 
+def _taught_by(caches: Sequence[Cache], used: Sequence[int]) -> dict[str, Any]:
+    """What a run must be continued with: the views in their order, and of each cache the identity and those rows.
+
+    Views that are added to a cache meanwhile change nothing, unless the run would use them.
+    """
+    digests = [
+        hashlib.sha256(canonical_json(to_json(replace(cache.manifest, views=1, view_sha256=())))).hexdigest()
+        for cache in caches
+    ]
+    rows = [[cache.manifest.view_sha256[view] for view in used] if cache.complete else [] for cache in caches]
+    return {"cache": digests, "rows": rows, "views": list(used)}
+
+
 def _open_caches(given: CachePath | Sequence[CachePath], config: StudentConfig) -> list[Cache]:
     several = [given] if isinstance(given, Cache | str | os.PathLike) else given
+    if not len(several):
+        raise UsageError("there is no cache", "at least one", "name the folder that dump-teacher wrote")
     caches = [
         each if isinstance(each, Cache) else open_cache(each, allow_partial=config.allow_partial) for each in several
     ]
@@ -115,6 +139,8 @@ def _open_caches(given: CachePath | Sequence[CachePath], config: StudentConfig) 
         raise UsageError(
             f"there are {len(config.cache_weights)} --cache-weights for {len(caches)} caches", "one a cache"
         )
+    if not math.isfinite(sum(config.cache_weights)):
+        raise UsageError(f"--cache-weights is {config.cache_weights}", "finite numbers with a finite sum")
     return caches
 
 
@@ -122,14 +148,26 @@ def _open_targets(
     caches: Sequence[Cache], indices: NDArray[np.int64], schedule: Schedule, config: StudentConfig
 ) -> tuple[EpochOrder, CachedTargets]:
     """The order of the samples, and the join of their soft targets."""
-    choice = FeedChoice(memory=config.cache_memory, feed=config.feed, shuffle=config.shuffle)
-    feeds, orders = [], []
-    for cache in caches:
-        feed, order, line = open_feed(cache.reader, indices=indices, seed=config.seed, schedule=schedule, choice=choice)
+    memory = config.cache_memory if len(caches) == 1 else str(parse_bytes(config.cache_memory) // len(caches))
+    choice = FeedChoice(memory=memory, feed=config.feed, shuffle=config.shuffle)
+    window = min(window_chunks(cache.reader) for cache in caches)
+
+    def open_all(choice: FeedChoice) -> list[tuple[Feed, EpochOrder, str]]:
+        return [
+            open_feed(
+                cache.reader, indices=indices, seed=config.seed, schedule=schedule, choice=choice, window_chunks=window
+            )
+            for cache in caches
+        ]
+
+    opened = open_all(choice)
+    if len({order.layout for _, order, _ in opened}) > 1:
+        # One has to be streamed, so all visit the samples in the order of a stream.
+        opened = open_all(replace(choice, feed="streamed", shuffle="window"))
+    feeds, orders, lines = zip(*opened, strict=True)
+    for line in lines:
         log(line)
-        feeds.append(feed)
-        orders.append(order)
-    if any(order.layout != orders[0].layout for order in orders):
+    if len({order.layout for order in orders}) > 1:
         raise UsageError(
             "the caches would be read in different orders: they are streamed, in chunks of different sizes",
             "caches that are held in memory, or have chunks of one size",
@@ -146,7 +184,8 @@ def _samples(caches: Sequence[Cache], used: Sequence[int]) -> NDArray[np.int64]:
     Raises:
         CacheIncomplete: there are none.
     """
-    samples = reduce(np.intersect1d, [cache.samples(view) for cache in caches for view in used])
+    # View 0 too, because what all views share, such as labels, is written with it.
+    samples = reduce(np.intersect1d, [cache.samples(view) for cache in caches for view in (0, *used)])
     if not len(samples):
         raise CacheIncomplete(
             f"of {caches[0].path} no sample is committed in all of the views {', '.join(map(str, used))}",

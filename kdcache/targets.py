@@ -204,19 +204,25 @@ def check_ensemble(caches: Sequence[Cache], used: Sequence[int]) -> None:
     """
     first = caches[0]
     for other in caches[1:]:
-        changes = differences(first.manifest.dataset, other.manifest.dataset, ignore=_PLACES)
+        one, two = first.manifest.dataset, other.manifest.dataset
+        by_place = one.name.startswith(_NAMED_BY_PLACE) and two.name.startswith(_NAMED_BY_PLACE)
+        ignore = _PLACES | ({"name"} if by_place else set())
+        if None in (one.labels_sha256, two.labels_sha256):  # of a partial cache
+            ignore |= {"labels_sha256"}
+        changes = differences(one, two, ignore=ignore)
         changes += differences(first.manifest.recipe, other.manifest.recipe)
         if changes:
-            name, one, two = changes[0]
+            name, value, other_value = changes[0]
             raise CacheMismatch(
-                f"{first.path} and {other.path} are not of the same inputs: {name} is {brief(one)} in the first and "
-                f"{brief(two)} in the second",
+                f"{first.path} and {other.path} are not of the same inputs: {name} is {brief(value)} in the first and "
+                f"{brief(other_value)} in the second",
                 "caches of several teachers over the same views of the same dataset",
                 "dump both teachers with the same --dataset, --split, --augment, --mix and --view-seed",
             )
         for view in used:
             one_crcs, two_crcs = (_known(cache, "input_crc32c", view) for cache in (first, other))
-            if len(apart := np.flatnonzero(one_crcs != two_crcs)):
+            both = np.intersect1d(first.samples(view), other.samples(view))
+            if len(apart := both[one_crcs[both] != two_crcs[both]]):
                 raise CacheMismatch(
                     f"{first.path} and {other.path} saw different inputs of sample {apart[0]} in view {view} "
                     f"({len(apart)} of {len(first)} differ)",

@@ -10,11 +10,12 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from kdcache.cache import streaming
 from kdcache.cache.chunks import ChunkReader, check_indices
 from kdcache.cache.layout import row_bytes
 from kdcache.cache.mapping import MappedFeed, can_map
 from kdcache.cache.order import EpochOrder, ExactOrder, Schedule, WindowOrder, always
-from kdcache.cache.streaming import StreamedFeed, window_chunks
+from kdcache.cache.streaming import StreamedFeed
 from kdcache.config import CACHE_MEMORY, FEEDS, SHUFFLES
 from kdcache.errors import UsageError
 
@@ -121,6 +122,7 @@ def open_feed(
     seed: int,
     schedule: Schedule | None = None,
     choice: FeedChoice | None = None,
+    window_chunks: int | None = None,
 ) -> tuple[Feed, EpochOrder, str]:
     """Choose how views are fed and in which order their samples are visited.
 
@@ -128,6 +130,7 @@ def open_feed(
         indices: the samples that epochs visit, (n,), ascending.
         seed: of the order.
         schedule: the view of each epoch; None always takes view 0.
+        window_chunks: that are shuffled together in a window; None takes as many as the memory of a stream holds.
 
     Returns:
         The feed, the order that must drive the dataset, and a line that says what was chosen and why.
@@ -169,7 +172,8 @@ def open_feed(
         )
     order: EpochOrder = ExactOrder(indices, seed)
     if kind == "streamed" or choice.shuffle == "window":
-        windowed = WindowOrder(indices, seed, chunk_rows=array.chunk_rows, window_chunks=window_chunks(reader))
+        size = window_chunks or streaming.window_chunks(reader)
+        windowed = WindowOrder(indices, seed, chunk_rows=array.chunk_rows, window_chunks=size)
         order = windowed
     feed: Feed
     if kind == "streamed":

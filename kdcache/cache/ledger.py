@@ -36,6 +36,7 @@ class Ledger:
     Args:
         split_path: folder of the split's Zarr group.
         salvage: take a damaged part as empty instead of raising, and name it in `damaged`.
+        views: how many are looked at; None takes all, those included that are being added.
 
     Attributes:
         damaged: (view, block) of the parts that could not be read.
@@ -44,7 +45,9 @@ class Ledger:
         CacheDamaged: a ledger file fails its checksum or has the wrong length.
     """
 
-    def __init__(self, split_path: Path, manifest: Manifest, *, salvage: bool = False) -> None:
+    def __init__(
+        self, split_path: Path, manifest: Manifest, *, salvage: bool = False, views: int | None = None
+    ) -> None:
         self._path = split_path / NAME
         self._manifest = manifest
         self.damaged: list[tuple[int, int]] = []
@@ -55,8 +58,9 @@ class Ledger:
             width = self._columns[array.name][1]
         self._block = min(manifest.shards, BLOCK_SHARDS)
         blocks = -(-manifest.shards // self._block)
-        self._entries = np.zeros((manifest.views, blocks * self._block, width), "<u8")
-        for view in range(manifest.views):
+        views = manifest.views if views is None else views
+        self._entries = np.zeros((views, blocks * self._block, width), "<u8")
+        for view in range(views):
             for block in range(blocks):
                 try:
                     self._load(view, block)

@@ -34,20 +34,25 @@ def view_schedule(kind: str, views: Sequence[int], *, available: int, seed: int)
         UsageError: there is no such schedule or view.
     """
     used = list(views) or list(range(available))
+    _check_views(used, available)
     name, _, fixed = kind.partition(":")
     if name == "fixed" and fixed.isdecimal():
         used = [int(fixed)]
+        _check_views(used, available)
     elif kind not in ("cycle", "shuffle"):
         raise UsageError(f"--view-schedule is {kind!r}", "cycle, shuffle or fixed:K, with K the number of a view")
-    if wrong := [view for view in used if not 0 <= view < available]:
-        raise UsageError(f"view {wrong[0]} is asked for", f"0 to {available - 1}: the cache has {available} views")
-    if len(set(used)) < len(used):
-        raise UsageError(f"the views {used} name one twice", "each view once")
     if kind == "shuffle":
         return lambda epoch: used[
             keys.permutation(len(used), seed, "view order", epoch // len(used))[epoch % len(used)]
         ]
     return lambda epoch: used[epoch % len(used)]
+
+
+def _check_views(used: Sequence[int], available: int) -> None:
+    if wrong := [view for view in used if not 0 <= view < available]:
+        raise UsageError(f"view {wrong[0]} is asked for", f"0 to {available - 1}: the cache has {available} views")
+    if len(set(used)) < len(used):
+        raise UsageError(f"the views {used} name one twice", "each view once")
 
 
 class EpochOrder(Protocol):

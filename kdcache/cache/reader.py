@@ -73,7 +73,7 @@ class Cache:
         self.path = split_path
         self.manifest: Manifest = read_manifest(split_path)
         self._partial = allow_partial and not self.manifest.complete
-        ledger = Ledger(split_path, self.manifest)
+        ledger = Ledger(split_path, self.manifest, views=self.manifest.readable_views)
         if not self._partial:
             check_complete(split_path, self.manifest, ledger)
         self.reader = ChunkReader(split_path, self.manifest, ledger)
@@ -180,7 +180,7 @@ def check_complete(split_path: Path, manifest: Manifest, ledger: Ledger) -> None
         CacheDamaged: the ledger's digest is another.
     """
     if not manifest.complete:
-        done = sum(int(ledger.committed(view).sum()) for view in range(manifest.views))
+        done = sum(int(ledger.committed(view).sum()) for view in range(manifest.readable_views))
         raise CacheIncomplete(
             f"{split_path} is incomplete: {done} of {manifest.shards * manifest.views} shards are committed",
             "a finished dump",

@@ -19,10 +19,10 @@ def prepare_repair(writer: SplitWriter) -> list[str]:
     digest proves it.
     """
     manifest, ledger = writer.manifest, writer.ledger
+    found = list(writer.restored)
     reader = ChunkReader(writer.path, manifest, ledger)
-    found = []
     if writer.proof_needed:
-        found.append("the manifest is damaged; it is written again if its sha256, or what it says, proves it")
+        found.append("the manifest is damaged; it is written again if its sha256 or what it says proves it")
     for view in sorted({view for view, _ in ledger.damaged}):
         if _rebuild(reader, view):
             found.append(f"the ledger of view {view} was damaged; rebuilt from the shards and proved by the manifest")
@@ -33,6 +33,8 @@ def prepare_repair(writer: SplitWriter) -> list[str]:
         if problem is not None:
             found.append(problem.found)
             broken.add((view, shard))
+    if broken or writer.pending():
+        writer.check_proved()
     for view, shard in sorted(broken):
         ledger.forget(view, shard)
     missing = [place for place in writer.pending() if place not in broken]

@@ -61,8 +61,8 @@ def verify_split(
         report.problems.append(f"{problem.found}; needed: {problem.needed}")
     reader = ChunkReader(split_path, manifest, ledger)
     places = committed_places(manifest, ledger)
-    report.rows = manifest.dataset.length * manifest.views
-    report.shards = manifest.shards * manifest.views
+    report.rows = manifest.dataset.length * manifest.readable_views
+    report.shards = len({(view, shard) for _, view, shard in places})
     for place, damage in check_places(reader, places, threads=threads, on_read=on_read):
         if damage is None:
             report.bytes += ledger.lookup(*place)[0]

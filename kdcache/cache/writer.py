@@ -28,11 +28,12 @@ from kdcache.cache.manifest import (
     Manifest,
     is_cache,
     manifest_attributes,
+    manifest_sha256,
     read_manifest,
 )
 from kdcache.cache.shards import encode_shard
 from kdcache.errors import CacheDamaged, CacheIncomplete, CacheNotFound, TargetExists
-from kdcache.records import brief, differences
+from kdcache.records import brief, differences, from_json, to_json
 
 _BUILDING = ".{}.creating"
 
@@ -44,11 +45,14 @@ class SplitWriter:
         path: the cache; created where it does not exist.
         manifest: of the split to write, without results.
         repair: open a split whose manifest or ledger is damaged, too.
-        add_views: room for so many views more is made in a finished split, whose views stay readable meanwhile.
+        add_views: room for so many views more than the manifest's is made in a finished split, whose views stay
+            readable meanwhile.
 
     Attributes:
         manifest: as it stands on disk; complete once every view is finished.
-        proof_needed: whether the manifest there is damaged, and `finish` must prove that it was this one.
+        proof_needed: whether the manifest there is damaged, and `finish` must prove that it was this one; nothing else
+            is written before.
+        restored: what metadata was written again, as text.
 
     Raises:
         TargetExists: the path holds something else, or the same split of another dump; the message names the settings
@@ -64,6 +68,7 @@ class SplitWriter:
         with storage_errors("create", path):
             make_folder(path)
         self._lock = lock.PathLock(path)
+        self.restored: list[str] = []
         try:
             # Again, now that nobody else writes: what was free may have been taken since.
             found = check_target(path, manifest, repair=repair, add_views=add_views)
@@ -73,11 +78,13 @@ class SplitWriter:
             if found is None:
                 _create_split(self.path, manifest)
             self.manifest = found or manifest
+            self.proof_needed = found is manifest
+            if repair and not self.proof_needed:
+                self._restore_manifest(manifest)
             if self.manifest.extending and read_manifest(self.path) != self.manifest:
                 self._put_manifest(self.manifest)
-            if self.manifest.extending or repair:
+            if (self.manifest.extending or repair) and not self.proof_needed:
                 self._put_metadata()
-            self.proof_needed = found is manifest
             for leftover in self.path.rglob(f"*{TEMPORARY}"):
                 leftover.unlink()
             self.ledger = Ledger(self.path, self.manifest, salvage=repair)
@@ -112,6 +119,7 @@ class SplitWriter:
         """
         if not (0 <= view < self.manifest.views and 0 <= shard < self.manifest.shards):
             raise ValueError(f"there is no shard {shard} of view {view}")
+        self.check_proved()
         entry = {}
         for array in self.manifest.arrays:
             if not array.per_view and view > 0:
@@ -126,6 +134,28 @@ class SplitWriter:
             entry[array.name] = len(data), crcs
         self.ledger.commit(view, shard, entry)
 
+    def _restore_manifest(self, manifest: Manifest) -> None:
+        try:
+            read_manifest(self.path)
+        except CacheDamaged:
+            recorded = recorded_manifest(self.path, manifest)
+            assert recorded is not None, "else its proof would be needed"
+            self.restored.append("the manifest was damaged; what is left of it proves what it was")
+            self._put_manifest(recorded)
+
+    def check_proved(self) -> None:
+        """Refuse to write rows while nothing proves that the split is of this dump.
+
+        Raises:
+            CacheDamaged: the manifest there is damaged.
+        """
+        if self.proof_needed:
+            raise CacheDamaged(
+                f"the manifest of {self.path} is damaged, and so are rows: nothing proves that they are of this dump",
+                "a manifest, or whole rows",
+                "restore the manifest from a copy, or dump again into another folder; nothing was changed",
+            )
+
     def _put_metadata(self) -> None:
         """Let the arrays' metadata say what the manifest says, where it does not: it is missing, damaged or grew."""
         for name, expected in array_metadata(self.manifest).items():
@@ -136,6 +166,7 @@ class SplitWriter:
             except ValueError:
                 current = None
             if current != json.loads(expected):
+                self.restored.append(f"{path} is written again")
                 make_folder(path.parent)
                 write_durable(path, expected)
 
@@ -173,7 +204,7 @@ def check_target(path: Path, manifest: Manifest, *, repair: bool = False, add_vi
 
     Args:
         repair: take `manifest` itself where the one there is damaged; `SplitWriter.finish` asks for proof.
-        add_views: give the manifest that stands there room for so many more.
+        add_views: give the manifest that stands there room for so many more than `manifest` has.
 
     Raises:
         TargetExists: something else stands there.
@@ -181,20 +212,26 @@ def check_target(path: Path, manifest: Manifest, *, repair: bool = False, add_vi
         CacheDamaged: a cache stands there that cannot be read.
     """
     found = _same_dump(path, manifest, repair=repair, exact_versions=repair or add_views > 0)
+    split = path / manifest.dataset.split
     if add_views:
-        return _with_room(path / manifest.dataset.split, found, add_views)
-    if found is not None and (manifest.views > found.views or (manifest.views < found.views and not found.complete)):
-        split = path / manifest.dataset.split
-        extend = f"give --add-views {manifest.views - found.views} to extend it, or " if found.complete else ""
-        raise TargetExists(
-            f"{split} holds another dump: views is {found.views} there and {manifest.views} here",
-            f"--views {found.views} to continue or keep it",
-            f"{extend}choose another --out; nothing was changed",
-        )
-    return found
+        return _with_room(split, found, manifest.views, add_views)
+    if found is None or manifest.views == found.readable_views:
+        return found
+    there, coming = found.readable_views, found.views - found.readable_views
+    if found.complete and manifest.views < there:
+        return found
+    advice = f"give --views {there} --add-views {manifest.views - there} to extend it, or " if found.complete else ""
+    if coming and found.complete:
+        advice = f"give --views {there} --add-views {coming} to finish what is being added, or "
+    raise TargetExists(
+        f"{split} holds another dump: views is {there} there and {manifest.views} here",
+        f"--views {there} to continue or keep it",
+        f"{advice}choose another --out; nothing was changed",
+    )
 
 
-def _with_room(split: Path, found: Manifest | None, add_views: int) -> Manifest:
+def _with_room(split: Path, found: Manifest | None, views: int, add_views: int) -> Manifest:
+    """What stands there with room for `views` + `add_views` in all: a number to reach, so it can be asked for twice."""
     if found is None:
         raise CacheNotFound(
             f"there is no {split} to add views to", "a finished dump", "leave out --add-views to dump it first"
@@ -203,13 +240,18 @@ def _with_room(split: Path, found: Manifest | None, add_views: int) -> Manifest:
         raise CacheIncomplete(
             f"{split} has not finished its {found.views} views", "a finished dump", "run it without --add-views first"
         )
-    if found.extending and found.views != found.readable_views + add_views:
+    there, wanted = found.readable_views, views + add_views
+    if there == wanted and not found.extending:
+        return found
+    if there != views or (found.extending and found.views != wanted):
+        coming = f", and {found.views - there} more are being added" if found.extending else ""
+        advice = f"--views {there} --add-views {found.views - there if found.extending else add_views}"
         raise TargetExists(
-            f"{found.views - found.readable_views} views are already being added to {split}, and now {add_views}",
-            "one extension at a time",
-            f"finish it first: give --add-views {found.views - found.readable_views}; nothing was changed",
+            f"{split} has {there} views{coming}; --views {views} --add-views {add_views} asks for {wanted}",
+            f"--views {there}, as many as there are, and --add-views, as many as are to come",
+            f"give {advice}; nothing was changed",
         )
-    return replace(found, views=found.readable_views + add_views)
+    return replace(found, views=wanted)
 
 
 def _same_dump(path: Path, manifest: Manifest, *, repair: bool, exact_versions: bool) -> Manifest | None:
@@ -228,7 +270,7 @@ def _same_dump(path: Path, manifest: Manifest, *, repair: bool, exact_versions: 
         found = read_manifest(split)
     except CacheDamaged:
         if repair:
-            return manifest
+            return recorded_manifest(split, manifest) or manifest
         raise
     # A finished split is only read, so another version of a package cannot mix two kinds of rows in it.
     ignore = NOT_IDENTITY | ({"versions"} if found.complete and not exact_versions else set())
@@ -242,6 +284,31 @@ def _same_dump(path: Path, manifest: Manifest, *, repair: bool, exact_versions: 
             "choose another --out, or give the settings it was made with; nothing was changed",
         )
     return found
+
+
+def recorded_manifest(split_path: Path, manifest: Manifest) -> Manifest | None:
+    """The manifest that a damaged one was, if what is left of it proves that it was of this dump; None if nothing does.
+
+    What a dump is of is known from the dump; what came out of it is taken from what is recorded. Together they are it
+    if they have the recorded sha256, or if the recorded settings are those of this dump.
+    """
+    try:
+        attribute = json.loads((split_path / METADATA).read_bytes())["attributes"][ATTRIBUTE]
+        recorded = attribute["manifest"]
+        results = {name: recorded[name] for name in ("views", "view_sha256", "device", "batch_size", "versions")}
+        own = to_json(manifest)
+        candidate = from_json(
+            Manifest,
+            own
+            | results
+            | {"dataset": own["dataset"] | {name: recorded["dataset"][name] for name in ("data_root", "labels_sha256")}}
+            | {"teacher": own["teacher"] | {"accuracy": recorded["teacher"]["accuracy"]}},
+            where=str(split_path),
+            error=CacheDamaged,
+        )
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return candidate if manifest_sha256(candidate) == attribute.get("sha256") else None
 
 
 def _check_proof(path: Path, attribute: dict[str, Any], problem: CacheDamaged) -> None:

@@ -36,10 +36,10 @@ from kdcache.targets import CachedTargets
 from kdcache.training import train
 from kdcache.views import Views
 
-VIEWS, EPOCHS, SEEDS, TEACHER_EPOCHS = 8, 40, 3, 14
+VIEWS, EPOCHS, SEEDS, TEACHER_EPOCHS = 8, 40, 3, 12
 CPU = "cpu"
 STUDENT = StudentConfig(
-    device=CPU, epochs=EPOCHS, batch_size=128, learning_rate=1e-3, schedule="cosine", temperature=4.0, alpha=1.0
+    device=CPU, epochs=EPOCHS, batch_size=128, learning_rate=5e-3, schedule="cosine", temperature=4.0, alpha=1.0
 )
 TEACHER = TrainConfig(
     device=CPU, epochs=TEACHER_EPOCHS, batch_size=128, learning_rate=2e-3, schedule="cosine", workers=2, ema=0.999
