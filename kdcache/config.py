@@ -142,6 +142,12 @@ class DumpConfig(Execution, Augmenting):
     views: int = option(1, "Versions of every sample that the teacher answers for.", minimum=1)
     view_seed: int = option(0, "What views are drawn from, with their number and the sample's index.", minimum=0)
     plain_view: bool = option(False, "Let view 0 be the plain sample.")
+    features: tuple[str, ...] = option(
+        (), "Store the output of this layer too (a module's path, or penultimate); repeat for several."
+    )
+    pool: str = option(
+        "avg", "Features of maps: avg over places, or none, which stores them whole.", choices=("avg", "none")
+    )
     encoding: str = option(
         "float16", "Stored as float16, float32 or float64.", choices=("float16", "float32", "float64")
     )
@@ -222,6 +228,7 @@ class DumpTeacher(DumpConfig, DatasetSource, Input):
     checkpoint: str | None = option(None, "The teacher's weights: .pt, .pth or .safetensors.")
     split: tuple[str, ...] = option(("train",), "Split to dump; repeat for several.")
     out: str = option("", "The cache, a folder such as runs/mnist.zarr.", required=True)
+    list_layers: bool = option(False, "Show the teacher's layers and the shapes that they give, and do nothing else.")
     dry_run: bool = option(False, "Tell rows, bytes and shards, and write nothing.")
     add_views: int = option(0, "Extend the finished cache at --out by so many views.", minimum=0)
     repair: bool = option(False, "Check what stands at --out, and compute again what is broken or missing.")

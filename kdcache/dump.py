@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from kdcache.augment import Transform
-from kdcache.cache.encoding import encode_logits
+from kdcache.cache.encoding import encode_answers
 from kdcache.cache.layout import predicted_bytes
 from kdcache.cache.ledger import Ledger
 from kdcache.cache.lock import PathLock
@@ -38,12 +38,13 @@ from kdcache.datasets import (
     batch_loader,
 )
 from kdcache.devices import evaluation_mode, floating_dtype, memory_errors, resolve_device, to_host
-from kdcache.errors import TeacherOutputError, UsageError
+from kdcache.errors import ModelError, TeacherOutputError, UsageError
 from kdcache.evaluate import answer
 from kdcache.preprocess import Preprocessor
 from kdcache.progress import Progress, log
 from kdcache.provenance import build_manifest
 from kdcache.sampling import ShardBatches
+from kdcache.taps import Taps, pool_features
 from kdcache.views import Views
 
 # Shards that wait for the disk while the teacher computes the next one; more would only cost memory.
@@ -176,9 +177,11 @@ class _Dump:
                 "views that differ: the teacher would say the same of each",
                 "give --augment or --mix, or leave out --views",
             )
-        self._probe()
+        self.layers = list(dict.fromkeys(config.features))
+        with Taps(teacher, self.layers) as taps:
+            shapes = self._probe(taps)
         name = teacher_name or type(teacher).__name__
-        self.manifest = build_manifest(teacher, self.views, split, name, preprocess, self.device, config)
+        self.manifest = build_manifest(teacher, self.views, split, name, preprocess, self.device, config, shapes)
         existing = check_target(out, self.manifest, repair=repair, add_views=add_views)
         target = existing or self.manifest
         finished = predicted_bytes(replace(target, views=target.readable_views)) if target.extending else 0
@@ -218,10 +221,11 @@ class _Dump:
         tally = Tally(writer)
         with (
             evaluation_mode(self.teacher),
+            Taps(self.teacher, self.layers) as taps,
             memory_errors(self.config.batch_size),
             Progress(f"dump {split}", self.plan.rows, "rows", self.plan.rows - computed) as progress,
         ):
-            self._write(tally, pending, progress)
+            self._write(tally, pending, taps, progress)
         return self._result(tally.finish(), computed, time.perf_counter() - began)
 
     def _result(self, manifest: Manifest, computed_rows: int, seconds: float) -> DumpResult:
@@ -234,8 +238,8 @@ class _Dump:
             seconds=seconds,
         )
 
-    def _forward(self, batch: Batch) -> Callable[[], NDArray[Any]]:
-        """Queue the teacher's answer to a batch; calling the result waits for it."""
+    def _forward(self, batch: Batch, taps: Taps) -> Callable[[], dict[str, NDArray[Any]]]:
+        """Queue the teacher's answer to a batch; calling the result waits for it and gives logits and features."""
         logits = answer(
             self.teacher,
             batch.inputs,
@@ -245,35 +249,56 @@ class _Dump:
             classes=len(self.dataset.classes),
             error=TeacherOutputError,
         )
-        return to_host(logits if logits.dtype == torch.float64 else logits.float())
+        answers = {"logits": logits} | {
+            f"features.{layer}": pool_features(features, self.config.pool) for layer, features in taps.take().items()
+        }
+        waits = {
+            name: to_host(answer if answer.dtype == torch.float64 else answer.float())
+            for name, answer in answers.items()
+        }
+        return lambda: {name: wait() for name, wait in waits.items()}
 
-    def _probe(self) -> None:
-        """Let the teacher answer for one small batch, so that a wrong teacher is refused before anything is written."""
+    def _probe(self, taps: Taps) -> dict[str, tuple[int, ...]]:
+        """Let the teacher answer for one small batch, so that a wrong teacher is refused before anything is written.
+
+        Returns:
+            The shape of one row of the features of each layer.
+        """
+        shapes: dict[str, tuple[int, ...]] = {}
         indices = np.arange(min(2, len(self.dataset)))
         requests = [BatchRequest(indices, view) for view in (0, 1)[: 1 if self.views.recipe.is_plain(1) else 2]]
         with evaluation_mode(self.teacher):
             for batch in batch_loader(self.views, requests, preprocessor=self.preprocessor, device=self.device):
-                encode_logits(self._forward(batch)(), self.config.encoding, first_sample=0)
+                for name, answers in self._forward(batch, taps)().items():
+                    encode_answers(answers, self.config.encoding, first_sample=0, name=name)
+                    shapes[name] = answers.shape[1:]
+                    if len(answers) != len(indices):
+                        raise ModelError(
+                            f"{name} has shape {answers.shape} for a batch of {len(indices)}",
+                            "a layer whose output has a row for each sample",
+                            "choose another; see --list-layers",
+                        )
+        return {layer: shapes[f"features.{layer}"] for layer in self.layers}
 
-    def _answers(self, loader: Iterable[Batch]) -> Iterator[tuple[Batch, NDArray[Any]]]:
-        """Batches with the teacher's logits, one behind, so that the device computes while the host stores."""
-        waiting: tuple[Batch, Callable[[], NDArray[Any]]] | None = None
+    def _answers(self, loader: Iterable[Batch], taps: Taps) -> Iterator[tuple[Batch, dict[str, NDArray[Any]]]]:
+        """Batches with the teacher's answers, one behind, so that the device computes while the host stores."""
+        waiting: tuple[Batch, Callable[[], dict[str, NDArray[Any]]]] | None = None
         for batch in loader:
-            queued = batch, self._forward(batch)
+            queued = batch, self._forward(batch, taps)
             if waiting is not None:
                 yield waiting[0], waiting[1]()
             waiting = queued
         if waiting is not None:
             yield waiting[0], waiting[1]()
 
-    def _write(self, tally: Tally, pending: list[tuple[int, int]], progress: Progress) -> None:
+    def _write(self, tally: Tally, pending: list[tuple[int, int]], taps: Taps, progress: Progress) -> None:
         manifest = self.plan.manifest
         batches = ShardBatches(manifest, pending, self.config.batch_size)
         loader = batch_loader(
             self.views, batches, preprocessor=self.preprocessor, workers=self.config.workers, device=self.device
         )
         sampled = lru_cache(maxsize=1)(partial(sampled_crc32c, self.views))
-        answers = self._answers(loader)
+        answers = self._answers(loader, taps)
         in_flight: deque[Future[None]] = deque()
         with ThreadPoolExecutor(1, thread_name_prefix="kdcache-writer") as pool:
             for view, shard in pending:
@@ -281,9 +306,10 @@ class _Dump:
                 buffers = self._buffers(len(rows))
                 filled = 0
                 for size in batches.sizes(shard):
-                    batch, logits = next(answers)
+                    batch, given = next(answers)
                     here = slice(filled, filled + size)
-                    buffers["logits"][here] = logits
+                    for name, rows_given in given.items():
+                        buffers[name][here] = rows_given
                     buffers["labels"][here] = batch.labels.numpy()
                     assert batch.input_crc32c is not None, "the loader was asked for checksums"
                     buffers["input_crc32c"][here] = batch.input_crc32c.numpy()
@@ -300,10 +326,12 @@ class _Dump:
 
     def _buffers(self, rows: int) -> dict[str, NDArray[Any]]:
         precise = np.float64 if floating_dtype(self.teacher) == torch.float64 else np.float32
+        arrays = self.plan.manifest.arrays
         return {
-            "logits": np.empty((rows, len(self.dataset.classes)), precise),
-            "labels": np.empty(rows, np.int64),
-            "input_crc32c": np.empty(rows, np.uint32),
+            array.name: np.empty(
+                (rows, *array.row_shape), precise if np.dtype(array.dtype).kind == "f" else array.dtype
+            )
+            for array in arrays
         }
 
 

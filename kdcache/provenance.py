@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from kdcache.cache.layout import build_arrays
-from kdcache.cache.manifest import DatasetRecord, Manifest, Preprocess, TeacherRecord
+from kdcache.cache.manifest import DatasetRecord, FeatureRecord, Manifest, Preprocess, TeacherRecord
 from kdcache.config import DumpConfig
 from kdcache.datasets import fingerprint_labels, fingerprint_samples
 from kdcache.models import count_parameters, weights_sha256
@@ -26,14 +26,23 @@ def build_manifest(
     preprocess: Preprocess,
     device: torch.device,
     config: DumpConfig,
+    feature_shapes: dict[str, tuple[int, ...]],
 ) -> Manifest:
-    """The manifest of a dump, without its results."""
+    """The manifest of a dump, without its results.
+
+    Args:
+        feature_shapes: of one row, by layer, as they are stored.
+    """
     dataset = views.dataset
     labels = dataset.labels()
+    features = tuple(
+        FeatureRecord(layer=layer, pool=config.pool, array=f"features.{layer}") for layer in feature_shapes
+    )
     shard_rows, arrays = build_arrays(
         length=len(dataset),
         logits_dtype=config.encoding,
         classes=len(dataset.classes),
+        features={feature.array: feature_shapes[feature.layer] for feature in features},
         compression=config.compression,
         shard_rows=config.shard_rows,
     )
@@ -58,6 +67,7 @@ def build_manifest(
         views=config.views,
         recipe=views.recipe,
         arrays=arrays,
+        features=features,
         shard_rows=shard_rows,
         seed=config.seed,
         amp=config.amp,

@@ -18,7 +18,7 @@ import zarr
 from kdcache.cache import ledger as ledger_module
 from kdcache.cache import streaming
 from kdcache.cache.chunks import ChunkReader
-from kdcache.cache.encoding import ENCODINGS, encode_logits
+from kdcache.cache.encoding import ENCODINGS, encode_answers
 from kdcache.cache.feeds import FeedChoice, open_feed
 from kdcache.cache.layout import build_arrays, choose_shard_rows, predicted_bytes, shard_path, zstd_level
 from kdcache.cache.ledger import Ledger
@@ -937,7 +937,7 @@ def test_logits_that_cannot_be_stored_are_refused(encoding, value, found, needed
     logits = np.zeros((4, 3))
     logits[2:, 1:] = value
     with pytest.raises(TeacherOutputError) as caught:
-        encode_logits(logits, encoding, first_sample=100)
+        encode_answers(logits, encoding, first_sample=100)
     assert found in caught.value.found
     assert needed in caught.value.needed
     assert remedy in caught.value.remedy
@@ -947,7 +947,7 @@ def test_logits_that_cannot_be_stored_are_refused(encoding, value, found, needed
 def test_logits_are_stored_to_the_precision_of_the_encoding(encoding):
     logits = np.random.default_rng(0).standard_normal((5, 7)) * 1000
     logits[0, 0] = 65519.0 if encoding == "float16" else np.finfo(encoding).max
-    stored = encode_logits(logits, encoding, first_sample=0)
+    stored = encode_answers(logits, encoding, first_sample=0)
     assert stored.dtype == encoding
     np.testing.assert_allclose(stored.astype(np.float64), logits, rtol=np.finfo(encoding).eps)
     assert stored[0, 0] == np.finfo(encoding).max

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -51,27 +52,40 @@ def choose_shard_rows(length: int, bytes_a_row: int, requested: int | None = Non
 
 
 def build_arrays(
-    *, length: int, logits_dtype: str, classes: int, compression: str = "none", shard_rows: int | None = None
+    *,
+    length: int,
+    logits_dtype: str,
+    classes: int,
+    features: Mapping[str, tuple[int, ...]] | None = None,
+    compression: str = "none",
+    shard_rows: int | None = None,
 ) -> tuple[int, tuple[ArrayRecord, ...]]:
-    """Shard size and array records of a split: logits, the shared inputs' checksums, labels.
+    """Shard size and array records of a split: logits, features, the shared inputs' checksums, labels.
+
+    Args:
+        features: shapes of one row, by name of the array; stored in the dtype of the logits.
 
     Raises:
         UsageError: a compression or a shard size that there is not.
     """
     zstd_level(compression)
-    logits_row = row_bytes(logits_dtype, (classes,))
-    shard_rows = choose_shard_rows(length, logits_row, shard_rows)
-    logits = ArrayRecord(
-        name="logits",
-        dtype=logits_dtype,
-        row_shape=(classes,),
-        row_names=("class",),
-        chunk_rows=min(choose_chunk_rows(length, logits_row), shard_rows),
-        compression=compression,
-    )
+    shapes = {"logits": (classes,)} | dict(features or {})
+    largest = max(row_bytes(logits_dtype, shape) for shape in shapes.values())
+    shard_rows = choose_shard_rows(length, largest, shard_rows)
+    answers = [
+        ArrayRecord(
+            name=name,
+            dtype=logits_dtype,
+            row_shape=shape,
+            row_names=("class",) if name == "logits" else tuple(f"feature {axis}" for axis in range(len(shape))),
+            chunk_rows=min(choose_chunk_rows(length, row_bytes(logits_dtype, shape)), shard_rows),
+            compression=compression,
+        )
+        for name, shape in shapes.items()
+    ]
     checksums = ArrayRecord(name="input_crc32c", dtype="uint32", chunk_rows=shard_rows)
     labels = ArrayRecord(name="labels", dtype="int64", chunk_rows=shard_rows, per_view=False)
-    return shard_rows, (logits, checksums, labels)
+    return shard_rows, (*answers, checksums, labels)
 
 
 def chunks_per_shard(manifest: Manifest, array: ArrayRecord) -> int:

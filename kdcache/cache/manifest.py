@@ -167,6 +167,21 @@ class ArrayRecord:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class FeatureRecord:
+    """Which features of the teacher an array holds.
+
+    Attributes:
+        layer: path of the module whose output it is, or `penultimate`.
+        pool: `avg` where places were averaged, else `none`.
+        array: name of the Zarr array.
+    """
+
+    layer: str
+    pool: str
+    array: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
     """What one split of a cache is of.
 
@@ -174,6 +189,7 @@ class Manifest:
         views: how many versions of every sample the teacher answers for, those included that are being added.
         recipe: how views are made of samples.
         arrays: what is stored for each row; `logits` is the first.
+        features: which arrays are features of the teacher, and of which layer.
         shard_rows: rows of one shard, the unit that is written and committed whole.
         versions: of every package that could change an input or an answer.
         amp: precision of the teacher's forward pass: `off`, `bf16` or `fp16`.
@@ -186,6 +202,7 @@ class Manifest:
     views: int = 1
     recipe: ViewRecipe = ViewRecipe()
     arrays: tuple[ArrayRecord, ...]
+    features: tuple[FeatureRecord, ...] = ()
     shard_rows: int
     seed: int
     amp: str

@@ -9,7 +9,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from kdcache.cache.chunks import ChunkReader
-from kdcache.cache.encoding import encode_logits
+from kdcache.cache.encoding import encode_answers
 from kdcache.cache.manifest import NONE, Manifest
 from kdcache.cache.writer import SplitWriter
 
@@ -29,16 +29,21 @@ class Tally:
         """Encode and commit the rows of one shard.
 
         Args:
-            arrays: for each array of the manifest its rows; logits as the teacher gave them.
+            arrays: for each array of the manifest its rows; logits and features as the teacher gave them.
 
         Raises:
-            TeacherOutputError: logits that the encoding cannot hold.
+            TeacherOutputError: an answer that the encoding cannot hold.
             StorageError: the disk refused.
         """
-        stored = encode_logits(arrays["logits"], encoding, first_sample=self._writer.manifest.rows_of(shard).start)
-        self._writer.commit(view, shard, arrays | {"logits": stored})
+        manifest = self._writer.manifest
+        first = manifest.rows_of(shard).start
+        stored = {
+            name: encode_answers(arrays[name], encoding, first_sample=first, name=name)
+            for name in ("logits", *(feature.array for feature in manifest.features))
+        }
+        self._writer.commit(view, shard, arrays | stored)
         if view == 0:
-            self._count(stored, arrays["labels"])
+            self._count(stored["logits"], arrays["labels"])
             self._catch_up()
 
     def finish(self) -> Manifest:
