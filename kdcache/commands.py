@@ -6,6 +6,9 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+
 from kdcache.building import (
     build,
     check_classes,
@@ -33,7 +36,8 @@ from kdcache.config import (
     Verify,
     narrow,
 )
-from kdcache.datasets import IndexedDataset
+from kdcache.datasets import BatchRequest, IndexedDataset, batch_loader
+from kdcache.devices import evaluation_mode, floating_dtype
 from kdcache.dump import dump_teacher as dump
 from kdcache.dump import plan_dump
 from kdcache.errors import CacheDamaged, CheckpointError
@@ -42,10 +46,12 @@ from kdcache.inspection import verify_cache
 from kdcache.models import BuiltModel, count_parameters
 from kdcache.objectives import label_objective
 from kdcache.plugins import require_extra
+from kdcache.preprocess import Preprocessor
 from kdcache.recompute import recompute_rows
 from kdcache.records import Report, to_json
 from kdcache.runs import RunFolder, read_config
 from kdcache.student import train_student as learn_from_cache
+from kdcache.taps import list_layers
 from kdcache.targets import check_join, check_recorded
 from kdcache.training import TrainResult, train
 from kdcache.views import Views
@@ -77,10 +83,25 @@ def train_teacher(settings: TrainTeacher) -> Report:
 
 def dump_teacher(settings: DumpTeacher) -> Report:
     """Run a teacher over one or more splits and keep its logits."""
+    if settings.list_layers:
+        return _list_layers(settings)
     reports = [_dump_split(settings, split) for split in dict.fromkeys(settings.split)]
     splits = {report.data["split"]: report.data for report in reports}
     data = {"cache": settings.out, "dry_run": settings.dry_run, "splits": splits}
     return Report(data, "\n".join(report.text for report in reports))
+
+
+def _list_layers(settings: DumpTeacher) -> Report:
+    dataset = open_data(settings, settings.dataset, settings.split[0])
+    built = load_teacher(settings, settings.teacher, settings.checkpoint, dataset, ViewRecipe())
+    preprocessor, device = Preprocessor(built.preprocess), torch.device("cpu")
+    (batch,) = batch_loader(dataset, [BatchRequest(np.arange(1))], preprocessor=preprocessor, device=device)
+    with evaluation_mode(built.module):
+        layers = list_layers(built.module, preprocessor.per_batch(batch.inputs, floating_dtype(built.module)))
+    width = max((len(name) for name, _, _ in layers), default=0)
+    lines = [f"{name:<{width}}  {shape}  {kind}" for name, kind, shape in layers]
+    data = {"layers": [{"layer": name, "type": kind, "shape": shape} for name, kind, shape in layers]}
+    return Report(data, "\n".join([*lines, "penultimate is the input of the last linear layer"]))
 
 
 def _dump_split(settings: DumpTeacher, split: str) -> Report:

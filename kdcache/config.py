@@ -190,6 +190,12 @@ class StudentConfig(TrainConfig):
     temperature: float = option(2.0, "T: softens teacher and student alike.", above=0)
     alpha: float = option(0.5, "Weight of the teacher; the label has 1 - alpha.", minimum=0, maximum=1)
     distill: bool = option(True, "--no-distill trains on the labels alone, through the same loop.")
+    objective: tuple[str, ...] = option(
+        (),
+        "What is minimised, as NAME:key=value,key=value; repeat for a sum. Keys: weight, warmup (epochs), layer, "
+        "student-layer, and the loss's own. [default: alpha · kd + (1 - alpha) · cross entropy]",
+    )
+    student_layer: str = option("", "The student's layer whose features are compared. [default: penultimate]")
     cache_memory: str = option(CACHE_MEMORY, "What may be held of the cache in memory; a view that fits is read once.")
     cache_on_device: bool = option(False, "Hold the view in the device's memory instead; it must fit there.")
     cache_weights: tuple[float, ...] = option((), "Weights of several caches, as 2,1. [default: all equal]", above=0)

@@ -326,12 +326,11 @@ class _Dump:
 
     def _buffers(self, rows: int) -> dict[str, NDArray[Any]]:
         precise = np.float64 if floating_dtype(self.teacher) == torch.float64 else np.float32
-        arrays = self.plan.manifest.arrays
         return {
             array.name: np.empty(
-                (rows, *array.row_shape), precise if np.dtype(array.dtype).kind == "f" else array.dtype
+                (rows, *array.row_shape), precise if np.dtype(array.dtype).kind == "f" else np.dtype(array.dtype)
             )
-            for array in arrays
+            for array in self.plan.manifest.arrays
         }
 
 

@@ -42,6 +42,8 @@ class Batch(NamedTuple):
         partner_labels: (B,) int64, of the samples that were mixed in; None where nothing was.
         shares: (B,) float32, 0 to 1: the part of an input that is the sample's own; None where nothing was mixed.
         soft_targets: (B, classes), the teacher's logits, where a cache was joined.
+        features: the teacher's features, (B, ...), by name of their array, where an objective asked for them.
+        negatives: the teacher's features of other samples, (negatives, ...), by name of their array, likewise.
     """
 
     inputs: Tensor
@@ -51,6 +53,8 @@ class Batch(NamedTuple):
     partner_labels: Tensor | None = None
     shares: Tensor | None = None
     soft_targets: Tensor | None = None
+    features: dict[str, Tensor] | None = None
+    negatives: dict[str, Tensor] | None = None
 
     @property
     def main_labels(self) -> Tensor:
@@ -61,9 +65,14 @@ class Batch(NamedTuple):
 
     def to(self, device: torch.device) -> Batch:
         """The batch with what a step computes with on a device; the indices stay on the host."""
-        moving = ("inputs", "labels", "partner_labels", "shares", "soft_targets")
-        present = {name: value for name in moving if (value := getattr(self, name)) is not None}
-        return self._replace(**{name: value.to(device, non_blocking=True) for name, value in present.items()})
+        moved: dict[str, Any] = {}
+        for name in ("inputs", "labels", "partner_labels", "shares", "soft_targets"):
+            if (value := getattr(self, name)) is not None:
+                moved[name] = value.to(device, non_blocking=True)
+        for name in ("features", "negatives"):
+            if (values := getattr(self, name)) is not None:
+                moved[name] = {key: value.to(device, non_blocking=True) for key, value in values.items()}
+        return self._replace(**moved)
 
 
 class Batches(Protocol):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -11,9 +12,9 @@ from torch import nn
 from kdcache.config import TrainConfig
 
 
-def build_optimizer(module: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """The optimiser that a config names, over the parameters that train."""
-    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+def build_optimizer(given: Iterable[nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
+    """The optimiser that a config names, over those of the given parameters that train."""
+    parameters = [parameter for parameter in given if parameter.requires_grad]
     # One fused kernel a step instead of several for each parameter; not every device has it.
     options: dict[str, Any] = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
     options["fused"] = all(parameter.device.type in ("cpu", "cuda") for parameter in parameters)

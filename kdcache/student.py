@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
 import os
@@ -16,16 +17,18 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from kdcache.augment import Transform
-from kdcache.cache.feeds import Feed, FeedChoice, open_feed, parse_bytes
+from kdcache.cache.feeds import Feed, FeedChoice, open_feeds, parse_bytes
 from kdcache.cache.manifest import Preprocess
 from kdcache.cache.order import EpochOrder, ExactOrder, Schedule, view_schedule
 from kdcache.cache.reader import Cache, open_cache
-from kdcache.cache.streaming import window_chunks
+from kdcache.cache.streaming import window_rows
+from kdcache.composition import Composition
 from kdcache.config import StudentConfig
-from kdcache.datasets import as_indexed
-from kdcache.devices import resolve_device
+from kdcache.datasets import BatchRequest, as_indexed, batch_loader
+from kdcache.devices import floating_dtype, resolve_device
 from kdcache.errors import CacheIncomplete, UsageError
-from kdcache.objectives import distillation_objective, label_objective
+from kdcache.objectives import distillation_objective, label_objective, parse_objectives
+from kdcache.preprocess import Preprocessor
 from kdcache.progress import log
 from kdcache.records import canonical_json, to_json
 from kdcache.runs import RunFolder
@@ -96,23 +99,52 @@ def train_student(
     train_indices, validation_indices = split_validation(_samples(caches, used), config.val_fraction, config.seed)
     order: EpochOrder = ExactOrder(train_indices, config.seed)
     join: CachedTargets | None = None
-    if config.distill:
-        order, join = _open_targets(caches, train_indices, schedule, config)
-    return train(
-        student,
-        views,
-        objective=distillation_objective(config) if config.distill else label_objective(config.label_smoothing),
-        preprocess=preprocess or manifest.teacher.preprocess,
-        config=config,
-        order=order,
-        validation_indices=validation_indices,
-        schedule=schedule,
-        join=join,
-        verify_inputs="off" if join is None or inputs_all_checked(views) else config.verify_inputs,
-        run=run,
-        description={**(description or {}), **_taught_by(caches, used)},
-        on_step=on_step,
-    )
+    preprocess = preprocess or manifest.teacher.preprocess
+    objective = distillation_objective(config) if config.distill else label_objective(config.label_smoothing)
+    with contextlib.ExitStack() as stack:
+        composed: Composition | None = None
+        if config.distill and config.objective:
+            objective = composed = _compose(student, views, caches, preprocess, schedule(0), config)
+            stack.callback(composed.close)
+        if config.distill:
+            order, join = _open_targets(caches, train_indices, schedule, config, composed)
+        return train(
+            student,
+            views,
+            objective=objective,
+            preprocess=preprocess,
+            config=config,
+            order=order,
+            validation_indices=validation_indices,
+            schedule=schedule,
+            join=join,
+            verify_inputs="off" if join is None or inputs_all_checked(views) else config.verify_inputs,
+            run=run,
+            description={**(description or {}), **_taught_by(caches, used)},
+            on_step=on_step,
+        )
+
+
+def _compose(
+    student: nn.Module, views: Views, caches: Sequence[Cache], preprocess: Preprocess, view: int, config: StudentConfig
+) -> Composition:
+    """What `config.objective` names, listening to the student.
+
+    Raises:
+        CacheMismatch: the cache does not hold what an objective needs.
+    """
+    device = resolve_device(config.device)
+    student.to(device)
+    preprocessor = Preprocessor(preprocess)
+    request = BatchRequest(np.arange(min(2, len(views))), view)
+    (batch,) = batch_loader(views, [request], preprocessor=preprocessor, device=device)
+    inputs = preprocessor.per_batch(batch.inputs.to(device), floating_dtype(student))
+    specs = parse_objectives(config.objective, config)
+    if len(caches) > 1 and any("features" in spec.kind.needs for spec in specs):
+        raise UsageError(
+            f"{len(caches)} caches are given, and features are compared", "one cache: features of two have no mean"
+        )
+    return Composition(specs, student, inputs, caches[0].manifest, seed=config.seed)
 
 
 def _taught_by(caches: Sequence[Cache], used: Sequence[int]) -> dict[str, Any]:
@@ -145,21 +177,32 @@ def _open_caches(given: CachePath | Sequence[CachePath], config: StudentConfig) 
 
 
 def _open_targets(
-    caches: Sequence[Cache], indices: NDArray[np.int64], schedule: Schedule, config: StudentConfig
+    caches: Sequence[Cache],
+    indices: NDArray[np.int64],
+    schedule: Schedule,
+    config: StudentConfig,
+    composed: Composition | None,
 ) -> tuple[EpochOrder, CachedTargets]:
-    """The order of the samples, and the join of their soft targets."""
+    """The order of the samples, and the join of their soft targets and features."""
     memory = config.cache_memory if len(caches) == 1 else str(parse_bytes(config.cache_memory) // len(caches))
-    choice = FeedChoice(memory=memory, feed=config.feed, shuffle=config.shuffle)
-    window = min(window_chunks(cache.reader) for cache in caches)
+    names = ("logits", *(composed.arrays if composed else ()))
+    window = min(window_rows(cache.reader, names) for cache in caches)
 
-    def open_all(choice: FeedChoice) -> list[tuple[Feed, EpochOrder, str]]:
+    def open_all(choice: FeedChoice) -> list[tuple[dict[str, Feed], EpochOrder, str]]:
         return [
-            open_feed(
-                cache.reader, indices=indices, seed=config.seed, schedule=schedule, choice=choice, window_chunks=window
+            open_feeds(
+                cache.reader,
+                names,
+                indices=indices,
+                seed=config.seed,
+                schedule=schedule,
+                choice=choice,
+                window_rows=window,
             )
             for cache in caches
         ]
 
+    choice = FeedChoice(memory=memory, feed=config.feed, shuffle=config.shuffle)
     opened = open_all(choice)
     if len({order.layout for _, order, _ in opened}) > 1:
         # One has to be streamed, so all visit the samples in the order of a stream.
@@ -173,8 +216,23 @@ def _open_targets(
             "caches that are held in memory, or have chunks of one size",
             "raise --cache-memory, or use --feed mapped",
         )
-    device = resolve_device(config.device) if config.cache_on_device else None
-    targets = CachedTargets(caches, feeds, weights=config.cache_weights, schedule=schedule, device=device)
+    negatives = composed.negatives if composed else {}
+    if negatives and feeds[0]["logits"].kind == "streamed":
+        raise UsageError(
+            "contrastive draws from the whole cache, which is to be streamed",
+            "features in memory or mapped",
+            "raise --cache-memory, or use --feed mapped",
+        )
+    targets = CachedTargets(
+        caches,
+        [each["logits"] for each in feeds],
+        weights=config.cache_weights,
+        features={name: feeds[0][name] for name in names[1:]},
+        negatives=negatives,
+        seed=config.seed,
+        schedule=schedule,
+        device=resolve_device(config.device) if config.cache_on_device else None,
+    )
     return orders[0], targets
 
 

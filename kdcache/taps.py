@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from types import TracebackType
 from typing import Any
 
 from torch import Tensor, nn
@@ -65,9 +64,7 @@ class Taps:
     def __enter__(self) -> Taps:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: Any) -> None:
         self.close()
 
     def _catch_output(self, layer: str) -> Any:
@@ -99,3 +96,27 @@ def pool_features(features: Tensor, pool: str) -> Tensor:
     if pool == "avg" and features.ndim == 3:
         return features.mean(dim=1)
     return features
+
+
+def list_layers(module: nn.Module, inputs: Tensor) -> list[tuple[str, str, str]]:
+    """Path, type and shape of the output of every layer inside a network, in the order in which they finish.
+
+    Args:
+        inputs: a batch that the network takes.
+    """
+    found: list[tuple[str, str, str]] = []
+
+    def hook_of(name: str) -> Any:
+        def hook(part: nn.Module, given: Any, output: Any) -> None:
+            shape = "×".join(map(str, output.shape[1:])) if isinstance(output, Tensor) else type(output).__name__
+            found.append((name, type(part).__name__, shape))
+
+        return hook
+
+    handles = [part.register_forward_hook(hook_of(name)) for name, part in module.named_modules() if name]
+    try:
+        module(inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found

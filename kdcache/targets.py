@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,8 @@ from kdcache.datasets import (
     fingerprint_labels,
 )
 from kdcache.devices import memory_errors
-from kdcache.errors import CacheMismatch
-from kdcache.keys import keyed_sample
+from kdcache.errors import CacheMismatch, UsageError
+from kdcache.keys import key, keyed_sample
 from kdcache.provenance import package_versions
 from kdcache.records import brief, differences
 from kdcache.views import Views
@@ -48,6 +48,9 @@ class CachedTargets:
         caches: that were checked to be of the views that batches come from, and of one another's.
         feeds: one of each cache's rows.
         weights: one a cache; only their proportions count. Empty for equal ones.
+        features: feeds of the first cache's features, by array.
+        negatives: how many rows of samples that are not in the batch come with it, by array of features.
+        seed: that negatives are drawn from.
         schedule: the view of each epoch.
         device: that holds all rows of the epoch's view, where they are to be held there; None leaves that to the feeds.
 
@@ -61,6 +64,9 @@ class CachedTargets:
         feeds: Sequence[Feed],
         *,
         weights: Sequence[float] = (),
+        features: Mapping[str, Feed] | None = None,
+        negatives: Mapping[str, int] | None = None,
+        seed: int = 0,
         schedule: Schedule | None = None,
         device: torch.device | None = None,
     ) -> None:
@@ -68,16 +74,18 @@ class CachedTargets:
         weights = weights or [1.0] * len(caches)
         self._shares = [weight / sum(weights) for weight in weights]
         self._labels_n = torch.from_numpy(_known(caches[0], "labels"))
+        self._features, self._negatives, self._seed = features or {}, negatives or {}, seed
+        self._epoch = self._step = 0
         self._view = -1
         self._crcs_n: NDArray[np.int64] | None = None
         self._held_nc: Tensor | None = None
 
     def start_epoch(self, epoch: int) -> None:
         view = self._schedule(epoch)
-        if self._device is None:
-            for feed in self._feeds:
-                feed.start_epoch(epoch)
-        elif view != self._view:
+        self._epoch, self._step = epoch, 0
+        for feed in [*(self._feeds if self._device is None else ()), *self._features.values()]:
+            feed.start_epoch(epoch)
+        if self._device is not None and view != self._view:
             self._held_nc = None  # before the next one comes, because two may not fit
             with memory_errors(len(self._labels_n), "leave out --cache-on-device"):
                 rows = self._mean([cache.column("logits", view) for cache in self._caches])
@@ -100,11 +108,35 @@ class CachedTargets:
             if self._crcs_n is None:
                 self._crcs_n = _known(self._caches[0], "input_crc32c", self._view)
             check_crcs(self._caches[0], self._view, batch.indices.numpy(), batch.input_crc32c.numpy(), self._crcs_n)
+        wanted = batch.indices.numpy()
+        if self._features:
+            features = {name: torch.from_numpy(feed.rows(wanted)) for name, feed in self._features.items()}
+            batch = batch._replace(features=features, negatives=self._draw_negatives(wanted))
         if self._held_nc is not None:
             indices = batch.indices.to(self._held_nc.device, non_blocking=True)
             return batch._replace(soft_targets=self._held_nc.index_select(0, indices))
-        rows = self._mean([feed.rows(batch.indices.numpy()) for feed in self._feeds])
+        rows = self._mean([feed.rows(wanted) for feed in self._feeds])
         return batch._replace(soft_targets=torch.from_numpy(rows))
+
+    def _draw_negatives(self, wanted: NDArray[np.int64]) -> dict[str, Tensor] | None:
+        """Features of samples drawn from the whole cache, without those of the batch."""
+        if not self._negatives:
+            return None
+        count, samples = max(self._negatives.values()), len(self._labels_n)
+        raw = np.random.Philox(key=key(self._seed, "negatives", self._epoch, self._step)).random_raw(2 * count)
+        self._step += 1
+        drawn = (raw % np.uint64(samples)).astype(np.int64)
+        others = drawn[~np.isin(drawn, wanted)][:count]
+        if not len(others):
+            raise UsageError(
+                f"a batch of {len(wanted)} leaves no other sample among {samples} to be told from",
+                "negatives that are not in the batch",
+                "use a smaller --batch-size",
+            )
+        return {
+            name: torch.from_numpy(self._features[name].rows(others[:wished]))
+            for name, wished in self._negatives.items()
+        }
 
     def _mean(self, rows: list[NDArray[Any]]) -> NDArray[Any]:
         if len(rows) == 1:

@@ -22,7 +22,7 @@ from kdcache.datasets import Batch, IndexedDataset, batch_loader
 from kdcache.devices import autocast, floating_dtype, memory_errors, resolve_device, seeded, synchronize
 from kdcache.errors import TrainingDiverged, UsageError
 from kdcache.evaluate import evaluate_model, output_logits
-from kdcache.objectives import Join, Objective
+from kdcache.objectives import Join, Objective, trained_parts
 from kdcache.optimization import build_optimizer, learning_rate_factor
 from kdcache.preprocess import Preprocessor
 from kdcache.progress import Progress, log
@@ -128,7 +128,7 @@ class _Loop:
         self.loader = batch_loader(
             views, batches, preprocessor=self.preprocessor, workers=config.workers, device=self.device
         )
-        self.optimizer = build_optimizer(module, config)
+        self.optimizer = build_optimizer([*module.parameters(), *trained_parts(objective)], config)
         # The schedule must not hold the loop: in a cycle of references the workers of the loader would outlive the run.
         steps = len(self.batches)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -179,7 +179,7 @@ class _Loop:
             synchronize(self.device)
             began = time.perf_counter()
             for step, batch in enumerate(self.loader):
-                hits, parts = self._step(batch)
+                hits, parts = self._step(batch, epoch + step / len(self.batches))
                 seen.append(parts)
                 correct += hits
                 samples += len(batch.labels)
@@ -210,18 +210,18 @@ class _Loop:
         if self.join is not None:
             self.join.start_epoch(epoch)
 
-    def _step(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    def _step(self, batch: Batch, epochs_done: float) -> tuple[Tensor, dict[str, Tensor]]:
         """One step; returns how many samples of the batch were right, and the objective's scalars."""
         batch = (self.join(batch) if self.join else batch).to(self.device)
         inputs = self.preprocessor.per_batch(batch.inputs, self.dtype)
         with autocast(self.device, self.config.amp):
             logits = output_logits(self.module(inputs))
-        parts = self.objective(logits, batch)
+        parts = self.objective(logits, batch, epochs_done)
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(parts["loss"]).backward()
         if self.config.clip_norm is not None:
             self.scaler.unscale_(self.optimizer)
-            nn.utils.clip_grad_norm_(self.module.parameters(), self.config.clip_norm)
+            nn.utils.clip_grad_norm_([*self.module.parameters(), *trained_parts(self.objective)], self.config.clip_norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.learning_rate = self.optimizer.param_groups[0]["lr"]
@@ -276,6 +276,7 @@ class _Loop:
                 "optimizer": self.optimizer.state_dict(),
                 "schedule": self.schedule.state_dict(),
                 "scaler": self.scaler.state_dict(),
+                "objective": self.objective.state_dict() if isinstance(self.objective, nn.Module) else {},
                 "average": self.average.state_dict() if self.average is not None else None,
                 "best": self.best,
                 "history": self.history,
@@ -295,6 +296,8 @@ class _Loop:
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
         self.scaler.load_state_dict(state["scaler"])
+        if isinstance(self.objective, nn.Module):
+            self.objective.load_state_dict(state["objective"])
         if self.average is not None:
             self.average.load_state_dict(state["average"])
         self.best = state["best"]

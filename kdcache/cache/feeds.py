@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -115,6 +116,13 @@ def parse_bytes(text: str) -> int:
     return int(float(match[1]) * _UNITS[match[2]])
 
 
+def open_feeds(reader: ChunkReader, names: Sequence[str], **options: Any) -> tuple[dict[str, Feed], EpochOrder, str]:
+    """As `open_feed`, for several arrays that are read together: of logits and features, say."""
+    feeds = {name: open_feed(reader, name=name, together=names, **options) for name in names}
+    _, order, line = feeds[names[0]]
+    return {name: feed for name, (feed, _, _) in feeds.items()}, order, line
+
+
 def open_feed(
     reader: ChunkReader,
     *,
@@ -122,7 +130,9 @@ def open_feed(
     seed: int,
     schedule: Schedule | None = None,
     choice: FeedChoice | None = None,
-    window_chunks: int | None = None,
+    window_rows: int | None = None,
+    name: str = "logits",
+    together: Sequence[str] = ("logits",),
 ) -> tuple[Feed, EpochOrder, str]:
     """Choose how views are fed and in which order their samples are visited.
 
@@ -130,7 +140,9 @@ def open_feed(
         indices: the samples that epochs visit, (n,), ascending.
         seed: of the order.
         schedule: the view of each epoch; None always takes view 0.
-        window_chunks: that are shuffled together in a window; None takes as many as the memory of a stream holds.
+        window_rows: that are shuffled together in a window; None takes as many as the memory of a stream holds.
+        name: of the array.
+        together: of all arrays that will be read at the same time, and share memory and order.
 
     Returns:
         The feed, the order that must drive the dataset, and a line that says what was chosen and why.
@@ -140,8 +152,9 @@ def open_feed(
         CacheDamaged: a chunk fails its checksum.
     """
     choice, schedule = choice or FeedChoice(), schedule or always(0)
-    array = reader.manifest.array("logits")
-    view_bytes = row_bytes(array.dtype, array.row_shape) * reader.manifest.dataset.length
+    array = reader.manifest.array(name)
+    arrays = [reader.manifest.array(each) for each in together]
+    view_bytes = sum(row_bytes(each.dtype, each.row_shape) for each in arrays) * reader.manifest.dataset.length
     held_bytes = view_bytes * min(reader.manifest.readable_views, 2)  # with several, the next one is read ahead
     allowed = parse_bytes(choice.memory)
     kind, why = choice.feed, "as asked"
@@ -172,13 +185,14 @@ def open_feed(
         )
     order: EpochOrder = ExactOrder(indices, seed)
     if kind == "streamed" or choice.shuffle == "window":
-        size = window_chunks or streaming.window_chunks(reader)
-        windowed = WindowOrder(indices, seed, chunk_rows=array.chunk_rows, window_chunks=size)
+        chunk_rows = max(each.chunk_rows for each in arrays)
+        rows = window_rows or streaming.window_rows(reader, together)
+        windowed = WindowOrder(indices, seed, chunk_rows=chunk_rows, window_chunks=max(rows // chunk_rows, 4))
         order = windowed
     feed: Feed
     if kind == "streamed":
-        feed = StreamedFeed(reader, schedule, windowed)
+        feed = StreamedFeed(reader, schedule, windowed, name)
     else:
-        feed = (MemoryFeed if kind == "memory" else MappedFeed)(reader, schedule)
+        feed = (MemoryFeed if kind == "memory" else MappedFeed)(reader, schedule, name)
     shuffle = "window" if isinstance(order, WindowOrder) else "exact"
     return feed, order, f"cache {kind} ({why}), shuffle {shuffle}"

@@ -112,12 +112,12 @@ class WindowOrder:
 
     Args:
         indices: the samples that are visited, (n,), ascending.
-        chunk_rows: rows of one chunk of the cache.
+        chunk_rows: rows of one chunk of the cache, which is also an attribute.
     """
 
     def __init__(self, indices: NDArray[np.int64], seed: int, *, chunk_rows: int, window_chunks: int) -> None:
         self._indices, self._seed = indices, seed
-        self._window_chunks, self._chunk_rows = window_chunks, chunk_rows
+        self._window_chunks, self.chunk_rows = window_chunks, chunk_rows
         self.layout: tuple[int, ...] = (chunk_rows, window_chunks)
         self._chunks, self._starts = np.unique(indices // chunk_rows, return_index=True)
         self._stops = np.append(self._starts[1:], len(indices))
@@ -140,9 +140,9 @@ class WindowOrder:
     def _draw(self, epoch: int, number: int) -> Window:
         members = self._chunk_order(epoch)[number * self._window_chunks : (number + 1) * self._window_chunks]
         rows = np.concatenate([self._indices[self._starts[chunk] : self._stops[chunk]] for chunk in members])
-        lie = np.repeat(np.arange(len(members)), (self._stops - self._starts)[members]) * self._chunk_rows
+        lie = np.repeat(np.arange(len(members)), (self._stops - self._starts)[members]) * self.chunk_rows
         order = keys.permutation(len(rows), self._seed, "window order", epoch, number)
-        places = (lie + rows % self._chunk_rows)[order]
+        places = (lie + rows % self.chunk_rows)[order]
         return Window(chunks=self._chunks[members], samples=rows[order], places=places)
 
     def _draw_chunk_order(self, epoch: int) -> NDArray[np.int64]:

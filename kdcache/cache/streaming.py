@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -23,10 +23,10 @@ READERS = 2
 WINDOW_BYTES = 48 << 20
 
 
-def window_chunks(reader: ChunkReader, name: str = "logits") -> int:
-    """Chunks of one window: as many as `WINDOW_BYTES` hold, and at least 4, so that rows of several chunks mix."""
-    array = reader.manifest.array(name)
-    return max(WINDOW_BYTES // (array.chunk_rows * row_bytes(array.dtype, array.row_shape)), 4)
+def window_rows(reader: ChunkReader, names: Sequence[str] = ("logits",)) -> int:
+    """Rows of one window: as many as `WINDOW_BYTES` hold of some arrays together."""
+    arrays = [reader.manifest.array(name) for name in names]
+    return max(WINDOW_BYTES // sum(row_bytes(array.dtype, array.row_shape) for array in arrays), 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +54,9 @@ class StreamedFeed:
     def __init__(self, reader: ChunkReader, schedule: Schedule, order: WindowOrder, name: str = "logits") -> None:
         self._reader, self._schedule, self._order = reader, schedule, order
         self._array = reader.manifest.array(name)
+        # A window is made of the largest chunks of the arrays that are read together; of others, of several each.
+        self._chunks_a_unit = order.chunk_rows // self._array.chunk_rows
+        self._chunks = -(-reader.manifest.dataset.length // self._array.chunk_rows)
         self._mappable = can_map(self._array) and reader.manifest.complete
         self._map: ChunkMap | None = None
         self._view = -1
@@ -127,17 +130,26 @@ class StreamedFeed:
         if window is None:
             return
         if self._map is not None:
-            self._held.append(_Held(window, None, [pool.submit(self._map.check, int(c)) for c in window.chunks]))
+            checks = [pool.submit(self._map.check, chunk) for _, chunk in self._chunks_of(window)]
+            self._held.append(_Held(window, None, checks))
             return
-        length = len(window.chunks) * self._array.chunk_rows
+        length = len(window.chunks) * self._order.chunk_rows
         rows = self._free.pop() if self._free else np.empty((0, *self._array.row_shape), stored_dtype(self._array))
         if len(rows) < length:
             rows = np.empty((length, *self._array.row_shape), stored_dtype(self._array))
         reads = [
             pool.submit(self._reader.read_into, self._array, self._view, chunk, rows[at : at + self._array.chunk_rows])
-            for at, chunk in zip(range(0, length, self._array.chunk_rows), window.chunks.tolist(), strict=True)
+            for at, chunk in self._chunks_of(window)
         ]
         self._held.append(_Held(window, rows, reads))
+
+    def _chunks_of(self, window: Window) -> Iterator[tuple[int, int]]:
+        """The chunks of a window, each with its first row when all lie one behind the other."""
+        for number, unit in enumerate(window.chunks.tolist()):
+            for part in range(self._chunks_a_unit):
+                chunk = unit * self._chunks_a_unit + part
+                if chunk < self._chunks:
+                    yield number * self._order.chunk_rows + part * self._array.chunk_rows, chunk
 
     def _drop(self) -> None:
         """Give up the first window held, once nothing reads into it."""
@@ -146,8 +158,8 @@ class StreamedFeed:
             if not read.cancel():
                 read.exception()
         if self._map is not None:
-            for chunk in held.window.chunks:
-                self._map.release(int(chunk))
+            for _, chunk in self._chunks_of(held.window):
+                self._map.release(chunk)
         if held.rows is not None:
             self._free.append(held.rows)
         self._position = 0
