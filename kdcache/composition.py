@@ -78,6 +78,13 @@ class Composition(nn.Module):
         self._layers = {at: specs[at].student_layer or PENULTIMATE for at in self._features}
         self._taps = Taps(student, list(dict.fromkeys(self._layers.values())))
         self._projections = nn.ModuleDict()
+        try:
+            self._learn_shapes(student, inputs, manifest, seed)
+        except BaseException:
+            self.close()
+            raise
+
+    def _learn_shapes(self, student: nn.Module, inputs: Tensor, manifest: Manifest, seed: int) -> None:
         with evaluation_mode(student):
             student(inputs)
             found = self._taps.take()

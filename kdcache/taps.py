@@ -29,19 +29,12 @@ class Taps:
         self._caught: dict[str, Any] = {}
         self._layers = layers
         self._handles: list[RemovableHandle] = []
-        named = dict(module.named_modules())
-        for layer in layers:
-            if layer == PENULTIMATE:
-                self._tap_penultimate(module)
-            elif layer in named and layer:
-                self._handles.append(named[layer].register_forward_hook(self._catch_output(layer)))
-            else:
-                names = [name for name in named if name]
-                raise ModelError(
-                    f"the network has no layer {layer!r}",
-                    f"{PENULTIMATE}, or the path of a module",
-                    did_you_mean(layer, names) or "see --list-layers",
-                )
+        try:
+            for layer in layers:
+                self._tap(module, layer)
+        except BaseException:
+            self.close()
+            raise
 
     def take(self) -> dict[str, Tensor]:
         """The outputs of the layers in the last forward pass, by layer, (batch, ...).
@@ -66,6 +59,19 @@ class Taps:
 
     def __exit__(self, *_: Any) -> None:
         self.close()
+
+    def _tap(self, module: nn.Module, layer: str) -> None:
+        named = {name: part for name, part in module.named_modules() if name}
+        if layer == PENULTIMATE:
+            self._tap_penultimate(module)
+        elif layer in named:
+            self._handles.append(named[layer].register_forward_hook(self._catch_output(layer)))
+        else:
+            raise ModelError(
+                f"the network has no layer {layer!r}",
+                f"{PENULTIMATE}, or the path of a module",
+                did_you_mean(layer, list(named)) or "see --list-layers",
+            )
 
     def _catch_output(self, layer: str) -> Any:
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:
