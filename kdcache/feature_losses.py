@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kdcache.precision import pair, precise
+from kdcache.precision import pair, precise, unit
 
 
 def feature_mse(student_features: Tensor, teacher_features: Tensor) -> Tensor:
@@ -40,7 +40,7 @@ def attention_transfer(student_maps_bchw: Tensor, teacher_maps_bchw: Tensor) -> 
     """
     _check(student_maps_bchw, teacher_maps_bchw, dims=(0, 2, 3), rank=4)
     student, teacher = (
-        F.normalize(precise(maps).square().mean(dim=1).flatten(1)) for maps in (student_maps_bchw, teacher_maps_bchw)
+        unit(precise(maps).square().mean(dim=1).flatten(1)) for maps in (student_maps_bchw, teacher_maps_bchw)
     )
     return F.mse_loss(student, teacher.to(student.dtype))
 
@@ -59,7 +59,7 @@ def similarity_preserving(student_maps: Tensor, teacher_maps: Tensor) -> Tensor:
     """
     _check(student_maps, teacher_maps, dims=(0,))
     student, teacher = (precise(maps).flatten(1) for maps in (student_maps, teacher_maps))
-    student_gram, teacher_gram = (F.normalize(flat @ flat.T) for flat in (student, teacher))
+    student_gram, teacher_gram = (unit(flat @ flat.T) for flat in (student, teacher))
     return F.mse_loss(student_gram, teacher_gram.to(student_gram.dtype))
 
 
@@ -98,7 +98,7 @@ def relational_angle(student_embeddings: Tensor, teacher_embeddings: Tensor) -> 
 
 
 def _angles(embeddings_bd: Tensor) -> Tensor:
-    directions_bbd = F.normalize(embeddings_bd[None] - embeddings_bd[:, None], dim=2)
+    directions_bbd = unit(embeddings_bd[None] - embeddings_bd[:, None], dim=2)
     return directions_bbd @ directions_bbd.transpose(1, 2)
 
 
@@ -130,9 +130,7 @@ def contrastive(
         )
     if not 0 < temperature < math.inf:
         raise ValueError(f"temperature is {temperature}: it must be positive and finite")
-    student, teacher, negatives = (
-        F.normalize(each, dim=-1) for each in (student, teacher, negatives_kd.to(student.dtype))
-    )
+    student, teacher, negatives = (unit(each, dim=-1) for each in (student, teacher, negatives_kd.to(student.dtype)))
     others_bk = student @ negatives.T if negatives.ndim == 2 else torch.einsum("bd,bkd->bk", student, negatives)
     logits = torch.cat([(student * teacher).sum(dim=1, keepdim=True), others_bk], dim=1) / temperature
     return F.cross_entropy(logits, torch.zeros(len(student), dtype=torch.int64, device=student.device))

@@ -20,7 +20,7 @@ from kdcache.feature_losses import (
     relational_distance,
     similarity_preserving,
 )
-from kdcache.precision import pair, precise
+from kdcache.precision import check_per_sample, pair, precise
 
 __all__ = [
     "attention_transfer",
@@ -51,7 +51,11 @@ def hard_cross_entropy(student_logits_bc: Tensor, labels_b: Tensor, *, label_smo
 
     Returns:
         A scalar: the mean over the batch.
+
+    Raises:
+        ValueError: there is not one label a sample.
     """
+    check_per_sample(student_logits_bc, labels=labels_b)
     return F.cross_entropy(precise(student_logits_bc), labels_b, label_smoothing=label_smoothing)
 
 
@@ -73,7 +77,11 @@ def mixed_cross_entropy(
 
     Returns:
         A scalar: the mean over the batch.
+
+    Raises:
+        ValueError: there is not one label, partner's label and share a sample.
     """
+    check_per_sample(student_logits_bc, labels=labels_b, partner_labels=partner_labels_b, shares=shares_b)
     student = precise(student_logits_bc)
     own, partners = (
         F.cross_entropy(student, labels, label_smoothing=label_smoothing, reduction="none")
@@ -175,6 +183,7 @@ def decoupled_kd(
     """
     student, teacher = pair(student_logits_bc, teacher_logits_bc)
     _check_temperature(temperature)
+    check_per_sample(student, labels=labels_b)
     if student.shape[1] < 2:
         raise ValueError(f"the logits have shape {tuple(student.shape)}: the target needs another class beside it")
     is_target = F.one_hot(labels_b, student.shape[1]).bool()

@@ -25,3 +25,27 @@ def pair(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
         )
     student = precise(student)
     return student, teacher.to(student.dtype)
+
+
+def check_per_sample(logits_bc: Tensor, **values: Tensor) -> None:
+    """Refuse what is not one value a sample, which torch would spread over the batch.
+
+    Raises:
+        ValueError: a shape is not (batch,).
+    """
+    for name, value in values.items():
+        if value.shape != logits_bc.shape[:1]:
+            raise ValueError(
+                f"{name} has shape {tuple(value.shape)} and the logits {tuple(logits_bc.shape)}: needed is "
+                f"{tuple(logits_bc.shape[:1])}, one a sample"
+            )
+
+
+def unit(vectors: Tensor, dim: int = -1) -> Tensor:
+    """Vectors divided by their Euclidean length; those of length 0 as they are, with the derivative 0.
+
+    Not torch's normalize, whose floor under the length makes derivatives of 1e12 there.
+    """
+    squares = vectors.square().sum(dim=dim, keepdim=True)
+    any_length = squares > 0
+    return torch.where(any_length, vectors / torch.where(any_length, squares, 1.0).sqrt(), 0.0)
