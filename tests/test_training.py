@@ -195,7 +195,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_says_where(tmp_path, epoch,
     steps = -(-count // settings.batch_size)
     calls = 0
 
-    def objective(logits, batch):
+    def objective(logits, batch, epochs_done):
         nonlocal calls
         calls += 1
         loss = OBJECTIVE(logits, batch)["loss"]
@@ -235,7 +235,7 @@ def test_the_learning_rate_that_a_step_is_made_with(settings, factors):
         settings,
         module=module,
         dataset=synthetic(16),
-        objective=lambda logits, batch: {"loss": logits.mean()},
+        objective=lambda logits, batch, epochs_done: {"loss": logits.mean()},
         join=Watcher(lambda batch: positions.append(module.position.item())),
     )
     positions = [*positions, module.position.item()]
@@ -260,7 +260,7 @@ def test_clipping_bounds_the_gradient_and_the_average_is_what_best_holds(tmp_pat
     result = train(
         module,
         synthetic(16),
-        objective=lambda logits, batch: {"loss": logits.mean()},
+        objective=lambda logits, batch, epochs_done: {"loss": logits.mean()},
         preprocess=PLAIN,
         config=settings,
         run=run_folder(tmp_path / "run", settings),

@@ -33,12 +33,12 @@ def encode_answers(answers: NDArray[Any], encoding: str, *, first_sample: int, n
     if not np.isfinite(stored).all():
         row, *place = (int(n) for n in np.argwhere(~np.isfinite(stored))[0])
         value = answers[(row, *place)]
-        what = f"logit for sample {first_sample + row}, class {place[0]}," if name == "logits" else ""
+        what = f"logit for sample {first_sample + row}, class {place[0]}" if name == "logits" else ""
         what = what or f"value {place} of {name} for sample {first_sample + row}"
         if not np.isfinite(value):
             raise TeacherOutputError(
                 f"the teacher's {what} is {value}",
-                "finite answers",
+                "finite logits" if name == "logits" else "finite features",
                 "check the checkpoint and the preprocessing (--mean, --std); with --amp fp16, try bf16 or off",
             )
         raise TeacherOutputError(
