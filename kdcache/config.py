@@ -236,7 +236,7 @@ class DumpTeacher(DumpConfig, DatasetSource, Input):
     out: str = option("", "The cache, a folder such as runs/mnist.zarr.", required=True)
     list_layers: bool = option(False, "Show the teacher's layers and the shapes that they give, and do nothing else.")
     dry_run: bool = option(False, "Tell rows, bytes and shards, and write nothing.")
-    add_views: int = option(0, "Extend the finished cache at --out by so many views.", minimum=0)
+    add_views: int = option(0, "Extend the finished cache at --out to so many views more than --views.", minimum=0)
     repair: bool = option(False, "Check what stands at --out, and compute again what is broken or missing.")
 
 
