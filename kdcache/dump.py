@@ -27,7 +27,8 @@ from kdcache.cache.manifest import NONE, Manifest, Preprocess, ViewRecipe
 from kdcache.cache.reader import check_complete
 from kdcache.cache.repair import prepare_repair
 from kdcache.cache.tally import Tally
-from kdcache.cache.writer import SplitWriter, check_target
+from kdcache.cache.target import check_target
+from kdcache.cache.writer import SplitWriter
 from kdcache.config import DumpConfig
 from kdcache.consistency import check_deterministic, check_rows, sampled_crc32c
 from kdcache.datasets import (

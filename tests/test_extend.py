@@ -27,8 +27,9 @@ from kdcache.cache.layout import predicted_bytes
 from kdcache.cache.ledger import Ledger
 from kdcache.cache.manifest import ViewRecipe, read_manifest
 from kdcache.cache.order import view_schedule
+from kdcache.cache.target import check_target
 from kdcache.cache.verify import verify_split
-from kdcache.cache.writer import SplitWriter, check_target
+from kdcache.cache.writer import SplitWriter
 from kdcache.cli import app
 from kdcache.errors import CacheBusy, CacheDamaged, CacheIncomplete, CacheNotFound, TargetExists, UsageError
 from kdcache.targets import CachedTargets

@@ -26,8 +26,9 @@ from kdcache.cache.lock import PathLock
 from kdcache.cache.manifest import manifest_attributes
 from kdcache.cache.order import ExactOrder, WindowOrder, batch_count, batches_of
 from kdcache.cache.reader import cache_splits, open_cache
+from kdcache.cache.target import check_target
 from kdcache.cache.verify import verify_split
-from kdcache.cache.writer import SplitWriter, check_target
+from kdcache.cache.writer import SplitWriter
 from kdcache.errors import (
     CacheBusy,
     CacheDamaged,
