@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from kdcache import keys
-from kdcache.cache.manifest import FeatureRecord, Manifest
+from kdcache.cache.manifest import NONE, FeatureRecord, Manifest
 from kdcache.datasets import Batch
 from kdcache.devices import evaluation_mode
 from kdcache.errors import CacheMismatch, ModelError, UsageError
@@ -70,7 +70,7 @@ class Composition(nn.Module):
         self._features = {
             at: feature_of(manifest, spec) for at, spec in enumerate(specs) if "features" in spec.kind.needs
         }
-        if manifest.recipe.mix != "none" and any(spec.name == "decoupled_kd" for spec in specs):
+        if manifest.recipe.mix != NONE and any(spec.name == "decoupled_kd" for spec in specs):
             raise UsageError(
                 f"decoupled_kd needs one label a sample, and inputs are mixed ({manifest.recipe.mix})",
                 "another objective, or a cache without --mix",

@@ -16,8 +16,8 @@ _TORCH_BITS, _NUMPY_BITS = 63, 32
 def generators_kept(*, torch_only: bool) -> Iterator[None]:
     """Give torch's, Python's and numpy's global generators back as they were; compute on one thread meanwhile.
 
-    One thread, because some kernels (the convolution of a blur) sum in another order on several, and the last bit of a
-    pixel must not depend on the process that made it.
+    One thread, because some kernels (the mean of a large float image) sum in another order on several, and the last
+    bit of a pixel must not depend on the process that made it.
     """
     threads, kept = torch.get_num_threads(), torch.default_generator.get_state()
     others = None if torch_only else (random.getstate(), np.random.get_state())
