@@ -15,9 +15,9 @@ from kdcache.datasets import BatchRequest, IndexedDataset, batch_loader, open_da
 from kdcache.devices import evaluation_mode
 from kdcache.errors import CheckpointError, DatasetError, ModelError, UsageError
 from kdcache.evaluate import answer
-from kdcache.models import BuiltModel, build_model
-from kdcache.preprocess import Preprocessor
+from kdcache.models import BuiltModel, build_model, build_text_model, has_own_tokenizer, reads_sequences
 from kdcache.progress import log
+from kdcache.reading import is_sequences, recorded_tokenizer, sequence_preprocessor
 from kdcache.records import from_json, to_json
 from kdcache.views import Views, as_views
 
@@ -77,24 +77,71 @@ def build(
     """
     if checkpoint and "kdcache" in checkpoint:
         default = recorded_preprocess(checkpoint, Path(spec))
-    built = build_model(
-        spec,
-        num_classes=len(dataset.classes),
-        input_shape=dataset.input_shape,
-        seed=seed,
-        mean=settings.mean,
-        std=settings.std,
-        size=settings.size,
-        default=default,
-        replace_head=training,
-    )
+    if is_sequences(dataset):
+        built = _build_reader(spec, dataset, settings, seed, default, training=training, checkpoint=checkpoint or {})
+    elif reads_sequences(spec):
+        raise ModelError(
+            f"{spec} reads texts or token ids, and an input of {dataset.name} is {dataset.input_dtype} "
+            f"{dataset.input_shape or 'of varying size'}",
+            "a dataset of texts, or of token ids that tells its vocabulary_size",
+            "take imdb or text-folder:PATH, or give the dataset an attribute vocabulary_size, its largest id plus one",
+        )
+    else:
+        built = build_model(
+            spec,
+            num_classes=len(dataset.classes),
+            input_shape=dataset.input_shape,
+            seed=seed,
+            mean=settings.mean,
+            std=settings.std,
+            size=settings.size,
+            default=default,
+            replace_head=training,
+        )
     _probe(built, Views(dataset, recipe or ViewRecipe()))
     return built
 
 
+def _build_reader(
+    spec: str,
+    dataset: IndexedDataset,
+    settings: Input,
+    seed: int,
+    default: Preprocess,
+    *,
+    training: bool,
+    checkpoint: dict[str, Any],
+) -> BuiltModel:
+    """A network for texts or token ids."""
+    if settings.mean or settings.size:
+        raise ModelError(
+            f"--mean, --std or --size is given, and {dataset.name} has no images",
+            "images",
+            "leave it out; --max-tokens and --vocabulary-size are for texts",
+        )
+    preprocessor = None
+    if not has_own_tokenizer(spec):
+        recorded = recorded_tokenizer(checkpoint["kdcache"], default) if "kdcache" in checkpoint else None
+        preprocessor = sequence_preprocessor(
+            settings, dataset, default=default, recorded=recorded, may_build=training and recorded is None
+        )
+    elif settings.tokenizer or settings.vocabulary_size:
+        raise ModelError(
+            f"--tokenizer or --vocabulary-size is given, and {spec} brings its tokenizer", "neither", "leave it out"
+        )
+    return build_text_model(
+        spec,
+        classes=dataset.classes,
+        seed=seed,
+        preprocessor=preprocessor,
+        max_tokens=settings.max_tokens or (default.max_tokens if checkpoint else None),
+        replace_head=training,
+    )
+
+
 def _probe(built: BuiltModel, views: Views) -> None:
     """Let a network answer for two samples, so that one that does not suit the dataset is refused at once."""
-    preprocessor, device = Preprocessor(built.preprocess), torch.device("cpu")
+    preprocessor, device = built.preprocessor, torch.device("cpu")
     indices = np.arange(min(2, len(views)))
     # The plain sample too, because networks are judged on it.
     looks = [(as_views(views.dataset), 0)] + ([] if views.recipe.is_plain(1) else [(views, 1)])
@@ -123,6 +170,7 @@ def describe(built: BuiltModel, dataset: IndexedDataset) -> dict[str, Any]:
             "model": built.spec,
             "classes": list(dataset.classes),
             "preprocess": to_json(built.preprocess),
+            "tokenizer": built.preprocessor.tokenizer.document if built.preprocessor.tokenizer else None,
             "dataset": dataset.name,
             "data_root": dataset.data_root,
         }

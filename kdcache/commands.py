@@ -47,6 +47,7 @@ from kdcache.models import BuiltModel, count_parameters
 from kdcache.objectives import label_objective
 from kdcache.plugins import require_extra
 from kdcache.preprocess import Preprocessor
+from kdcache.reading import is_sequences
 from kdcache.recompute import recompute_rows
 from kdcache.records import Report, to_json
 from kdcache.runs import RunFolder, read_config
@@ -65,7 +66,7 @@ def train_teacher(settings: TrainTeacher) -> Report:
     default = dataset_preprocess(dataset)
     built = build(settings.model, dataset, settings, settings.seed, default, training=True, recipe=recipe)
     test = open_test(settings, settings.dataset)
-    run = RunFolder(Path(settings.out), {"command": "train-teacher", **to_json(settings)}, resume=settings.resume)
+    run = _run_folder("train-teacher", settings, built)
     description = describe(built, dataset)
     config = narrow(TrainConfig, settings)
     result = train(
@@ -73,7 +74,7 @@ def train_teacher(settings: TrainTeacher) -> Report:
         Views(dataset, recipe),
         schedule=lambda epoch: epoch,  # a new view of every sample in each epoch
         objective=label_objective(config.label_smoothing),
-        preprocess=built.preprocess,
+        preprocess=built.preprocessor,
         config=config,
         run=run,
         description=description,
@@ -94,7 +95,7 @@ def dump_teacher(settings: DumpTeacher) -> Report:
 def _list_layers(settings: DumpTeacher) -> Report:
     dataset = open_data(settings, settings.dataset, settings.split[0])
     built = load_teacher(settings, settings.teacher, settings.checkpoint, dataset, ViewRecipe())
-    preprocessor, device = Preprocessor(built.preprocess), torch.device("cpu")
+    preprocessor, device = built.preprocessor, torch.device("cpu")
     (batch,) = batch_loader(dataset, [BatchRequest(np.arange(1))], preprocessor=preprocessor, device=device)
     with evaluation_mode(built.module):
         layers = list_layers(built.module, preprocessor.per_batch(batch.inputs, floating_dtype(built.module)))
@@ -112,7 +113,7 @@ def _dump_split(settings: DumpTeacher, split: str) -> Report:
         "out": settings.out,
         "split": split,
         "teacher_name": settings.teacher,
-        "preprocess": built.preprocess,
+        "preprocess": built.preprocessor,
         "config": narrow(DumpConfig, settings),
         "add_views": settings.add_views,
     }
@@ -165,7 +166,14 @@ def verify_with_teacher(settings: Verify) -> Report:
         built = load_teacher(settings, str(settings.teacher), settings.checkpoint, dataset, recipe)
         views = Views(dataset, recipe)
         check_join(cache, views)
-        found = recompute_rows(built.module, views, cache, rows=settings.rows, execution=narrow(Execution, settings))
+        found = recompute_rows(
+            built.module,
+            views,
+            cache,
+            rows=settings.rows,
+            execution=narrow(Execution, settings),
+            tokenizer=built.preprocessor.tokenizer,
+        )
         data["splits"][split]["recomputed"] = dataclasses.asdict(found)
         same = found.same_weights and found.largest_difference <= settings.tolerance
         exit_code = exit_code if same else CacheDamaged.exit_code
@@ -191,12 +199,12 @@ def train_student(settings: TrainStudent) -> Report:
     built = build(settings.student, dataset, settings, settings.seed, default, training=True, recipe=recipe)
     test = open_test(settings, spec, hint=record.data_root)
     config = narrow(StudentConfig, settings)
-    run = RunFolder(Path(settings.out), {"command": "train-student", **to_json(settings)}, resume=settings.resume)
+    run = _run_folder("train-student", settings, built)
     result = learn_from_cache(
         built.module,
         dataset,
         caches,
-        preprocess=built.preprocess,
+        preprocess=built.preprocessor,
         config=config,
         run=run,
         description=describe(built, dataset),
@@ -217,10 +225,11 @@ def evaluate(settings: Evaluate) -> Report:
     spec = settings.dataset or description["dataset"]
     dataset = open_data(settings, spec, settings.split, hint=description["data_root"])
     check_classes(str(path), checkpoint, dataset)
-    built = build(description["model"], dataset, Input(), 0, recorded_preprocess(checkpoint, path), training=True)
+    default = recorded_preprocess(checkpoint, path)
+    built = build(description["model"], dataset, Input(), 0, default, training=True, checkpoint=checkpoint)
     load_weights(built.module, path)
-    preprocess = recorded_preprocess(checkpoint, path)
-    evaluation = evaluate_model(built.module, dataset, preprocess=preprocess, config=narrow(Execution, settings))
+    preprocessor = built.preprocessor if is_sequences(dataset) else Preprocessor(default)
+    evaluation = evaluate_model(built.module, dataset, preprocess=preprocessor, config=narrow(Execution, settings))
     data = {
         "run": settings.run,
         "split": settings.split,
@@ -232,6 +241,16 @@ def evaluate(settings: Evaluate) -> Report:
     if settings.plots:
         data |= _plot(evaluation, dataset, folder)
     return Report(data, _judgement(evaluation, dataset))
+
+
+def _run_folder(command: str, settings: TrainTeacher | TrainStudent, built: BuiltModel) -> RunFolder:
+    tokenizer = built.preprocessor.tokenizer
+    return RunFolder(
+        Path(settings.out),
+        {"command": command, **to_json(settings)},
+        resume=settings.resume,
+        tokenizer=None if tokenizer is None else tokenizer.document,
+    )
 
 
 def _conclude(
@@ -256,7 +275,7 @@ def _conclude(
     text = f"{role} {built.spec}: {data['parameters']:,} parameters, checkpoint {run.best}"
     if test is not None:
         load_weights(built.module, run.best)
-        evaluation = evaluate_model(built.module, test, preprocess=built.preprocess, config=config)
+        evaluation = evaluate_model(built.module, test, preprocess=built.preprocessor, config=config)
         data |= {"test_accuracy": evaluation.accuracy, "first": _first(evaluation)}
         text = f"{text}\n{_judgement(evaluation, test)}"
         if plots:

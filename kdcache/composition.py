@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from kdcache import keys
 from kdcache.cache.manifest import NONE, FeatureRecord, Manifest
 from kdcache.datasets import Batch
-from kdcache.devices import evaluation_mode
+from kdcache.devices import evaluation_mode, floating_dtype
 from kdcache.errors import CacheMismatch, ModelError, UsageError
 from kdcache.objectives import ObjectiveSpec, label_loss
 from kdcache.taps import PENULTIMATE, Taps, pool_features
@@ -93,7 +93,7 @@ class Composition(nn.Module):
             for at, feature in self._features.items():
                 shape = tuple(manifest.array(feature.array).row_shape)
                 self._add_projection(at, self._suited(found[self._layers[at]], shape), shape)
-        self._projections.to(inputs.device, inputs.dtype)
+        self._projections.to(inputs.device, floating_dtype(student))
 
     @property
     def arrays(self) -> list[str]:

@@ -94,10 +94,13 @@ AUGMENT_HELP = (
     "none, affine, crop-flip, crop-flip-randaugment, resized-crop-flip (:PIXELS behind it for another size) or "
     "py:package.module:function."
 )
-DATASET_HELP = "digits, mnist, fashion-mnist, cifar10, cifar100, folder:PATH or py:package.module:function."
+DATASET_HELP = (
+    "digits, mnist, fashion-mnist, cifar10, cifar100, imdb, folder:PATH, text-folder:PATH or "
+    "py:package.module:function."
+)
 MODEL_HELP = (
-    "cnn, mlp, resnet20, resnet56, resnet110, resnet8x4, resnet32x4, torchvision:NAME[@WEIGHTS], timm:NAME or "
-    "py:package.module:factory."
+    "cnn, mlp, resnet20, resnet56, resnet110, resnet8x4, resnet32x4, torchvision:NAME[@WEIGHTS], timm:NAME, "
+    "for text lstm, gru (sized as lstm:hidden=128,embedding=64) or hf:NAME, or py:package.module:factory."
 )
 
 
@@ -106,7 +109,7 @@ class DatasetSource(Settings):
     """Where the samples come from; what is not given is taken from the cache or the run, where there is one."""
 
     dataset: str | None = option(None, f"Where it is now, if not where it was: {DATASET_HELP}")
-    data_root: str | None = option(None, "Folder that holds torchvision's datasets. [default: data]")
+    data_root: str | None = option(None, "Folder that holds the named datasets. [default: data]")
     download: bool = option(False, "Download the dataset if it is not in the data root.")
 
 
@@ -117,6 +120,15 @@ class Input(Settings):
     mean: tuple[float, ...] | None = option(None, "Mean of each channel, as 0.5,0.5,0.5.")
     std: tuple[float, ...] | None = option(None, "Standard deviation of each channel, as 0.2,0.2,0.2.", above=0)
     size: int | None = option(None, "Resize and crop to a square of this many pixels.", minimum=1)
+    max_tokens: int | None = option(
+        None,
+        "Of text: longer ones are cut to so many tokens. [default: the teacher's, or 256; of hf: up to 512]",
+        minimum=1,
+    )
+    vocabulary_size: int | None = option(
+        None, "Of text: so many words of the training split. [default: the teacher's, or 20000]", minimum=2
+    )
+    tokenizer: str | None = option(None, "Of text: a tokenizer.json, instead of a vocabulary from the training split.")
 
     def __post_init__(self) -> None:
         super().__post_init__()

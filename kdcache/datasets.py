@@ -36,6 +36,7 @@ from kdcache.loading import (
 )
 from kdcache.plugins import PREFIX, call_with_accepted, describe, did_you_mean, require_extra, resolve
 from kdcache.records import canonical_json
+from kdcache.text_datasets import open_imdb, open_text_folder
 
 __all__ = [
     "ArrayDataset",
@@ -64,8 +65,8 @@ def open_dataset(spec: str, *, split: str, data_root: str = "data", download: bo
     """Open a dataset by its spec.
 
     Args:
-        spec: a name of `DATASETS`, `folder:PATH` (with `train/` and `test/` or `val/` in it, a folder a class), or
-            `py:package.module:function`, which returns a map-style dataset.
+        spec: a name of `DATASETS`, `imdb`, `folder:PATH` or `text-folder:PATH` (with `train/` and `test/` or `val/` in
+            it, a folder a class), or `py:package.module:function`, which returns a map-style dataset.
         split: `train` or `test`; for folders the name of any, for functions whatever they take.
         data_root: folder of torchvision's datasets.
         download: fetch what is not there.
@@ -75,17 +76,25 @@ def open_dataset(spec: str, *, split: str, data_root: str = "data", download: bo
         MissingExtra: `digits` without scikit-learn.
     """
     if spec.startswith("folder:"):
-        return _folder(spec, split)
+        return _image_folder(spec, split)
+    if spec.startswith("text-folder:"):
+        folder, classes = _split_folder(spec, split, "TEXT.txt")
+        return open_text_folder(spec, split, folder, tuple(classes))
     if spec.startswith(PREFIX):
         return _from_function(spec, split, data_root, download)
-    if spec not in DATASETS:
+    names = [*DATASETS, "imdb"]
+    if spec not in names:
         raise DatasetError(
             f"there is no dataset {spec!r}",
-            f"{', '.join(DATASETS)}, folder:PATH or py:package.module:function",
-            did_you_mean(spec, list(DATASETS)),
+            f"{', '.join(names)}, folder:PATH, text-folder:PATH or py:package.module:function",
+            did_you_mean(spec, names),
         )
     if split not in ("train", "test"):
         raise DatasetError(f"{spec} has no split {split!r}", "train or test", "choose one of them")
+    if spec == "imdb":
+        texts = open_imdb(split, data_root, download)
+        texts.data_root = data_root
+        return texts
     source = DATASETS[spec]
     inputs, labels, classes = source.load(spec, split, data_root, download)
     dataset = ArrayDataset(inputs, np.asarray(labels, dtype=np.int64), name=spec, split=split, classes=tuple(classes))
@@ -177,16 +186,17 @@ DATASETS: dict[str, Source] = {
 }
 
 
-def _folder(spec: str, split: str) -> IndexedDataset:
-    root = Path(spec.removeprefix("folder:"))
+def _split_folder(spec: str, split: str, file: str) -> tuple[Path, list[str]]:
+    """The folder of a split, and its class folders, which every split has."""
+    root = Path(spec.partition(":")[2])
     names = sorted(path.name for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
     chosen = "val" if split == "test" and "test" not in names else split
     if chosen not in names:
         what = f"holds {', '.join(names[:8]) or 'no folders'}" if root.is_dir() else "is no folder"
         raise DatasetError(
             f"{spec} has no split {split!r}: {root.absolute()} {what}",
-            f"{root}/{'test or val' if split == 'test' else split}/CLASS/IMAGE",
-            "arrange the images so, or correct the path",
+            f"{root}/{'test or val' if split == 'test' else split}/CLASS/{file}",
+            "arrange the files so, or correct the path",
         )
     classes = _class_folders(root / chosen)
     for other in sorted({"train", "test", "val"} & set(names)):
@@ -197,8 +207,13 @@ def _folder(spec: str, split: str) -> IndexedDataset:
                 "the same class folders in every split: a label is a position among them",
                 "rename or add the folders that differ",
             )
+    return root / chosen, classes
+
+
+def _image_folder(spec: str, split: str) -> IndexedDataset:
+    folder, _ = _split_folder(spec, split, "IMAGE")
     try:
-        images = torchvision.datasets.ImageFolder(root / chosen, loader=_read_image)
+        images = torchvision.datasets.ImageFolder(folder, loader=_read_image)
     except OSError as problem:
         raise DatasetError(
             f"{spec} cannot be read: {problem}", "images in every class folder", "add images, or remove empty folders"

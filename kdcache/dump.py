@@ -41,7 +41,7 @@ from kdcache.datasets import (
 from kdcache.devices import evaluation_mode, floating_dtype, memory_errors, resolve_device, to_host
 from kdcache.errors import ModelError, TeacherOutputError, UsageError
 from kdcache.evaluate import answer
-from kdcache.preprocess import Preprocessor
+from kdcache.preprocess import Preprocessor, as_preprocessor
 from kdcache.progress import Progress, log
 from kdcache.provenance import build_manifest
 from kdcache.sampling import ShardBatches
@@ -95,7 +95,7 @@ def plan_dump(
     out: str | os.PathLike[str],
     split: str | None = None,
     teacher_name: str = "",
-    preprocess: Preprocess | None = None,
+    preprocess: Preprocess | Preprocessor | None = None,
     config: DumpConfig | None = None,
     augment: Transform | None = None,
     add_views: int = 0,
@@ -111,7 +111,7 @@ def dump_teacher(
     out: str | os.PathLike[str],
     split: str | None = None,
     teacher_name: str = "",
-    preprocess: Preprocess | None = None,
+    preprocess: Preprocess | Preprocessor | None = None,
     config: DumpConfig | None = None,
     augment: Transform | None = None,
     add_views: int = 0,
@@ -152,7 +152,7 @@ class _Dump:
         out: Path,
         split: str | None,
         teacher_name: str,
-        preprocess: Preprocess | None,
+        preprocess: Preprocess | Preprocessor | None,
         config: DumpConfig | None,
         augment: Transform | None,
         add_views: int,
@@ -164,8 +164,7 @@ class _Dump:
         self.dataset = as_indexed(dataset, name=type(dataset).__name__, split=split)
         self.device = resolve_device(config.device)
         self.teacher = teacher.to(self.device)
-        preprocess = preprocess or Preprocess()
-        self.preprocessor = Preprocessor(preprocess)
+        self.preprocessor = as_preprocessor(preprocess or Preprocess())
         check_deterministic(self.dataset)
         if augment is not None and config.augment != NONE:
             raise UsageError(f"augment is given twice, as an object and as {config.augment!r}", "one of the two")
@@ -182,7 +181,8 @@ class _Dump:
         with Taps(teacher, self.layers) as taps:
             shapes = self._probe(taps)
         name = teacher_name or type(teacher).__name__
-        self.manifest = build_manifest(teacher, self.views, split, name, preprocess, self.device, config, shapes)
+        record = self.preprocessor.record
+        self.manifest = build_manifest(teacher, self.views, split, name, record, self.device, config, shapes)
         existing = check_target(out, self.manifest, repair=repair, add_views=add_views)
         target = existing or self.manifest
         finished = predicted_bytes(replace(target, views=target.readable_views)) if target.extending else 0

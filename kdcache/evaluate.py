@@ -17,7 +17,7 @@ from kdcache.datasets import IndexedDataset, batch_loader, consecutive_batches
 from kdcache.devices import autocast, evaluation_mode, floating_dtype, memory_errors, resolve_device
 from kdcache.errors import KdcacheError, ModelError
 from kdcache.plugins import require_extra
-from kdcache.preprocess import Preprocessor
+from kdcache.preprocess import Preprocessor, as_preprocessor
 from kdcache.progress import Progress
 
 FIRST_SAMPLES = 5
@@ -42,7 +42,7 @@ def evaluate_model(
     module: nn.Module,
     dataset: IndexedDataset,
     *,
-    preprocess: Preprocess,
+    preprocess: Preprocess | Preprocessor,
     config: Execution,
     indices: NDArray[np.int64] | None = None,
 ) -> Evaluation:
@@ -55,7 +55,7 @@ def evaluate_model(
         indices = np.arange(len(dataset))
     device = resolve_device(config.device)
     module = module.to(device)
-    preprocessor = Preprocessor(preprocess)
+    preprocessor = as_preprocessor(preprocess)
     classes = len(dataset.classes)
     batches = consecutive_batches(indices, config.batch_size)
     loader = batch_loader(dataset, batches, preprocessor=preprocessor, workers=config.workers, device=device)

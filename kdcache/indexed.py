@@ -34,7 +34,15 @@ class IndexedDataset(ABC):
         data_root: the folder it was read from; None where it has none.
         default_mean: per channel, for a network that brings no preprocessing; empty where none is known.
         default_std: as long as `default_mean`.
+        in_memory: whether reading a sample again costs next to nothing.
+        is_text: whether a shared input is a text, as UTF-8: (bytes,) uint8.
+        vocabulary_size: where a shared input is a sequence of token ids, (tokens,): these are below it. None where it
+            is not known, or there are no tokens.
     """
+
+    in_memory = False
+    is_text = False
+    vocabulary_size: int | None = None
 
     def __init__(self, *, name: str, split: str, classes: tuple[str, ...]) -> None:
         self.name = name
@@ -84,6 +92,8 @@ class ArrayDataset(IndexedDataset):
         DatasetError: lengths differ, there are no samples, or a label has no class.
     """
 
+    in_memory = True
+
     def __init__(
         self, inputs: Tensor, labels: NDArray[np.int64], *, name: str, split: str, classes: tuple[str, ...]
     ) -> None:
@@ -113,7 +123,10 @@ class ArrayDataset(IndexedDataset):
 
 
 class MapDataset(IndexedDataset):
-    """Any object with `__getitem__` and `__len__` whose items are (input, label). Made by `as_indexed`."""
+    """Any object with `__getitem__` and `__len__` whose items are (input, label), or (index, token ids, label).
+
+    Made by `as_indexed`.
+    """
 
     def __init__(
         self,
@@ -130,10 +143,13 @@ class MapDataset(IndexedDataset):
         if labels is not None:
             _check_labels(labels, self)
         # A hint for sizing networks: samples that differ later are still refused when they are stacked.
-        probes = [self._item(index)[0] for index in keys.keyed_sample(len(self), 16, 0, "input shape").tolist()]
+        probed = keys.keyed_sample(len(self), 16, 0, "input shape").tolist()
+        self.is_text = isinstance(self._read(probed[0])[0], str)
+        probes = [self._item(index)[0] for index in probed]
         self.input_dtype = dtype_name(probes[0])
         shapes = {tuple(probe.shape) for probe in probes}
-        self.input_shape = shapes.pop() if len(shapes) == 1 else None
+        self.input_shape = shapes.pop() if len(shapes) == 1 and not self.is_text else None
+        self.vocabulary_size = getattr(dataset, "vocabulary_size", None)
 
     def __len__(self) -> int:
         return len(self._dataset)
@@ -145,7 +161,8 @@ class MapDataset(IndexedDataset):
         inputs, labels = zip(*(self._item(int(index)) for index in indices), strict=True)
         return list(inputs), torch.tensor(labels, dtype=torch.int64)
 
-    def _item(self, index: int) -> tuple[Tensor, int]:
+    def _read(self, index: int) -> tuple[Any, Any]:
+        """The input and the label of an item as they are."""
         where = f"sample {index} of {self.name}"
         try:
             item = self._dataset[index]
@@ -157,21 +174,36 @@ class MapDataset(IndexedDataset):
                 f"an item for every index from 0 to {len(self) - 1}",
                 "repair the sample, or leave it out of the dataset",
             ) from problem
-        if not isinstance(item, tuple | list) or len(item) != 2:
+        if not isinstance(item, tuple | list) or len(item) not in (2, 3):
             size = f" of {len(item)}" if isinstance(item, tuple | list) else ""
             raise DatasetError(
                 f"{where} is a {type(item).__name__}{size}",
-                "a pair (input, label)",
+                "a pair (input, label), or (index, token ids, label)",
                 "wrap the dataset in one whose __getitem__ returns such a pair",
             )
-        image = as_input(item[0], where)
+        if len(item) == 3 and item[0] != index:
+            raise DatasetError(
+                f"{where} says that its index is {item[0]!r}",
+                f"{index}, the index that it was asked for: soft targets are joined by it",
+                "let __getitem__ return (index, token ids, label), or a pair (input, label)",
+            )
+        return item[-2], item[-1]
+
+    def _item(self, index: int) -> tuple[Tensor, int]:
+        where = f"sample {index} of {self.name}"
+        value, given_label = self._read(index)
+        if isinstance(value, str) != self.is_text:
+            raise DatasetError(
+                f"{where} is a {type(value).__name__}", f"{'text' if self.is_text else 'no text'}, as the others are"
+            )
+        image = _sequence(value, where) if isinstance(value, str | list) else as_input(value, where)
         if self.input_dtype and dtype_name(image) != self.input_dtype:
             raise DatasetError(f"{where} has dtype {dtype_name(image)}", f"{self.input_dtype}, as the others have")
         try:
-            label = operator.index(item[1])
+            label = operator.index(given_label)
         except (TypeError, RuntimeError) as problem:
             raise DatasetError(
-                f"the label of {where} is {item[1]!r}", "an integer", "return class indices, not names or vectors"
+                f"the label of {where} is {given_label!r}", "an integer", "return class indices, not names or vectors"
             ) from problem
         if self._labels is None:
             _check_labels(np.array([label]), self, first=index)
@@ -188,8 +220,9 @@ def as_indexed(dataset: Any, *, name: str, split: str, classes: Sequence[str] | 
     """Any map-style dataset as an indexed one; an indexed one is returned as it is.
 
     Args:
-        dataset: items are (input, label); an input is a PIL image, which becomes uint8 (C, H, W), or a tensor or array,
-            taken as it is; a label is an integer.
+        dataset: items are (input, label); an input is a PIL image, which becomes uint8 (C, H, W), a text, which becomes
+            its UTF-8, a list of integers, such as token ids, which becomes int64, or a tensor or array, taken as it is;
+            a label is an integer. Items may also be (index, token ids, label).
         name: how manifests call it.
         classes: names of the classes; taken from `.classes`, or counted in `.targets` or `.labels`, where not given.
 
@@ -260,6 +293,18 @@ def dtype_name(tensor: Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
 
+def _sequence(value: str | list[Any], where: str) -> Tensor:
+    """A text as its UTF-8, a list of token ids as int64."""
+    if isinstance(value, str):
+        try:
+            return torch.from_numpy(np.frombuffer(value.encode(), np.uint8).copy())
+        except UnicodeEncodeError as problem:  # a lone surrogate
+            raise DatasetError(f"{where} is a text that UTF-8 cannot hold: {problem}", "whole characters") from problem
+    if not all(type(item) is int for item in value):
+        raise DatasetError(f"{where} is a list of other things than integers", "token ids, or a tensor or numpy array")
+    return torch.tensor(value, dtype=torch.int64)
+
+
 def as_input(value: Any, where: str) -> Tensor:
     if isinstance(value, Tensor):
         return value.detach().as_subclass(Tensor).contiguous()  # torchvision wraps images in a subclass
@@ -271,7 +316,9 @@ def as_input(value: Any, where: str) -> Tensor:
     from PIL import Image
 
     if not isinstance(value, Image.Image):
-        raise DatasetError(f"{where} is a {type(value).__name__}", "a PIL image, a tensor or a numpy array")
+        raise DatasetError(
+            f"{where} is a {type(value).__name__}", "a PIL image, a tensor or a numpy array (in a dataset also text)"
+        )
     if value.mode.startswith(("I", "F")):
         raise DatasetError(
             f"{where} is a PIL image of mode {value.mode}", "8 bits a channel", "return such images as arrays"

@@ -11,7 +11,7 @@ from typing import Any
 
 from kdcache.cache.chunks import REPAIR
 from kdcache.cache.ledger import Ledger
-from kdcache.cache.manifest import Manifest, read_manifest
+from kdcache.cache.manifest import Manifest, Preprocess, read_manifest
 from kdcache.cache.reader import cache_splits
 from kdcache.cache.verify import SplitReport, verify_split
 from kdcache.errors import CacheDamaged, CacheIncomplete, CacheNotFound
@@ -100,9 +100,9 @@ def _describe(split_path: Path, manifest: Manifest, committed: int, shards: int,
         state += f"; {added} more views are being added, {committed} of {shards} shards committed"
     shape = "of varying size" if dataset.input_shape is None else "×".join(map(str, dataset.input_shape))
     classes = ", ".join(dataset.classes[:10]) + (", …" if len(dataset.classes) > 10 else "")
-    preprocess = ", ".join(
-        f"{key} {value}" for key, value in to_json(teacher.preprocess).items() if value not in (None, [])
-    )
+    plain = to_json(Preprocess())
+    steps = [f"{key} {value}" for key, value in to_json(teacher.preprocess).items() if value != plain[key]]
+    preprocess = ", ".join(steps) or "none but scaling to [0, 1]"
     lines = {
         "state": state,
         "dataset": f"{dataset.name}, split {dataset.split}, {dataset.length:,} samples, {dataset.input_dtype} {shape}",

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from kdcache.errors import DatasetError, KdcacheError
 from kdcache.indexed import IndexedDataset, batch_crc32c
 from kdcache.preprocess import Preprocessor
+from kdcache.sequences import Sequences
 from kdcache.views import Views, as_views
 
 
@@ -35,7 +36,7 @@ class Batch(NamedTuple):
     """Samples as a loader yields them. A named tuple, because the loader pins the memory of those by itself.
 
     Attributes:
-        inputs: (B, ...), after `Preprocessor.per_sample`.
+        inputs: (B, ...), after `Preprocessor.per_sample`; where a network takes token ids, these: (B, longest).
         labels: (B,) int64, of the samples.
         indices: (B,) int64, of the samples.
         input_crc32c: (B,) int64 holding uint32, of the shared inputs before any preprocessing; None unless asked for.
@@ -108,8 +109,8 @@ def batch_loader(
         ModelError: while iterating, the preprocessing does not suit the samples.
     """
     return BatchLoader(
-        # A fresh preprocessor: spawned workers cannot receive constants that sit on a device.
-        _Fetch(as_views(dataset), Preprocessor(preprocessor.record)),
+        # A fresh preprocessor: workers have no use for constants that sit on a device.
+        _Fetch(as_views(dataset), Preprocessor(preprocessor.record, preprocessor.tokenizer)),
         batch_sampler=batches,  # type: ignore[arg-type]  # torch asks for lists, and only passes them on
         num_workers=workers,
         collate_fn=_as_it_is,
@@ -149,6 +150,7 @@ class _Fetch(Dataset[Batch]):
     def __init__(self, views: Views, preprocessor: Preprocessor) -> None:
         self.views = views
         self.preprocessor = preprocessor
+        self.sequences = Sequences(preprocessor, len(views), views.dataset.name) if preprocessor.makes_tokens else None
 
     def __getitems__(self, request: BatchRequest) -> Batch | KdcacheError:
         try:
@@ -164,7 +166,10 @@ class _Fetch(Dataset[Batch]):
         indices = request.indices.astype(np.int64)
         inputs, labels, partner_labels, shares = self.views.fetch(request.view, indices)
         checksums = torch.tensor(batch_crc32c(inputs), dtype=torch.int64) if request.checksums else None
-        if isinstance(inputs, Tensor):
+        if self.sequences is not None:
+            plain = self.views.recipe.is_plain(request.view)
+            inputs = self.sequences.batch(indices, inputs, plain=plain)
+        elif isinstance(inputs, Tensor):
             inputs = self.preprocessor.per_sample(inputs)
         else:
             name = self.views.dataset.name

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import hashlib
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
-import torchvision  # type: ignore[import-untyped]
 from torch import Tensor, nn
 
 from kdcache import keys
 from kdcache.cache.manifest import Preprocess
 from kdcache.errors import KdcacheError, ModelError
+from kdcache.huggingface import load_classifier
 from kdcache.networks import NETWORKS
-from kdcache.plugins import PREFIX, call_with_accepted, describe, did_you_mean, require_extra, resolve
-from kdcache.preprocess import INTERPOLATIONS, Preprocessor
+from kdcache.plugins import PREFIX, call_with_accepted, describe, did_you_mean, resolve
+from kdcache.preprocess import Preprocessor
+from kdcache.pretrained import timm_model, torchvision_model
 from kdcache.records import canonical_json
+from kdcache.text_networks import TEXT_NETWORKS, build_text_network
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,15 +28,20 @@ class BuiltModel:
 
     Attributes:
         module: on the CPU, float32, in training mode as it was built.
-        preprocess: from a shared input to what the module takes.
+        preprocessor: from a shared input to what the module takes.
         has_weights: whether the spec brought weights, so that the module may teach as it is. A `py:` factory answers
             for its own; what it returns is taken as trained.
     """
 
     module: nn.Module
-    preprocess: Preprocess
+    preprocessor: Preprocessor
     spec: str
     has_weights: bool
+
+    @property
+    def preprocess(self) -> Preprocess:
+        """The record of the preprocessing."""
+        return self.preprocessor.record
 
 
 def build_model(
@@ -77,16 +82,17 @@ def build_model(
     module: nn.Module | None = None
     with _initial_weights(seed):
         if kind == "torchvision":
-            module, own = _torchvision(spec, name, num_classes, replace_head)
+            module, own = torchvision_model(spec, name, num_classes, replace_head)
         elif kind == "timm":
-            module, own = _timm(spec, name, num_classes, replace_head, size)
+            module, own = timm_model(spec, name, num_classes, replace_head, size)
         elif spec.startswith(PREFIX):
-            module = _from_factory(spec, num_classes)
+            module = _from_factory(spec, num_classes=num_classes)
         elif spec not in NETWORKS:
+            names = [*NETWORKS, *TEXT_NETWORKS]
             raise ModelError(
                 f"there is no model {spec!r}",
-                f"{', '.join(NETWORKS)}, torchvision:NAME, timm:NAME or py:package.module:factory",
-                did_you_mean(spec, list(NETWORKS)),
+                f"{', '.join(names)}, torchvision:NAME, timm:NAME, hf:NAME or py:package.module:factory",
+                did_you_mean(kind, names),
             )
         preprocess = own or preprocess
         try:
@@ -102,7 +108,62 @@ def build_model(
         if module is None:
             module = NETWORKS[spec](shape, num_classes)
     trained = own is not None or spec.startswith(PREFIX)
-    return BuiltModel(module=module, preprocess=preprocess, spec=spec, has_weights=trained)
+    return BuiltModel(module=module, preprocessor=Preprocessor(preprocess), spec=spec, has_weights=trained)
+
+
+def reads_sequences(spec: str) -> bool:
+    """Whether a spec names a network that takes token ids and nothing else."""
+    return spec.partition(":")[0] in (*TEXT_NETWORKS, "hf")
+
+
+def has_own_tokenizer(spec: str) -> bool:
+    """Whether a spec names a network that brings its tokenizer."""
+    return spec.startswith("hf:")
+
+
+def build_text_model(
+    spec: str,
+    *,
+    classes: tuple[str, ...],
+    seed: int,
+    preprocessor: Preprocessor | None,
+    max_tokens: int | None = None,
+    replace_head: bool = False,
+) -> BuiltModel:
+    """Build a model that takes token ids, as `build_model` does the others.
+
+    Args:
+        spec: a name of `TEXT_NETWORKS`, with or without options, `hf:NAME` or `py:package.module:factory`, which is
+            called with those of `num_classes`, `vocabulary_size` and `pad_id` that it takes.
+        preprocessor: of a model that brings none.
+        max_tokens: of `hf:`, instead of what it takes.
+
+    Raises:
+        ModelError, MissingExtra: as for `build_model`, and where the model takes no token ids.
+    """
+    with _initial_weights(seed):
+        if has_own_tokenizer(spec):
+            name = spec.partition(":")[2]
+            module, own = load_classifier(spec, name, classes, replace_head=replace_head, max_tokens=max_tokens)
+            return BuiltModel(module=module, preprocessor=own, spec=spec, has_weights=True)
+        assert preprocessor is not None, "of a model that brings none"
+        record = preprocessor.record
+        sizes = {
+            "num_classes": len(classes),
+            "vocabulary_size": record.vocabulary_size or 0,
+            "pad_id": record.pad_id,
+        }
+        if spec.startswith(PREFIX):
+            module = _from_factory(spec, **sizes)
+        elif reads_sequences(spec):
+            module = build_text_network(spec, **sizes)
+        else:
+            raise ModelError(
+                f"{spec} takes no texts and no token ids",
+                f"{', '.join(TEXT_NETWORKS)}, hf:NAME or py:package.module:factory",
+                "choose one of them for this dataset",
+            )
+    return BuiltModel(module=module, preprocessor=preprocessor, spec=spec, has_weights=spec.startswith(PREFIX))
 
 
 def count_parameters(module: nn.Module) -> int:
@@ -138,104 +199,10 @@ def _initial_weights(seed: int) -> Iterator[None]:
         yield
 
 
-def _torchvision(spec: str, name: str, num_classes: int, replace_head: bool) -> tuple[nn.Module, Preprocess | None]:
-    name, at, weights_name = name.partition("@")
-    # The classifiers only: list_models without a module also names detectors and segmenters.
-    names = torchvision.models.list_models(module=torchvision.models)
-    if name not in names:
-        raise ModelError(f"torchvision has no classifier {name!r}", "one it lists", did_you_mean(name, names))
-    if not at:
-        return torchvision.models.get_model(name, num_classes=num_classes), None
-    choices = torchvision.models.get_model_weights(name)
-    if weights_name not in choices.__members__:
-        raise ModelError(
-            f"torchvision's {name} has no weights {weights_name!r}",
-            f"one of {', '.join(choices.__members__)}",
-            f"torchvision:{name}@DEFAULT takes its best ones",
-        )
-    weights = choices[weights_name]
-    progress = sys.stderr.isatty()
-    try:
-        if not replace_head or len(weights.meta["categories"]) == num_classes:
-            module = torchvision.models.get_model(name, weights=weights, progress=progress)
-        else:
-            module = torchvision.models.get_model(name, num_classes=num_classes)
-            _load_body(spec, module, weights.get_state_dict(progress=progress, check_hash=True))
-    except KdcacheError:
-        raise
-    except (OSError, RuntimeError, ValueError) as problem:
-        raise _no_weights(spec, problem) from problem
-    presets = weights.transforms()
-    return module, Preprocess(
-        resize=presets.resize_size[0],
-        crop=presets.crop_size[0],
-        interpolation=presets.interpolation.value,
-        antialias=bool(presets.antialias),
-        mean=tuple(presets.mean),
-        std=tuple(presets.std),
-    )
-
-
-def _load_body(spec: str, module: nn.Module, state: dict[str, Any]) -> None:
-    """Load everything but the weights whose shape the number of classes changed."""
-    own = module.state_dict()
-    fitting = {key: value for key, value in state.items() if key in own and own[key].shape == value.shape}
-    left_out = (own.keys() | state.keys()) - fitting.keys()
-    if not fitting or any(key not in own or key not in state for key in left_out):
-        raise ModelError(
-            f"the head of {spec} cannot be replaced: {', '.join(sorted(left_out)[:4])} are not both in the weights "
-            "and in the model",
-            "a model that differs from its weights in the head only",
-            "take another model",
-        )
-    module.load_state_dict(fitting, strict=False)
-
-
-def _timm(
-    spec: str, name: str, num_classes: int, replace_head: bool, size: int | None
-) -> tuple[nn.Module, Preprocess | None]:
-    timm = require_extra("timm", "timm", spec)
-    architecture, _, tag = name.partition(".")
-    names = timm.list_models()
-    if architecture not in names:
-        raise ModelError(f"timm has no model {architecture!r}", "one it lists", did_you_mean(architecture, names))
-    if not tag:
-        return timm.create_model(architecture, pretrained=False, num_classes=num_classes), None
-    tags = timm.list_pretrained(f"{architecture}.*")
-    if name not in tags:
-        raise ModelError(f"timm has no weights {name!r}", f"{architecture} with a tag", did_you_mean(name, tags))
-    head = {"num_classes": num_classes} if replace_head else {}
-    try:
-        module = timm.create_model(name, pretrained=True, **head)
-    except Exception as problem:  # the hub's client raises errors of several libraries
-        raise _no_weights(spec, problem) from problem
-    return module, _timm_preprocess(spec, timm.data.resolve_model_data_config(module), size)
-
-
-def _timm_preprocess(spec: str, config: dict[str, Any], size: int | None) -> Preprocess:
-    """timm's data config as a record. Geometry that a record cannot say is refused, unless `size` replaces it."""
-    _, height, width = config["input_size"]
-    interpolation = config["interpolation"]
-    if size is None and (height != width or config["crop_mode"] != "center" or interpolation not in INTERPOLATIONS):
-        raise ModelError(
-            f"{spec} was trained with input size {height}×{width}, crop mode {config['crop_mode']!r} and "
-            f"interpolation {interpolation!r}",
-            f"a square, crop mode 'center' and one of {', '.join(INTERPOLATIONS)}",
-            f"give --size {max(height, width)} to accept resizing the shorter side and cropping the centre",
-        )
-    return Preprocess(
-        resize=int(height / config["crop_pct"]),
-        crop=height,
-        interpolation=interpolation if interpolation in INTERPOLATIONS else "bilinear",
-        mean=tuple(config["mean"]),
-        std=tuple(config["std"]),
-    )
-
-
-def _from_factory(spec: str, num_classes: int) -> nn.Module:
+def _from_factory(spec: str, **sizes: int) -> nn.Module:
     factory = resolve(spec, error=ModelError)
     try:
-        module = call_with_accepted(factory, num_classes=num_classes)
+        module = call_with_accepted(factory, **sizes)
     except KdcacheError:
         raise
     except Exception as problem:
@@ -243,14 +210,6 @@ def _from_factory(spec: str, num_classes: int) -> nn.Module:
     if not isinstance(module, nn.Module):
         raise ModelError(f"{spec} returned a {type(module).__name__}", "a torch.nn.Module", "return the model itself")
     return module
-
-
-def _no_weights(spec: str, problem: Exception) -> ModelError:
-    return ModelError(
-        f"the weights of {spec} could not be fetched: {type(problem).__name__}: {problem}",
-        "a connection, or weights fetched before",
-        "check the connection, or leave the weights out of the name and give a file with --checkpoint",
-    )
 
 
 def _three_channels(preprocess: Preprocess, input_shape: tuple[int, ...] | None) -> Preprocess:

@@ -1,14 +1,19 @@
-"""From a shared input to what one network takes: geometry on each sample, numbers on the whole batch."""
+"""From a shared input to what one network takes: geometry or tokens on each sample, numbers on the whole batch."""
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torchvision.transforms import InterpolationMode  # type: ignore[import-untyped]
 from torchvision.transforms.v2 import functional  # type: ignore[import-untyped]
 
 from kdcache.cache.manifest import Preprocess
-from kdcache.errors import ModelError
+from kdcache.errors import DatasetError, ModelError
+from kdcache.tokenizing import Tokenizer
 
 INTERPOLATIONS = {
     "nearest": InterpolationMode.NEAREST,
@@ -18,25 +23,73 @@ INTERPOLATIONS = {
 
 
 class Preprocessor:
-    """Applies one `Preprocess` record.
+    """Applies one `Preprocess` record. Goes to workers without what lies on a device.
+
+    Args:
+        tokenizer: that the record names, for text.
 
     Attributes:
         record: what is applied.
         channels: that the network takes, where the record tells (the length of its mean); None otherwise.
-        has_geometry: whether `per_sample` changes anything.
+        has_geometry: whether images are resized or cropped.
 
     Raises:
-        ModelError: the record names an interpolation that does not exist.
+        ModelError: the record names an interpolation that does not exist, or another tokenizer than the given one.
     """
 
-    def __init__(self, record: Preprocess) -> None:
+    def __init__(self, record: Preprocess, tokenizer: Tokenizer | None = None) -> None:
+        given = "" if tokenizer is None else tokenizer.sha256
+        if given != record.tokenizer_sha256:
+            raise ModelError(
+                f"the preprocessing names the tokenizer {record.tokenizer_sha256[:16] or 'none'}; given is "
+                f"{given[:16] or 'none'}",
+                "the tokenizer that the network was trained with",
+                "take it from the network's checkpoint or run folder (tokenizer.json), and pass "
+                "Preprocessor(record, tokenizer)",
+            )
         if record.interpolation not in INTERPOLATIONS:
             raise ModelError(f"interpolation is {record.interpolation!r}", f"one of {', '.join(INTERPOLATIONS)}")
-        self.record = record
+        self.record, self.tokenizer = record, tokenizer
         self.channels = len(record.mean) or None
         self.has_geometry = record.resize is not None or record.crop is not None
         # One copy to the device in a run, not one a step: a copy from pageable memory waits for the device.
         self._constants: dict[tuple[torch.device, torch.dtype, bool, int], tuple[Tensor, Tensor]] = {}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Preprocessor, (self.record, self.tokenizer)
+
+    @property
+    def makes_tokens(self) -> bool:
+        """Whether the network takes sequences of token ids."""
+        return self.record.max_tokens is not None
+
+    def token_ids(self, value: Tensor, where: str) -> NDArray[np.int32]:
+        """The token ids of one sample, cut to `max_tokens` and not filled up: (tokens,) int32.
+
+        Args:
+            value: a text as UTF-8, (bytes,) uint8, where the record names a tokenizer; else token ids, (tokens,).
+            where: names the sample in a message.
+
+        Raises:
+            DatasetError: it is no sequence of integers, or an id lies outside of the vocabulary.
+        """
+        limit, size = self.record.max_tokens, self.record.vocabulary_size
+        assert limit is not None, "a record of sequences"
+        if self.tokenizer is not None:
+            return self.tokenizer.ids(_text(value, where), limit)
+        if value.ndim != 1 or value.dtype.is_floating_point or value.dtype == torch.bool:
+            raise DatasetError(
+                f"{where} is {value.dtype} of shape {tuple(value.shape)}",
+                "token ids: integers of shape (tokens,)",
+                "let the dataset return them, or take a network for such inputs",
+            )
+        if len(value) and not (int(value.min()) >= 0 and int(value.max()) < (size or 0)):
+            raise DatasetError(
+                f"{where} has token ids from {int(value.min())} to {int(value.max())}",
+                f"0 to {(size or 0) - 1}, for its vocabulary of {size}",
+                "set the dataset's attribute vocabulary_size to one more than its largest id",
+            )
+        return value[:limit].numpy().astype(np.int32)
 
     def per_sample(self, image: Tensor) -> Tensor:
         """Resize the shorter side, then crop the centre, padding with zeros what is smaller than the crop.
@@ -75,15 +128,18 @@ class Preprocessor:
         A dtype narrower than float32 is computed in float32 and rounded once.
 
         Args:
-            inputs_bchw: (B, C, ...), after `per_sample`; (B, ...) of any rank where the record has no mean.
+            inputs_bchw: (B, C, ...), after `per_sample`; (B, ...) of any rank where the record has no mean; (B, tokens)
+                where it is of sequences.
             dtype: floating, of the result.
 
         Returns:
-            (B, C or channels, ...) of `dtype`.
+            (B, C or channels, ...) of `dtype`; token ids as int64.
 
         Raises:
             ModelError: the inputs have neither one channel nor as many as the mean.
         """
+        if self.makes_tokens:
+            return inputs_bchw.long()
         scaled = inputs_bchw.dtype == torch.uint8
         work = dtype if dtype in (torch.float32, torch.float64) else torch.float32
         if self.channels is None:
@@ -130,3 +186,21 @@ class Preprocessor:
                 shift.reshape(shape).to(device, dtype),
             )
         return self._constants[key]
+
+
+def _text(value: Tensor, where: str) -> str:
+    try:
+        if value.dtype != torch.uint8 or value.ndim != 1:
+            raise ValueError(f"{value.dtype} of shape {tuple(value.shape)}")
+        return bytes(value.numpy()).decode()
+    except ValueError as problem:  # also what is not UTF-8
+        raise DatasetError(f"{where} is no text: {problem}", "a text as UTF-8") from problem
+
+
+def as_preprocessor(preprocess: Preprocess | Preprocessor) -> Preprocessor:
+    """What applies a record; one that is given is taken as it is.
+
+    Raises:
+        ModelError: a record that names a tokenizer, without it.
+    """
+    return preprocess if isinstance(preprocess, Preprocessor) else Preprocessor(preprocess)

@@ -73,11 +73,16 @@ def build_manifest(
         amp=config.amp,
         device=str(device),
         batch_size=config.batch_size,
-        versions=package_versions(),
+        versions=package_versions(reads_text=bool(preprocess.tokenizer_sha256)),
     )
 
 
-def package_versions() -> dict[str, str]:
-    """Versions of all that could change an input or an answer, and the CPU instructions that torch uses."""
-    packages = {name: importlib.metadata.version(name) for name in _VERSIONED}
+def package_versions(*, reads_text: bool = False) -> dict[str, str]:
+    """Versions of all that could change an input or an answer, and the CPU instructions that torch uses.
+
+    Args:
+        reads_text: whether the network has a tokenizer.
+    """
+    names = (*_VERSIONED, "tokenizers") if reads_text else _VERSIONED
+    packages = {name: importlib.metadata.version(name) for name in names}
     return packages | {"python": platform.python_version(), "cpu": torch.backends.cpu.get_cpu_capability()}

@@ -16,6 +16,7 @@ from kdcache.evaluate import answer
 from kdcache.keys import keyed_sample
 from kdcache.models import weights_sha256
 from kdcache.preprocess import Preprocessor
+from kdcache.tokenizing import Tokenizer
 from kdcache.views import Views
 
 
@@ -37,7 +38,15 @@ class Recomputed:
     same_weights: bool
 
 
-def recompute_rows(teacher: nn.Module, views: Views, cache: Cache, *, rows: int, execution: Execution) -> Recomputed:
+def recompute_rows(
+    teacher: nn.Module,
+    views: Views,
+    cache: Cache,
+    *,
+    rows: int,
+    execution: Execution,
+    tokenizer: Tokenizer | None = None,
+) -> Recomputed:
     """Let the teacher answer for a keyed sample of a cache's rows, as it did for the dump.
 
     Args:
@@ -45,12 +54,13 @@ def recompute_rows(teacher: nn.Module, views: Views, cache: Cache, *, rows: int,
         views: of the dataset, checked to be those of the cache.
         rows: how many, of all views together; all of them where there are fewer.
         execution: device, batch size, workers, and the seed that draws the sample.
+        tokenizer: of the teacher, if it reads text.
     """
     manifest = cache.manifest
     drawn = keyed_sample(len(cache) * cache.views, rows, execution.seed, "recompute")
     device = resolve_device(execution.device)
     module = teacher.to(device)
-    preprocessor = Preprocessor(manifest.teacher.preprocess)
+    preprocessor = Preprocessor(manifest.teacher.preprocess, tokenizer)
     requests = [
         request._replace(view=view)
         for view in range(cache.views)

@@ -1,4 +1,7 @@
-"""A run's folder: `config.json`, `metrics.jsonl`, `last.pt`, `best.pt`, and what can be asked of them later."""
+"""A run's folder: `config.json`, `metrics.jsonl`, `last.pt`, `best.pt`, and what can be asked of them later.
+
+A network that reads text has its `tokenizer.json` there too.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from kdcache.cache.files import make_folder, storage_errors, write_durable
 from kdcache.errors import TargetExists, UsageError
 
 CONFIG, METRICS, LAST, BEST, RESULT = "config.json", "metrics.jsonl", "last.pt", "best.pt", "result.json"
+TOKENIZER = "tokenizer.json"
 
 # Settings that change how a run is carried out or where things lie, not what comes out of it.
 FREE_ON_RESUME = frozenset({"out", "device", "workers", "data_root", "download", "cache", "plots"})
@@ -18,13 +22,16 @@ FREE_ON_RESUME = frozenset({"out", "device", "workers", "data_root", "download",
 class RunFolder:
     """The folder of one training run. Nothing is written before `begin`, so that a refused run leaves nothing.
 
+    Args:
+        tokenizer: the JSON of the network's tokenizer, if it reads text.
+
     Raises:
         TargetExists: a new run meets the files of another one.
         UsageError: a run to resume is not there, or has other settings.
     """
 
-    def __init__(self, path: Path, settings: dict[str, Any], *, resume: bool) -> None:
-        self.path = path
+    def __init__(self, path: Path, settings: dict[str, Any], *, resume: bool, tokenizer: str | None = None) -> None:
+        self.path, self._tokenizer = path, tokenizer
         self._settings = {name: value for name, value in settings.items() if name != "resume"}
         if resume:
             self._check_same(self._settings)
@@ -50,6 +57,8 @@ class RunFolder:
         with storage_errors("create", self.path):
             make_folder(self.path)
         write_durable(self.path / CONFIG, (json.dumps(self._settings, indent=2) + "\n").encode())
+        if self._tokenizer is not None:
+            write_durable(self.path / TOKENIZER, self._tokenizer.encode())
         write_durable(self.path / METRICS, "".join(json.dumps(entry) + "\n" for entry in kept).encode())
 
     def add_metrics(self, entry: dict[str, Any]) -> None:

@@ -28,7 +28,7 @@ from kdcache.datasets import BatchRequest, as_indexed, batch_loader
 from kdcache.devices import floating_dtype, resolve_device
 from kdcache.errors import CacheIncomplete, UsageError
 from kdcache.objectives import distillation_objective, label_objective, parse_objectives
-from kdcache.preprocess import Preprocessor
+from kdcache.preprocess import Preprocessor, as_preprocessor
 from kdcache.progress import log
 from kdcache.records import canonical_json, to_json
 from kdcache.runs import RunFolder
@@ -45,7 +45,7 @@ def train_student(
     dataset: Any,
     cache: CachePath | Sequence[CachePath],
     *,
-    preprocess: Preprocess | None = None,
+    preprocess: Preprocess | Preprocessor | None = None,
     config: StudentConfig | None = None,
     augment: Transform | None = None,
     out: str | os.PathLike[str] | None = None,
@@ -99,12 +99,12 @@ def train_student(
     train_indices, validation_indices = split_validation(_samples(caches, used), config.val_fraction, config.seed)
     order: EpochOrder = ExactOrder(train_indices, config.seed)
     join: CachedTargets | None = None
-    preprocess = preprocess or manifest.teacher.preprocess
+    preprocessor = as_preprocessor(preprocess or manifest.teacher.preprocess)
     objective = distillation_objective(config) if config.distill else label_objective(config.label_smoothing)
     with contextlib.ExitStack() as stack:
         composed: Composition | None = None
         if config.distill and config.objective:
-            objective = composed = _compose(student, views, caches, preprocess, schedule(0), config)
+            objective = composed = _compose(student, views, caches, preprocessor, schedule(0), config)
             stack.callback(composed.close)
         if config.distill:
             order, join = _open_targets(caches, train_indices, schedule, config, composed)
@@ -112,7 +112,7 @@ def train_student(
             student,
             views,
             objective=objective,
-            preprocess=preprocess,
+            preprocess=preprocessor,
             config=config,
             order=order,
             validation_indices=validation_indices,
@@ -126,7 +126,12 @@ def train_student(
 
 
 def _compose(
-    student: nn.Module, views: Views, caches: Sequence[Cache], preprocess: Preprocess, view: int, config: StudentConfig
+    student: nn.Module,
+    views: Views,
+    caches: Sequence[Cache],
+    preprocessor: Preprocessor,
+    view: int,
+    config: StudentConfig,
 ) -> Composition:
     """What `config.objective` names, listening to the student.
 
@@ -135,7 +140,6 @@ def _compose(
     """
     device = resolve_device(config.device)
     student.to(device)
-    preprocessor = Preprocessor(preprocess)
     request = BatchRequest(np.arange(min(2, len(views))), view)
     (batch,) = batch_loader(views, [request], preprocessor=preprocessor, device=device)
     inputs = preprocessor.per_batch(batch.inputs.to(device), floating_dtype(student))

@@ -15,12 +15,7 @@ from kdcache.cache.feeds import Feed
 from kdcache.cache.order import Schedule, always
 from kdcache.cache.reader import Cache
 from kdcache.consistency import check_deterministic
-from kdcache.datasets import (
-    ArrayDataset,
-    Batch,
-    batch_crc32c,
-    fingerprint_labels,
-)
+from kdcache.datasets import Batch, batch_crc32c, fingerprint_labels
 from kdcache.devices import memory_errors
 from kdcache.errors import CacheMismatch, UsageError
 from kdcache.keys import key, keyed_sample
@@ -213,7 +208,7 @@ def _check_recipe(cache: Cache, views: Views, *, ignore: frozenset[str] = frozen
 
 def inputs_all_checked(views: Views) -> bool:
     """Whether `check_join` compares every input that there is, so that none need be compared while training."""
-    return isinstance(views.dataset, ArrayDataset) and views.recipe.is_plain(1)
+    return views.dataset.in_memory and views.recipe.is_plain(1)
 
 
 def _check_inputs(cache: Cache, views: Views, view: int) -> None:

@@ -24,7 +24,7 @@ from kdcache.errors import TrainingDiverged, UsageError
 from kdcache.evaluate import evaluate_model, output_logits
 from kdcache.objectives import Join, Objective, trained_parts
 from kdcache.optimization import build_optimizer, learning_rate_factor
-from kdcache.preprocess import Preprocessor
+from kdcache.preprocess import Preprocessor, as_preprocessor
 from kdcache.progress import Progress, log
 from kdcache.runs import RunFolder
 from kdcache.sampling import EpochBatches, split_validation
@@ -57,7 +57,7 @@ def train(
     dataset: IndexedDataset | Views,
     *,
     objective: Objective,
-    preprocess: Preprocess,
+    preprocess: Preprocess | Preprocessor,
     config: TrainConfig,
     order: EpochOrder | None = None,
     validation_indices: NDArray[np.int64] | None = None,
@@ -97,7 +97,9 @@ def train(
             "leave out --val-fraction; the last epoch is then the result",
         )
     batches = EpochBatches(order, config.batch_size, schedule=schedule, verify_inputs=verify_inputs)
-    loop = _Loop(module, views, objective, preprocess, config, batches, join, run, description or {}, on_step)
+    loop = _Loop(
+        module, views, objective, as_preprocessor(preprocess), config, batches, join, run, description or {}, on_step
+    )
     if validation_indices is not None:
         loop.validation_indices = validation_indices
     return loop.run()
@@ -109,7 +111,7 @@ class _Loop:
         module: nn.Module,
         views: Views,
         objective: Objective,
-        preprocess: Preprocess,
+        preprocessor: Preprocessor,
         config: TrainConfig,
         batches: EpochBatches,
         join: Join | None,
@@ -122,8 +124,7 @@ class _Loop:
         self.device = resolve_device(config.device)
         self.module = module.to(self.device)
         self.dtype = floating_dtype(module)
-        self.preprocess = preprocess
-        self.preprocessor = Preprocessor(preprocess)
+        self.preprocessor = preprocessor
         self.validation_indices = np.empty(0, np.int64)
         self.loader = batch_loader(
             views, batches, preprocessor=self.preprocessor, workers=config.workers, device=self.device
@@ -252,7 +253,7 @@ class _Loop:
         entry["val_accuracy"] = evaluate_model(
             self.result_module,
             self.views.dataset,
-            preprocess=self.preprocess,
+            preprocess=self.preprocessor,
             config=self.config,
             indices=self.validation_indices,
         ).accuracy

@@ -176,14 +176,14 @@ def test_functions_get_what_they_take(tmp_path, monkeypatch):
         "def load(split, *, data_root): return Pairs(split, data_root)\n"
         "class Pairs(list):\n"
         "    def __init__(self, *what):\n"
-        "        super().__init__([([0], 0)]); self.classes = what\n"
+        "        super().__init__([(None, 0)]); self.classes = what\n"
     )
     monkeypatch.chdir(tmp_path)
     path = list(sys.path)
     with pytest.raises(DatasetError, match=r"importing kd_my_data fails with .*kd_my_helper"):
         open_dataset("py:kd_my_data:load", split="train")
     (tmp_path / "kd_my_helper.py").write_text("")
-    with pytest.raises(DatasetError, match="sample 0 of py:kd_my_data:load is a list"):
+    with pytest.raises(DatasetError, match="sample 0 of py:kd_my_data:load is a NoneType"):
         open_dataset("py:kd_my_data:load", split="train", data_root="there")
     monkeypatch.setattr(sys.modules["kd_my_data"].Pairs, "__getitem__", lambda self, i: (torch.zeros(2), 1))
     dataset = open_dataset("py:kd_my_data:load", split="train", data_root="there")
@@ -274,13 +274,13 @@ IMAGE = torch.zeros(1, 2, 2)
         ([], "no samples"),
         (Items([(IMAGE, 0)]), "attribute `classes`"),
         (Items([{"x": 1}], classes="ab"), "is a dict"),
-        (Items([(IMAGE, 0, 0)], classes="ab"), "a tuple of 3"),
+        (Items([(IMAGE, 0, 0, 0)], classes="ab"), "a tuple of 4"),
         (Items([(IMAGE, 2)], classes="ab"), "0 to 1"),
         (Items([(IMAGE, -1)], classes="ab"), "0 to 1"),
         (Items([(IMAGE, 0)] * 2, classes="ab", targets=[0, 5]), "label of sample 1 of mine is 5"),
         (Items([(IMAGE, 0)], classes="ab", targets=[1]), "is 0, and its .targets or .labels says 1"),
         (Items([(IMAGE, 0.5)], classes="ab"), "is 0.5"),
-        (Items([("text", 0)], classes="ab"), "is a str"),
+        (Items([({}, 0)], classes="ab"), "is a dict"),
         (Items([(np.array(["x"]), 0)], classes="ab"), "array of <U1"),
         (Items([(Image.new("F", (2, 2)), 0)], classes="ab"), "mode F"),
         (Items([(IMAGE, 0), (IMAGE.byte(), 0)], classes="ab"), "dtype"),

@@ -46,6 +46,10 @@ class Preprocess:
         antialias: whether resampling smooths first.
         mean: per channel, subtracted after scaling uint8 to [0, 1]; empty subtracts nothing.
         std: per channel, divided by; as long as `mean`.
+        max_tokens: of a sequence of token ids: longer ones are cut, shorter ones filled; None for what is no sequence.
+        pad_id: the token that fills them.
+        vocabulary_size: token ids are below it; given with `max_tokens`.
+        tokenizer_sha256: of the tokenizer that makes token ids of text; empty where samples are token ids already.
     """
 
     resize: int | None = None
@@ -54,6 +58,10 @@ class Preprocess:
     antialias: bool = True
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
+    max_tokens: int | None = None
+    pad_id: int = 0
+    vocabulary_size: int | None = None
+    tokenizer_sha256: str = ""
 
     def __post_init__(self) -> None:
         if len(self.mean) != len(self.std):
@@ -65,6 +73,12 @@ class Preprocess:
         for name in ("resize", "crop"):
             if (size := getattr(self, name)) is not None and size < 1:
                 raise ValueError(f"{name} is {size}: it must be at least 1 pixel")
+        if (self.max_tokens is None) != (self.vocabulary_size is None):
+            raise ValueError(
+                f"max_tokens is {self.max_tokens}, vocabulary_size {self.vocabulary_size}: both or neither"
+            )
+        if self.max_tokens is not None and self.max_tokens < 1:
+            raise ValueError(f"max_tokens is {self.max_tokens}: a sequence needs at least one")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
