@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,15 @@ from kdcache.datasets import BatchRequest, IndexedDataset, batch_loader, open_da
 from kdcache.devices import evaluation_mode
 from kdcache.errors import CheckpointError, DatasetError, ModelError, UsageError
 from kdcache.evaluate import answer
-from kdcache.models import BuiltModel, build_model, build_text_model, has_own_tokenizer, reads_sequences
+from kdcache.models import (
+    BuiltModel,
+    build_model,
+    build_text_model,
+    check_reader,
+    has_own_tokenizer,
+    reads_sequences,
+)
+from kdcache.preprocess import Preprocessor
 from kdcache.progress import log
 from kdcache.reading import is_sequences, recorded_tokenizer, sequence_preprocessor
 from kdcache.records import from_json, to_json
@@ -30,7 +40,8 @@ def load_teacher(
     checkpoint = read_checkpoint(checkpoint_path) if checkpoint_path else {}
     built = build(spec, dataset, settings, 0, dataset_preprocess(dataset), checkpoint=checkpoint, recipe=recipe)
     if checkpoint_path:
-        check_classes(checkpoint_path, checkpoint, dataset)
+        if isinstance(description := checkpoint.get("kdcache"), dict):
+            check_classes(checkpoint_path, description["classes"], dataset)
         load_weights(built.module, checkpoint_path)
     elif not built.has_weights:
         raise UsageError(
@@ -87,6 +98,13 @@ def build(
             "take imdb or text-folder:PATH, or give the dataset an attribute vocabulary_size, its largest id plus one",
         )
     else:
+        if settings.tokenizer or settings.vocabulary_size or settings.max_tokens:
+            raise ModelError(
+                "--tokenizer, --vocabulary-size or --max-tokens is given, and "
+                f"an input of {dataset.name} is {dataset.input_dtype} {dataset.input_shape or 'of varying size'}",
+                "texts, or token ids of a dataset that tells its vocabulary_size",
+                "leave it out",
+            )
         built = build_model(
             spec,
             num_classes=len(dataset.classes),
@@ -119,23 +137,28 @@ def _build_reader(
             "images",
             "leave it out; --max-tokens and --vocabulary-size are for texts",
         )
+    check_reader(spec, is_text=dataset.is_text)
+    recorded = None
+    if "kdcache" in checkpoint and not settings.tokenizer:
+        recorded = recorded_tokenizer(checkpoint["kdcache"], default)
     preprocessor = None
     if not has_own_tokenizer(spec):
-        recorded = recorded_tokenizer(checkpoint["kdcache"], default) if "kdcache" in checkpoint else None
-        preprocessor = sequence_preprocessor(
-            settings, dataset, default=default, recorded=recorded, may_build=training and recorded is None
-        )
+        preprocessor = sequence_preprocessor(settings, dataset, default=default, recorded=recorded, may_build=training)
     elif settings.tokenizer or settings.vocabulary_size:
         raise ModelError(
             f"--tokenizer or --vocabulary-size is given, and {spec} brings its tokenizer", "neither", "leave it out"
         )
+    elif recorded is not None:
+        record = replace(default, max_tokens=settings.max_tokens or default.max_tokens)
+        preprocessor = Preprocessor(record, recorded)
     return build_text_model(
         spec,
         classes=dataset.classes,
         seed=seed,
         preprocessor=preprocessor,
         max_tokens=settings.max_tokens or (default.max_tokens if checkpoint else None),
-        replace_head=training,
+        # A checkpoint brings its own head, whose number of classes the weights of the hub need not have.
+        replace_head=training or "kdcache" in checkpoint,
     )
 
 
@@ -173,16 +196,18 @@ def describe(built: BuiltModel, dataset: IndexedDataset) -> dict[str, Any]:
             "tokenizer": built.preprocessor.tokenizer.document if built.preprocessor.tokenizer else None,
             "dataset": dataset.name,
             "data_root": dataset.data_root,
+            "input_shape": None if dataset.input_shape is None else list(dataset.input_shape),
+            "input_dtype": dataset.input_dtype,
+            "is_text": dataset.is_text,
         }
     }
 
 
-def check_classes(path: str, checkpoint: dict[str, Any], dataset: IndexedDataset) -> None:
-    """Refuse a kdcache checkpoint whose outputs mean other classes than the dataset's."""
-    description = checkpoint.get("kdcache")
-    if isinstance(description, dict) and description["classes"] != list(dataset.classes):
+def check_classes(path: str, classes: Sequence[str], dataset: IndexedDataset) -> None:
+    """Refuse a checkpoint whose outputs mean other classes than the dataset's."""
+    if tuple(classes) != dataset.classes:
         raise ModelError(
-            f"{path} was trained for the {len(description['classes'])} classes {description['classes'][:5]} …",
+            f"{path} was trained for the {len(classes)} classes {list(classes[:5])} …",
             f"the {len(dataset.classes)} classes {list(dataset.classes[:5])} … of {dataset.name}, in that order",
             "use a checkpoint trained on this dataset's classes",
         )

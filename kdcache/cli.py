@@ -1,25 +1,18 @@
 """The command line. Each command builds its settings, calls one function and prints what it returns.
 
-Options are made from the settings' dataclasses, so a default or a help text is written once. Nothing here imports
-torch, zarr or torchvision before a command runs.
+Nothing here imports torch, zarr or torchvision before a command runs.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import inspect
-import json
-import typing
-from collections.abc import Callable
-from typing import Annotated, Any
+from functools import partial
+from typing import Annotated
 
 import typer
 
 from kdcache import config
-from kdcache.errors import KdcacheError, UsageError
+from kdcache.cli_options import command_of
 from kdcache.records import Report
-
-INTERRUPTED = 130
 
 app = typer.Typer(
     help="Run a teacher once, keep its logits, train any number of students from them.",
@@ -27,115 +20,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-
-
-def _command(settings_class: type[config.Settings], name: str, example: str) -> Callable[..., Any]:
-    """Register a function of settings as a command whose options are the fields of `settings_class`."""
-
-    def register(function: Callable[[Any], Report]) -> Callable[[Any], Report]:
-        def command(**given: Any) -> None:
-            as_json, file = given.pop("as_json"), given.pop("config", None)
-            try:
-                settings = _settings(settings_class, given, file)
-                report = function(settings)
-            except KdcacheError as problem:
-                typer.echo(f"error: {problem}", err=True)
-                raise typer.Exit(problem.exit_code) from problem
-            except KeyboardInterrupt as problem:
-                typer.echo("stopped; what is finished is kept, and the same command continues it", err=True)
-                raise typer.Exit(INTERRUPTED) from problem
-            typer.echo(json.dumps(report.data) if as_json else report.text)
-            if report.exit_code:
-                raise typer.Exit(report.exit_code)
-
-        parameters = [_parameter(each, settings_class) for each in _own_first(settings_class)]
-        if not any(each.metadata["argument"] for each in dataclasses.fields(settings_class)):
-            parameters.append(
-                _keyword(
-                    "config",
-                    str | None,
-                    typer.Option("--config", help="Settings from a TOML file or a run's config.json; flags win."),
-                )
-            )
-        parameters.append(
-            _keyword("as_json", bool, typer.Option("--json", help="Print one JSON object on stdout."), False)
-        )
-        command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-        command.__annotations__ = {each.name: each.annotation for each in parameters}
-        app.command(name, help=f"{inspect.getdoc(function)}\n\nExample: {example}")(command)
-        return function
-
-    return register
-
-
-def _own_first(settings_class: type) -> list[dataclasses.Field[Any]]:
-    """The fields with those of the class itself before those that it shares with other commands."""
-    ranks = {
-        name: rank
-        for rank, base in reversed(list(enumerate(settings_class.__mro__)))
-        for name in vars(base).get("__annotations__", {})
-    }
-    return sorted(dataclasses.fields(settings_class), key=lambda each: ranks[each.name])
-
-
-def _keyword(name: str, hint: Any, info: Any, default: Any = None) -> inspect.Parameter:
-    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[hint, info])
-
-
-def _parameter(each: dataclasses.Field[Any], settings_class: type) -> inspect.Parameter:
-    """One option or argument. Its default is None, so that what was given can be told from what was not."""
-    hint = typing.get_type_hints(settings_class)[each.name]
-    kinds = [kind for kind in typing.get_args(hint) if kind is not type(None)] or [hint]
-    kind = kinds[0] if typing.get_origin(hint) is not tuple else hint
-    many = typing.get_origin(kind) is tuple
-    numbers = many and typing.get_args(kind)[0] in (int, float)
-    text = each.metadata["help"]
-    if each.metadata["required"]:
-        text += " [required]"
-    elif each.default not in (None, ()) and not isinstance(each.default, bool):
-        default: Any = each.default
-        text += f" [default: {','.join(map(str, default)) if many else default}]"
-    hint = list[str] | None if many and not numbers else (str if numbers else kind) | None
-    if each.metadata["argument"]:
-        return _keyword(each.name, hint, typer.Argument(help=text, show_default=False))
-    flag = "--" + each.name.replace("_", "-")
-    if kind is bool:
-        flag = f"{flag}/--no-{flag[2:]}" if each.default else flag
-    return _keyword(each.name, hint, typer.Option(flag, help=text, show_default=False))
-
-
-def _settings(settings_class: type[config.Settings], given: dict[str, Any], file: str | None) -> config.Settings:
-    """Settings from a file with the given flags on top."""
-    names = {each.name for each in dataclasses.fields(settings_class)}
-    layers = [config.read_settings(file)] if file else []
-    if not file and given.get("resume") and given.get("out"):
-        from pathlib import Path
-
-        from kdcache.runs import read_config
-
-        layers = [read_config(Path(given["out"]))]
-    hints = typing.get_type_hints(settings_class)
-    flags = {
-        name: _numbers(name, value, hints[name]) if isinstance(value, str) and "tuple" in str(hints[name]) else value
-        for name, value in given.items()
-        if name in names and value is not None and value != []
-    }
-    layers = [{k: v for k, v in layer.items() if k != "command"} for layer in layers]
-    settings = config.merge(settings_class, *layers, flags, where=file or "the command line")
-    for each in dataclasses.fields(settings_class):
-        if each.metadata["required"] and not getattr(settings, each.name):
-            flag = each.name.upper() if each.metadata["argument"] else "--" + each.name.replace("_", "-")
-            raise UsageError(f"{flag} is missing", each.metadata["help"], "see --help")
-    return settings
-
-
-def _numbers(name: str, text: str, hint: Any) -> list[float] | list[int]:
-    whole = "int" in str(hint)
-    try:
-        return [int(part) for part in text.split(",")] if whole else [float(part) for part in text.split(",")]
-    except ValueError as problem:
-        example = "whole numbers with commas between, as 0,1,2" if whole else "numbers with commas between, as 0.5,0.5"
-        raise UsageError(f"--{name.replace('_', '-')} is {text!r}", example) from problem
+_command = partial(command_of, app)
 
 
 @_command(config.TrainTeacher, "train-teacher", "kdcache train-teacher --dataset mnist --model cnn --out runs/teacher")
@@ -204,6 +89,66 @@ def compare(settings: config.Compare) -> Report:
     from kdcache.inspection import compare_runs
 
     return compare_runs(settings.runs)
+
+
+@_command(config.MakeReport, "report", "kdcache report runs/teacher runs/alone runs/student --out report.html")
+def report(settings: config.MakeReport) -> Report:
+    """Make one page of finished runs: curves, accuracy, calibration, agreement with the teacher (extra: plots)."""
+    from kdcache.report.build import make_report
+
+    return make_report(settings)
+
+
+@_command(config.PlotTemperature, "plot-temperature", "kdcache plot-temperature runs/mnist.zarr --out temperature.png")
+def plot_temperature(settings: config.PlotTemperature) -> Report:
+    """Draw what temperature does to the answers in a cache (extra: plots)."""
+    from kdcache.temperature import plot_temperature as plot
+
+    return plot(settings)
+
+
+@_command(
+    config.Sweep,
+    "sweep",
+    "kdcache sweep --cache runs/mnist.zarr --student mlp --temperature 1,2,4,8 --alpha 0.5,0.9 --out runs/sweep",
+)
+def sweep(settings: config.Sweep) -> Report:
+    """Train many students from one cache, several at once; the same command continues a stopped sweep."""
+    from kdcache.sweep import sweep as sweep_all
+
+    return sweep_all(settings)
+
+
+@_command(config.Predict, "predict", "kdcache predict --run runs/student photos/ one.png --top 3")
+def predict(settings: config.Predict) -> Report:
+    """Let a run's best checkpoint answer for images or texts; CSV on stdout, or JSON with --json."""
+    from kdcache.predict import predict as answer_for
+
+    return answer_for(settings)
+
+
+@_command(config.Export, "export", "kdcache export --run runs/student --format onnx --out student.onnx")
+def export(settings: config.Export) -> Report:
+    """Write a run's best checkpoint as a program that needs no kdcache, and compare its answers."""
+    from kdcache.export import export as write_and_compare
+
+    return write_and_compare(settings)
+
+
+@_command(config.Bench, "bench", "kdcache bench --dataset mnist --teacher resnet56 --student resnet8x4")
+def bench(settings: config.Bench) -> Report:
+    """Time an epoch on labels, from a cache and with the live teacher, and tell when the cache has paid."""
+    from kdcache.bench import bench as time_all
+
+    return time_all(settings)
+
+
+@_command(config.Doctor, "doctor", "kdcache doctor runs")
+def doctor(settings: config.Doctor) -> Report:
+    """Look at versions, devices, extras and the disk."""
+    from kdcache.doctor import examine
+
+    return examine(settings)
 
 
 @app.callback(invoke_without_command=True)

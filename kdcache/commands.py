@@ -17,43 +17,40 @@ from kdcache.building import (
     load_teacher,
     open_data,
     open_test,
-    recorded_preprocess,
 )
 from kdcache.cache.layout import predicted_bytes
 from kdcache.cache.manifest import ViewRecipe
 from kdcache.cache.reader import open_cache
-from kdcache.checkpoints import load_weights, read_checkpoint
+from kdcache.checkpoints import load_weights
 from kdcache.config import (
     DumpConfig,
     DumpTeacher,
     Evaluate,
     Execution,
-    Input,
     StudentConfig,
     TrainConfig,
     TrainStudent,
     TrainTeacher,
     Verify,
-    narrow,
 )
 from kdcache.datasets import BatchRequest, IndexedDataset, batch_loader
 from kdcache.devices import evaluation_mode, floating_dtype
 from kdcache.dump import dump_teacher as dump
 from kdcache.dump import plan_dump
-from kdcache.errors import CacheDamaged, CheckpointError
+from kdcache.errors import CacheDamaged
 from kdcache.evaluate import Evaluation, evaluate_model, plot_confusion
 from kdcache.inspection import verify_cache
 from kdcache.models import BuiltModel, count_parameters
 from kdcache.objectives import label_objective
 from kdcache.plugins import require_extra
-from kdcache.preprocess import Preprocessor
-from kdcache.reading import is_sequences
 from kdcache.recompute import recompute_rows
 from kdcache.records import Report, to_json
-from kdcache.runs import RunFolder, read_config
+from kdcache.runs import RunFolder
+from kdcache.settings import narrow
 from kdcache.student import train_student as learn_from_cache
 from kdcache.taps import list_layers
 from kdcache.targets import check_join, check_recorded
+from kdcache.trained import load_trained
 from kdcache.training import TrainResult, train
 from kdcache.views import Views
 
@@ -216,26 +213,18 @@ def train_student(settings: TrainStudent) -> Report:
 def evaluate(settings: Evaluate) -> Report:
     """Judge a run's best checkpoint on a split of the dataset it was trained on."""
     folder = Path(settings.run)
-    read_config(folder)
-    path = folder / "best.pt"
-    checkpoint = read_checkpoint(path)
-    description = checkpoint.get("kdcache")
-    if not isinstance(description, dict):
-        raise CheckpointError(f"{path} does not say what it is of", "a checkpoint of a kdcache run")
-    spec = settings.dataset or description["dataset"]
-    dataset = open_data(settings, spec, settings.split, hint=description["data_root"])
-    check_classes(str(path), checkpoint, dataset)
-    default = recorded_preprocess(checkpoint, path)
-    built = build(description["model"], dataset, Input(), 0, default, training=True, checkpoint=checkpoint)
-    load_weights(built.module, path)
-    preprocessor = built.preprocessor if is_sequences(dataset) else Preprocessor(default)
-    evaluation = evaluate_model(built.module, dataset, preprocess=preprocessor, config=narrow(Execution, settings))
+    trained = load_trained(folder)
+    dataset = open_data(settings, settings.dataset or trained.dataset, settings.split, hint=trained.data_root)
+    check_classes(str(trained.checkpoint), trained.classes, dataset)
+    evaluation = evaluate_model(
+        trained.module, dataset, preprocess=trained.preprocessor, config=narrow(Execution, settings)
+    )
     data = {
         "run": settings.run,
         "split": settings.split,
         "samples": len(dataset),
         f"{settings.split}_accuracy": evaluation.accuracy,
-        "checkpoint": str(path),
+        "checkpoint": str(trained.checkpoint),
         "first": _first(evaluation),
     }
     if settings.plots:

@@ -6,72 +6,10 @@ answer without importing torch.
 
 from __future__ import annotations
 
-import json
-import os
-import tomllib
-from dataclasses import dataclass, field, fields
-from pathlib import Path
-from typing import Any, TypeVar
+from dataclasses import dataclass
 
 from kdcache.errors import UsageError
-from kdcache.records import from_json, to_json
-
-T = TypeVar("T", bound="Settings")
-
-
-def option(
-    default: Any,
-    help: str,
-    *,
-    minimum: float | None = None,
-    above: float | None = None,
-    maximum: float | None = None,
-    choices: tuple[str, ...] = (),
-    argument: bool = False,
-    required: bool = False,
-) -> Any:
-    """A setting: its default, its help text and what it may be.
-
-    Args:
-        above: exclusive lower bound, where `minimum` is inclusive.
-        argument: given on the command line by position instead of by name.
-        required: on the command line; a missing value is a usage error there.
-    """
-    metadata = {
-        "help": help,
-        "minimum": minimum,
-        "above": above,
-        "maximum": maximum,
-        "choices": choices,
-        "argument": argument,
-        "required": required,
-    }
-    return field(default=default, metadata=metadata)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """Base of all settings: checks every value against its bounds.
-
-    Raises:
-        UsageError: a value is out of bounds or not among the choices.
-    """
-
-    def __post_init__(self) -> None:
-        for each in fields(self):
-            value, rule = getattr(self, each.name), each.metadata
-            flag = "--" + each.name.replace("_", "-")
-            if value is None or not rule:
-                continue
-            if rule["choices"] and value not in rule["choices"]:
-                raise UsageError(f"{flag} is {value!r}", f"one of {', '.join(rule['choices'])}")
-            for number in value if isinstance(value, tuple) else (value,):
-                if rule["minimum"] is not None and not number >= rule["minimum"]:
-                    raise UsageError(f"{flag} is {number}", f"at least {rule['minimum']:g}")
-                if rule["above"] is not None and not number > rule["above"]:
-                    raise UsageError(f"{flag} is {number}", f"more than {rule['above']:g}")
-                if rule["maximum"] is not None and not number <= rule["maximum"]:
-                    raise UsageError(f"{flag} is {number}", f"at most {rule['maximum']:g}")
+from kdcache.settings import Settings, option
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,6 +121,7 @@ class TrainConfig(Execution):
     gamma: float = option(0.1, "Of step: what the rate is multiplied by at each milestone.", above=0)
     warmup_epochs: float = option(0.0, "Epochs of linear warm-up from 0; may be a fraction.", minimum=0)
     label_smoothing: float = option(0.0, "Part of the label's weight spread over all classes.", minimum=0, maximum=1)
+    tensorboard: bool = option(False, "Write the log for TensorBoard into --out too (extra: tensorboard).")
     clip_norm: float | None = option(None, "Largest norm of the gradient; a larger one is scaled down.", above=0)
     ema: float | None = option(
         None, "Decay of an exponential moving average of the weights, which is then the result.", above=0, maximum=1
@@ -196,17 +135,9 @@ class TrainConfig(Execution):
 
 
 @dataclass(frozen=True, kw_only=True)
-class StudentConfig(TrainConfig):
-    """How a student is trained from a cache: alpha · T² · KL(teacher_T ‖ student_T) + (1 − alpha) · CE(label)."""
+class CacheUse(TrainConfig):
+    """How a cache is read while a student trains."""
 
-    temperature: float = option(2.0, "T: softens teacher and student alike.", above=0)
-    alpha: float = option(0.5, "Weight of the teacher; the label has 1 - alpha.", minimum=0, maximum=1)
-    distill: bool = option(True, "--no-distill trains on the labels alone, through the same loop.")
-    objective: tuple[str, ...] = option(
-        (),
-        "What is minimised, as NAME:key=value,key=value; repeat for a sum. Keys: weight, warmup (epochs), layer, "
-        "student-layer, and the loss's own. [default: alpha · kd + (1 - alpha) · cross entropy]",
-    )
     student_layer: str = option("", "The student's layer whose features are compared. [default: penultimate]")
     cache_memory: str = option(CACHE_MEMORY, "What may be held of the cache in memory; a view that fits is read once.")
     cache_on_device: bool = option(False, "Hold the view in the device's memory instead; it must fit there.")
@@ -224,6 +155,20 @@ class StudentConfig(TrainConfig):
     feed: str = option("auto", "auto, memory, mapped or streamed.", choices=FEEDS)
     shuffle: str = option("auto", "exact, window (chunk by chunk), or auto: exact unless streamed.", choices=SHUFFLES)
     allow_partial: bool = option(False, "Train on the committed samples of a cache whose dump has not finished.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudentConfig(CacheUse):
+    """How a student is trained from a cache: alpha · T² · KL(teacher_T ‖ student_T) + (1 − alpha) · CE(label)."""
+
+    temperature: float = option(2.0, "T: softens teacher and student alike.", above=0)
+    alpha: float = option(0.5, "Weight of the teacher; the label has 1 - alpha.", minimum=0, maximum=1)
+    distill: bool = option(True, "--no-distill trains on the labels alone, through the same loop.")
+    objective: tuple[str, ...] = option(
+        (),
+        "What is minimised, as NAME:key=value,key=value; repeat for a sum. Keys: weight, warmup (epochs), layer, "
+        "student-layer, and the loss's own. [default: alpha · kd + (1 - alpha) · cross entropy]",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -300,47 +245,86 @@ class Compare(Settings):
     runs: tuple[str, ...] = option((), "Folders of finished runs.", argument=True, required=True)
 
 
-def read_settings(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The settings in a TOML file or in a run's config.json, as plain values.
+@dataclass(frozen=True, kw_only=True)
+class MakeReport(Execution, DatasetSource):
+    """`kdcache report`."""
 
-    Raises:
-        UsageError: the file is missing or is neither.
-    """
-    path = Path(path)
-    try:
-        text = path.read_text()
-        data = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
-    except OSError as problem:
-        raise UsageError(
-            f"cannot read settings from {path}: {problem.strerror}", "a TOML file or a config.json"
-        ) from problem
-    except ValueError as problem:
-        raise UsageError(
-            f"{path} is neither TOML (.toml) nor JSON: {problem}", "a TOML file or a config.json"
-        ) from problem
-    if not isinstance(data, dict):
-        raise UsageError(f"{path} holds a {type(data).__name__}", "a table of settings")
-    return {key.replace("-", "_"): value for key, value in data.items()}
+    runs: tuple[str, ...] = option((), "Folders of finished runs.", argument=True, required=True)
+    out: str = option("", "The page, such as report.html; its pictures lie beside it too.", required=True)
+    cache: str | None = option(None, "The students' cache, if it is not where it was.")
+    train_samples: int = option(5000, "Training samples that agreement with the teacher is measured on.", minimum=1)
+    shown: int = option(24, "Test samples to show, worst disagreements first.", minimum=1, maximum=400)
 
 
-def merge(config_class: type[T], *layers: dict[str, Any], where: str = "settings") -> T:
-    """Settings from several layers of plain values, the last one on top.
+@dataclass(frozen=True, kw_only=True)
+class PlotTemperature(Settings):
+    """`kdcache plot-temperature`."""
 
-    Raises:
-        UsageError: a name that is not a setting, or a value out of bounds.
-    """
-    merged: dict[str, Any] = {}
-    for layer in layers:
-        merged |= layer
-    for each in fields(config_class):
-        if "tuple" in str(each.type) and isinstance(merged.get(each.name), str):
-            merged[each.name] = [merged[each.name]]  # one value where several may stand
-    return from_json(config_class, merged, where=where, error=UsageError)
+    cache: str = option("", "A cache made by dump-teacher.", argument=True, required=True)
+    out: str = option("", "The picture, such as temperature.png.", required=True)
+    split: str = option("train", "Whose answers are looked at.")
+    temperatures: tuple[float, ...] = option((0.5, 1.0, 2.0, 4.0, 8.0, 16.0), "Of the six panels.", above=0)
+    sample: int | None = option(None, "Index of the sample in the panels. [default: one of median entropy]", minimum=0)
+    samples: int = option(2000, "How many samples the curves are of.", minimum=1)
+    seed: int = option(0, "That draws the samples.", minimum=0)
 
 
-def narrow(config_class: type[T], settings: Settings) -> T:
-    """The part of some settings that `config_class` names."""
-    data = to_json(settings)
-    return from_json(
-        config_class, {each.name: data[each.name] for each in fields(config_class)}, where="settings", error=UsageError
+@dataclass(frozen=True, kw_only=True)
+class Sweep(CacheUse, DatasetSource, Input):
+    """`kdcache sweep`."""
+
+    cache: tuple[str, ...] = option((), "A cache made by dump-teacher; repeat for several teachers.", required=True)
+    student: str = option("mlp", MODEL_HELP)
+    temperature: tuple[float, ...] = option((2.0,), "Temperatures to try, as 1,2,4,8.", above=0)
+    alpha: tuple[float, ...] = option((0.5,), "Weights of the teacher to try, as 0.5,0.9.", minimum=0, maximum=1)
+    objective: tuple[str, ...] = option(
+        (), "An objective to try instead of alpha, as kd or kd+feature_mse:weight=0.1; repeat for several."
     )
+    seeds: int = option(1, "Students of each setting, from --seed upwards.", minimum=1)
+    jobs: int | None = option(None, "Students trained at once. [default: one for each GPU, or each core]", minimum=1)
+    teacher: str | None = option(None, f"Measure what the sweep would cost with this live teacher: {MODEL_HELP}")
+    checkpoint: str | None = option(None, "The live teacher's weights.")
+    out: str = option("", "Folder for the runs, the table and the heat map.", required=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Predict(Execution):
+    """`kdcache predict`."""
+
+    run: str = option("", "Folder of a run.", required=True)
+    inputs: tuple[str, ...] = option(
+        (), "Images, text files, folders of them, or - for texts on stdin, one a line.", argument=True, required=True
+    )
+    top: int = option(3, "Answers for each input, likeliest first.", minimum=1)
+    resize: bool = option(False, "Resize images that are not of the size that the network was trained on.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Export(DatasetSource):
+    """`kdcache export`."""
+
+    run: str = option("", "Folder of a run.", required=True)
+    format: str = option("torch", "torch (torch.export, .pt2) or onnx (extra: onnx).", choices=("torch", "onnx"))
+    out: str = option("", "The file to write.", required=True)
+    split: str = option("test", "Whose samples the artefact is compared with the student on.")
+    samples: int = option(64, "How many of them.", minimum=2)
+    tolerance: float = option(1e-4, "Largest difference of a logit x, as a part of 1 + |x|.", above=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bench(StudentConfig, DatasetSource, Input):
+    """`kdcache bench`."""
+
+    dataset: str = option("digits", DATASET_HELP)
+    teacher: str = option("cnn", MODEL_HELP)
+    checkpoint: str | None = option(None, "The teacher's weights; its speed does not depend on them.")
+    student: str = option("mlp", MODEL_HELP)
+    rounds: int = option(3, "Times that each epoch is measured, in turn.", minimum=1)
+    samples: int | None = option(None, "Measure on so many samples of the training split. [default: all]", minimum=2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Doctor(Settings):
+    """`kdcache doctor`."""
+
+    path: str = option(".", "Where caches will lie: its disk is measured.", argument=True)

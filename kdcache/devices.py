@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -36,6 +37,23 @@ def resolve_device(name: str) -> torch.device:
             f"--device is {name!r}, and torch sees {has}", "a device that this machine has", "use --device auto"
         )
     return device
+
+
+def device_count(name: str) -> tuple[str, int]:
+    """What kind of device a name means, and how many runs at once suit it: one a GPU, or one a core.
+
+    Raises:
+        UsageError: as for `resolve_device`.
+    """
+    device = resolve_device(name)
+    if device.type == "cpu":
+        return "cpu", core_count()
+    return device.type, torch.accelerator.device_count() if device.index is None else 1
+
+
+def core_count() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def autocast(device: torch.device, amp: str) -> contextlib.AbstractContextManager[Any]:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from kdcache.cache.manifest import Preprocess
 from kdcache.errors import ModelError
 from kdcache.plugins import require_extra
 from kdcache.preprocess import Preprocessor
-from kdcache.pretrained import no_weights
 from kdcache.tokenizing import Tokenizer
 
 DEFAULT_TOKENS = 512
@@ -48,14 +50,15 @@ def load_classifier(
     """
     transformers = require_extra("transformers", "hf", spec)
     try:
-        config = transformers.AutoConfig.from_pretrained(name)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
-        new_head = replace_head and config.num_labels != len(classes)
-        head = {"num_labels": len(classes), "ignore_mismatched_sizes": True} if new_head else {}
-        model = transformers.AutoModelForSequenceClassification.from_pretrained(name, **head)
+        with _quiet(transformers):
+            config, tokenizer, model = _loaded(transformers, name, len(classes), replace_head)
     except Exception as problem:  # the hub's client raises errors of several libraries
-        raise no_weights(spec, problem) from problem
-    if not new_head:
+        raise ModelError(
+            f"{spec} could not be read or fetched: {type(problem).__name__}: {str(problem)[:300]}",
+            "a folder that save_pretrained wrote, with its tokenizer, or a model of the hub and a connection",
+            "check the name",
+        ) from problem
+    if not replace_head:
         _check_classes(spec, config, classes)
     own = _own_tokenizer(spec, tokenizer)
     if model.config.pad_token_id is None:
@@ -69,8 +72,41 @@ def load_classifier(
         vocabulary_size=own.vocabulary_size,
         tokenizer_sha256=own.sha256,
     )
-    module = SequenceClassifier(model.float(), own.pad_id)
+    module = SequenceClassifier(model.float(), own.pad_id).eval()
+    longest = record.max_tokens or 1
+    try:
+        with torch.no_grad():
+            module(torch.full((1, longest), (own.pad_id + 1) % own.vocabulary_size))
+    except (RuntimeError, IndexError) as problem:  # some take fewer tokens than their config says
+        raise ModelError(
+            f"{spec} fails on a text of {longest} tokens: {problem}", "as many as it takes", "give --max-tokens"
+        ) from problem
     return module.train(), Preprocessor(record, own)
+
+
+def _loaded(transformers: Any, name: str, num_classes: int, replace_head: bool) -> tuple[Any, Any, Any]:
+    """Config, tokenizer and model."""
+    config = transformers.AutoConfig.from_pretrained(name)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+    head: dict[str, Any] = {}
+    if replace_head and config.num_labels != num_classes:
+        head = {"num_labels": num_classes, "ignore_mismatched_sizes": True}
+    return config, tokenizer, transformers.AutoModelForSequenceClassification.from_pretrained(name, **head)
+
+
+@contextmanager
+def _quiet(transformers: Any) -> Iterator[None]:
+    """The library draws bars and tables of its own on stderr; what goes wrong it raises."""
+    logging = transformers.utils.logging
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def _check_classes(spec: str, config: Any, classes: tuple[str, ...]) -> None:
@@ -86,16 +122,25 @@ def _check_classes(spec: str, config: Any, classes: tuple[str, ...]) -> None:
 
 def _own_tokenizer(spec: str, tokenizer: Any) -> Tokenizer:
     """The tokenizer as the library tokenizers has it, which is what can be kept and hashed."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
+    backend: Any = getattr(tokenizer, "backend_tokenizer", None)
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    if backend is None or pad_id is None:
-        what = "is written in Python" if backend is None else "names no token that fills short texts"
-        raise ModelError(f"the tokenizer of {spec} {what}", "a tokenizer.json with one", "take another classifier")
+    flaws = {
+        "is written in Python": backend is None,
+        "names no token that fills short texts": pad_id is None,
+        "cuts texts at their beginning": tokenizer.truncation_side != "right",
+    }
+    for flaw, found in flaws.items():
+        if found:
+            raise ModelError(
+                f"the tokenizer of {spec} {flaw}",
+                "a tokenizer.json that names such a token and cuts texts at their end",
+                "change the tokenizer and save it anew, or take another classifier",
+            )
     own = Tokenizer(backend.to_str(), pad_id=pad_id)
-    found, wanted = own.ids(_SAMPLE, DEFAULT_TOKENS).tolist(), tokenizer(_SAMPLE)["input_ids"]
-    if found != wanted:
+    given, wanted = own.ids(_SAMPLE, DEFAULT_TOKENS).tolist(), tokenizer(_SAMPLE)["input_ids"]
+    if given != wanted:
         raise ModelError(
-            f"the tokenizer of {spec} gives {wanted[:12]} … and its tokenizer.json {found[:12]} … for one text",
+            f"the tokenizer of {spec} gives {wanted[:12]} … and its tokenizer.json {given[:12]} … for one text",
             "a tokenizer.json that does all that the tokenizer does",
             "save it anew with tokenizer.save_pretrained",
         )

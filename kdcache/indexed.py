@@ -150,6 +150,12 @@ class MapDataset(IndexedDataset):
         shapes = {tuple(probe.shape) for probe in probes}
         self.input_shape = shapes.pop() if len(shapes) == 1 and not self.is_text else None
         self.vocabulary_size = getattr(dataset, "vocabulary_size", None)
+        if self.vocabulary_size is not None and not (type(self.vocabulary_size) is int and self.vocabulary_size > 0):
+            raise DatasetError(
+                f"the vocabulary_size of {name} is {self.vocabulary_size!r}",
+                "a positive whole number: one more than its largest token id",
+                "set the dataset's attribute to it",
+            )
 
     def __len__(self) -> int:
         return len(self._dataset)
@@ -181,9 +187,10 @@ class MapDataset(IndexedDataset):
                 "a pair (input, label), or (index, token ids, label)",
                 "wrap the dataset in one whose __getitem__ returns such a pair",
             )
-        if len(item) == 3 and item[0] != index:
+        if len(item) == 3 and not (isinstance(item[0], int | np.integer) and item[0] == index):
+            says = f"{item[0]}" if isinstance(item[0], int | np.integer) else f"a {type(item[0]).__name__}"
             raise DatasetError(
-                f"{where} says that its index is {item[0]!r}",
+                f"{where} is a tuple of 3 whose first, the index, is {says}",
                 f"{index}, the index that it was asked for: soft targets are joined by it",
                 "let __getitem__ return (index, token ids, label), or a pair (input, label)",
             )
@@ -302,7 +309,10 @@ def _sequence(value: str | list[Any], where: str) -> Tensor:
             raise DatasetError(f"{where} is a text that UTF-8 cannot hold: {problem}", "whole characters") from problem
     if not all(type(item) is int for item in value):
         raise DatasetError(f"{where} is a list of other things than integers", "token ids, or a tensor or numpy array")
-    return torch.tensor(value, dtype=torch.int64)
+    try:
+        return torch.tensor(value, dtype=torch.int64)
+    except (OverflowError, ValueError, RuntimeError) as problem:
+        raise DatasetError(f"{where} has a token id beyond 64 bits: {problem}", "token ids") from problem
 
 
 def as_input(value: Any, where: str) -> Tensor:

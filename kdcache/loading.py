@@ -110,7 +110,7 @@ def batch_loader(
     """
     return BatchLoader(
         # A fresh preprocessor: workers have no use for constants that sit on a device.
-        _Fetch(as_views(dataset), Preprocessor(preprocessor.record, preprocessor.tokenizer)),
+        Fetcher(as_views(dataset), Preprocessor(preprocessor.record, preprocessor.tokenizer)),
         batch_sampler=batches,  # type: ignore[arg-type]  # torch asks for lists, and only passes them on
         num_workers=workers,
         collate_fn=_as_it_is,
@@ -144,7 +144,7 @@ class BatchLoader(DataLoader[Batch]):
             yield batch
 
 
-class _Fetch(Dataset[Batch]):
+class Fetcher(Dataset[Batch]):
     """What a loader sees of a dataset: batches, or in a worker the error that prevented one."""
 
     def __init__(self, views: Views, preprocessor: Preprocessor) -> None:
@@ -154,7 +154,7 @@ class _Fetch(Dataset[Batch]):
 
     def __getitems__(self, request: BatchRequest) -> Batch | KdcacheError:
         try:
-            return self._batch(request)
+            return self.batch(request)
         except KdcacheError as error:
             if get_worker_info() is None:
                 raise
@@ -162,7 +162,13 @@ class _Fetch(Dataset[Batch]):
             error.add_note(traceback.format_exc())
             return error
 
-    def _batch(self, request: BatchRequest) -> Batch:
+    def batch(self, request: BatchRequest) -> Batch:
+        """Some samples of a view, as one network takes them.
+
+        Raises:
+            DatasetError: a sample cannot be read or stacked.
+            ModelError: the preprocessing does not suit it.
+        """
         indices = request.indices.astype(np.int64)
         inputs, labels, partner_labels, shares = self.views.fetch(request.view, indices)
         checksums = torch.tensor(batch_crc32c(inputs), dtype=torch.int64) if request.checksums else None

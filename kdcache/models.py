@@ -19,7 +19,7 @@ from kdcache.plugins import PREFIX, call_with_accepted, describe, did_you_mean, 
 from kdcache.preprocess import Preprocessor
 from kdcache.pretrained import timm_model, torchvision_model
 from kdcache.records import canonical_json
-from kdcache.text_networks import TEXT_NETWORKS, build_text_network
+from kdcache.text_networks import TEXT_NETWORKS, build_text_network, check_text_network
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,6 +116,29 @@ def reads_sequences(spec: str) -> bool:
     return spec.partition(":")[0] in (*TEXT_NETWORKS, "hf")
 
 
+def check_reader(spec: str, *, is_text: bool) -> None:
+    """Refuse a spec whose model cannot take texts, or token ids, before a vocabulary is built for it.
+
+    Raises:
+        ModelError: it takes other inputs, or its options cannot be.
+    """
+    name = spec.partition(":")[0]
+    if name in TEXT_NETWORKS:
+        check_text_network(spec)
+    elif not spec.startswith((PREFIX, "hf:")):
+        raise ModelError(
+            f"{spec} takes no texts and no token ids",
+            f"{', '.join(TEXT_NETWORKS)}, hf:NAME or py:package.module:factory",
+            "choose one of them for this dataset",
+        )
+    elif has_own_tokenizer(spec) and not is_text:
+        raise ModelError(
+            f"{spec} brings its own tokenizer, and the dataset gives token ids",
+            "texts",
+            "let the dataset return the texts themselves",
+        )
+
+
 def has_own_tokenizer(spec: str) -> bool:
     """Whether a spec names a network that brings its tokenizer."""
     return spec.startswith("hf:")
@@ -135,7 +158,7 @@ def build_text_model(
     Args:
         spec: a name of `TEXT_NETWORKS`, with or without options, `hf:NAME` or `py:package.module:factory`, which is
             called with those of `num_classes`, `vocabulary_size` and `pad_id` that it takes.
-        preprocessor: of a model that brings none.
+        preprocessor: of a model that brings none; of `hf:`, what a checkpoint of it was trained with, if there is one.
         max_tokens: of `hf:`, instead of what it takes.
 
     Raises:
@@ -145,24 +168,19 @@ def build_text_model(
         if has_own_tokenizer(spec):
             name = spec.partition(":")[2]
             module, own = load_classifier(spec, name, classes, replace_head=replace_head, max_tokens=max_tokens)
+            if preprocessor is not None and preprocessor.record != own.record:
+                raise ModelError(
+                    f"{spec} has another tokenizer now than the checkpoint was trained with: {own.record} instead of "
+                    f"{preprocessor.record}",
+                    "the tokenizer that it was trained with",
+                    "give the folder its tokenizer back; the run's tokenizer.json is a copy of it",
+                )
             return BuiltModel(module=module, preprocessor=own, spec=spec, has_weights=True)
         assert preprocessor is not None, "of a model that brings none"
         record = preprocessor.record
-        sizes = {
-            "num_classes": len(classes),
-            "vocabulary_size": record.vocabulary_size or 0,
-            "pad_id": record.pad_id,
-        }
-        if spec.startswith(PREFIX):
-            module = _from_factory(spec, **sizes)
-        elif reads_sequences(spec):
-            module = build_text_network(spec, **sizes)
-        else:
-            raise ModelError(
-                f"{spec} takes no texts and no token ids",
-                f"{', '.join(TEXT_NETWORKS)}, hf:NAME or py:package.module:factory",
-                "choose one of them for this dataset",
-            )
+        ids = max(record.vocabulary_size or 0, record.pad_id + 1)
+        sizes = {"num_classes": len(classes), "vocabulary_size": ids, "pad_id": record.pad_id}
+        module = _from_factory(spec, **sizes) if spec.startswith(PREFIX) else build_text_network(spec, **sizes)
     return BuiltModel(module=module, preprocessor=preprocessor, spec=spec, has_weights=spec.startswith(PREFIX))
 
 

@@ -34,7 +34,8 @@ class Preprocessor:
         has_geometry: whether images are resized or cropped.
 
     Raises:
-        ModelError: the record names an interpolation that does not exist, or another tokenizer than the given one.
+        ModelError: the record names an interpolation that does not exist, or another tokenizer than the given one, or
+            leaves no room for a token of a text.
     """
 
     def __init__(self, record: Preprocess, tokenizer: Tokenizer | None = None) -> None:
@@ -49,6 +50,12 @@ class Preprocessor:
             )
         if record.interpolation not in INTERPOLATIONS:
             raise ModelError(f"interpolation is {record.interpolation!r}", f"one of {', '.join(INTERPOLATIONS)}")
+        if tokenizer is not None and (record.max_tokens or 0) <= tokenizer.special_tokens:
+            raise ModelError(
+                f"max_tokens is {record.max_tokens}, and the tokenizer adds {tokenizer.special_tokens} of its own",
+                f"at least {tokenizer.special_tokens + 1}",
+                "give a larger --max-tokens",
+            )
         self.record, self.tokenizer = record, tokenizer
         self.channels = len(record.mean) or None
         self.has_geometry = record.resize is not None or record.crop is not None
@@ -77,19 +84,20 @@ class Preprocessor:
         assert limit is not None, "a record of sequences"
         if self.tokenizer is not None:
             return self.tokenizer.ids(_text(value, where), limit)
-        if value.ndim != 1 or value.dtype.is_floating_point or value.dtype == torch.bool:
+        ids = value.numpy() if value.dtype != torch.bfloat16 else None
+        if ids is None or ids.ndim != 1 or ids.dtype.kind not in "iu":
             raise DatasetError(
                 f"{where} is {value.dtype} of shape {tuple(value.shape)}",
                 "token ids: integers of shape (tokens,)",
                 "let the dataset return them, or take a network for such inputs",
             )
-        if len(value) and not (int(value.min()) >= 0 and int(value.max()) < (size or 0)):
+        if len(ids) and not (int(ids.min()) >= 0 and int(ids.max()) < (size or 0)):
             raise DatasetError(
-                f"{where} has token ids from {int(value.min())} to {int(value.max())}",
+                f"{where} has token ids from {ids.min()} to {ids.max()}",
                 f"0 to {(size or 0) - 1}, for its vocabulary of {size}",
                 "set the dataset's attribute vocabulary_size to one more than its largest id",
             )
-        return value[:limit].numpy().astype(np.int32)
+        return ids[:limit].astype(np.int32)
 
     def per_sample(self, image: Tensor) -> Tensor:
         """Resize the shorter side, then crop the centre, padding with zeros what is smaller than the crop.

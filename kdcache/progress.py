@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from types import TracebackType
 
 from tqdm import tqdm  # type: ignore[import-untyped]
@@ -11,8 +14,24 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 LINE_INTERVAL_S = 10.0
 
 
+# Set while the lines of work within work would only hide those of the outer one.
+_MUTED: ContextVar[bool] = ContextVar("muted", default=False)
+
+
+@contextmanager
+def muted() -> Iterator[None]:
+    """No lines and no bars for a while."""
+    token = _MUTED.set(True)
+    try:
+        yield
+    finally:
+        _MUTED.reset(token)
+
+
 def log(message: str) -> None:
     """A line on stderr that does not tear a progress bar."""
+    if _MUTED.get():
+        return
     tqdm.write(message, file=sys.stderr)
     sys.stderr.flush()
 
@@ -55,4 +74,4 @@ class Progress:
 
 
 def _terminal() -> bool:
-    return sys.stderr.isatty()
+    return sys.stderr.isatty() and not _MUTED.get()

@@ -52,12 +52,14 @@ def sequence_preprocessor(
                 "texts, for a tokenizer",
                 "leave it out",
             )
-        return Preprocessor(Preprocess(max_tokens=max_tokens, vocabulary_size=dataset.vocabulary_size))
+        # Padding is an id that no sample has.
+        size = dataset.vocabulary_size
+        return Preprocessor(Preprocess(max_tokens=max_tokens, vocabulary_size=size, pad_id=size or 0))
     if settings.tokenizer:
         tokenizer = read_tokenizer(Path(settings.tokenizer))
     elif recorded is not None and not settings.vocabulary_size:
         tokenizer = recorded
-    elif may_build:
+    elif may_build:  # only then, because another split would give another vocabulary
         size = settings.vocabulary_size or default.vocabulary_size or DEFAULT_VOCABULARY
         tokenizer = build_vocabulary(_texts(dataset), size)
         same = ", as the teacher's" if tokenizer.sha256 == default.tokenizer_sha256 else ""

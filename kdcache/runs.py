@@ -13,10 +13,10 @@ from kdcache.cache.files import make_folder, storage_errors, write_durable
 from kdcache.errors import TargetExists, UsageError
 
 CONFIG, METRICS, LAST, BEST, RESULT = "config.json", "metrics.jsonl", "last.pt", "best.pt", "result.json"
-TOKENIZER = "tokenizer.json"
+TOKENIZER, BOARD = "tokenizer.json", "tensorboard"
 
 # Settings that change how a run is carried out or where things lie, not what comes out of it.
-FREE_ON_RESUME = frozenset({"out", "device", "workers", "data_root", "download", "cache", "plots"})
+FREE_ON_RESUME = frozenset({"out", "device", "workers", "data_root", "download", "cache", "plots", "tensorboard"})
 
 
 class RunFolder:

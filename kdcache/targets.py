@@ -24,7 +24,7 @@ from kdcache.records import brief, differences
 from kdcache.views import Views
 
 # Content sources: their name is a place, and their identity is what is read there.
-_NAMED_BY_PLACE = ("folder:", "py:")
+_NAMED_BY_PLACE = ("folder:", "text-folder:", "py:")
 
 # Where a dataset lies; it may move.
 _PLACES = frozenset({"data_root"})

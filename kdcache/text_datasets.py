@@ -111,10 +111,12 @@ def _members(archive: Path, split: str) -> Iterator[tuple[str, str, bytes]]:
         with tarfile.open(archive) as tar:
             for member in tar:
                 parts = member.name.split("/")
-                if parts[:2] == [IMDB_FOLDER, split] and len(parts) == 4 and parts[2] in IMDB_CLASSES:
-                    file = tar.extractfile(member)
-                    if file is not None:
-                        yield parts[2], f"{archive}, {member.name}", file.read()
+                ours = parts[:2] == [IMDB_FOLDER, split] and len(parts) == 4 and parts[2] in IMDB_CLASSES
+                if ours and parts[3].endswith(".txt") and (file := tar.extractfile(member)) is not None:
+                    yield parts[2], f"{archive}, {member.name}", file.read()
+            # Behind the last file, so that gzip compares its checksum of the whole.
+            while tar.fileobj is not None and tar.fileobj.read(2**20):
+                pass
     except (OSError, EOFError, tarfile.TarError, zlib.error) as problem:
         raise DatasetError(
             f"{archive} cannot be read: {type(problem).__name__}: {problem}",

@@ -39,7 +39,7 @@ class Recurrent(nn.Module):
 
     Args:
         cell: `nn.LSTM` or `nn.GRU`.
-        vocabulary_size: token ids are below it.
+        vocabulary_size: token ids, and that of padding, are below it.
         pad_id: of padding, which only follows the last token.
     """
 
@@ -58,7 +58,8 @@ class Recurrent(nn.Module):
 
     def forward(self, ids_bt: Tensor) -> Tensor:
         """Token ids (B, tokens), integers, to logits (B, classes)."""
-        is_token_bt = ids_bt != self.pad_id
+        # All up to the last one that is no padding: a text may spell the padding token out.
+        is_token_bt = (ids_bt != self.pad_id).long().flip(1).cumsum(1).flip(1) > 0
         vectors_bte = self.dropout(self.embedding(ids_bt))
         states_bth, _ = self.forwards(vectors_bte)
         if self.backwards is not None:
@@ -79,6 +80,12 @@ TEXT_NETWORKS: dict[str, tuple[type[nn.LSTM] | type[nn.GRU], Size]] = {
     "lstm": (nn.LSTM, Size(embedding=64, hidden=64, dropout=0.5, bidirectional=1)),
     "gru": (nn.GRU, Size(embedding=16, hidden=16, dropout=0.2, bidirectional=0)),
 }
+
+
+def check_text_network(spec: str) -> None:
+    """Refuse a spec that `build_text_network` would refuse."""
+    name, _, options = spec.partition(":")
+    _sized(spec, TEXT_NETWORKS[name][1], options)
 
 
 def build_text_network(spec: str, *, vocabulary_size: int, num_classes: int, pad_id: int) -> nn.Module:

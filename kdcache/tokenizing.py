@@ -29,6 +29,7 @@ class Tokenizer:
         document: the JSON without cutting and filling, the same text for the same tokenizer.
         sha256: of `document` as UTF-8: its identity.
         vocabulary_size: ids are below it.
+        special_tokens: how many are added to each text.
 
     Raises:
         MissingExtra: the library is not installed.
@@ -47,6 +48,7 @@ class Tokenizer:
         self.document: str = self._tokenizer.to_str()
         self.sha256 = hashlib.sha256(self.document.encode()).hexdigest()
         self.vocabulary_size: int = self._tokenizer.get_vocab_size(with_added_tokens=True)
+        self.special_tokens: int = self._tokenizer.num_special_tokens_to_add(False)
         self._max_tokens: int | None = None
 
     def ids(self, text: str, max_tokens: int) -> NDArray[np.int32]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from kdcache import keys
+from kdcache.board import Board
 from kdcache.cache.manifest import NONE, Preprocess
 from kdcache.cache.order import EpochOrder, ExactOrder, Schedule
 from kdcache.checkpoints import read_checkpoint, save_checkpoint
@@ -26,7 +27,8 @@ from kdcache.objectives import Join, Objective, trained_parts
 from kdcache.optimization import build_optimizer, learning_rate_factor
 from kdcache.preprocess import Preprocessor, as_preprocessor
 from kdcache.progress import Progress, log
-from kdcache.runs import RunFolder
+from kdcache.records import brief, differences
+from kdcache.runs import BOARD, RunFolder
 from kdcache.sampling import EpochBatches, split_validation
 from kdcache.views import Views, as_views
 
@@ -141,6 +143,7 @@ class _Loop:
             if config.ema
             else None
         )
+        self.board = Board(run.path / BOARD) if config.tensorboard and run is not None else None
         self.learning_rate = 0.0
         self.history: list[dict[str, Any]] = []
         self.best = -1.0
@@ -157,6 +160,8 @@ class _Loop:
             self._start(len(self.history))  # what cannot be joined is known before anything is written
         if self.folder:
             self.folder.begin(self.history)
+        if self.board is not None:
+            self.board.begin(len(self.history))
         for epoch in range(len(self.history), self.config.epochs):
             with seeded(keys.generator_seed(self.config.seed, "epoch", epoch), self.device):
                 entry = self._epoch(epoch)
@@ -284,13 +289,18 @@ class _Loop:
             },
         )
         self.folder.add_metrics(entry)
+        if self.board is not None:
+            self.board.add(entry)
 
     def _restore(self, state: dict[str, Any]) -> None:
         changed = [name for name, value in self.description.items() if state.get(name) != value]
         if changed:
+            before = {name: state.get(name) for name in changed}
+            now = {name: self.description[name] for name in changed}
+            apart = [f"{place} was {brief(old)} and is {brief(new)}" for place, old, new in differences(before, now)]
             raise UsageError(
-                f"the run cannot be continued: its {', '.join(changed)} were {[state.get(name) for name in changed]}",
-                f"{[self.description[name] for name in changed]}",
+                f"the run cannot be continued: {'; '.join(apart)}",
+                "what it was begun with",
                 "continue with the data, the cache and the model that it was begun with, or start a new run",
             )
         self.module.load_state_dict(state["state_dict"])

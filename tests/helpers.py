@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from typer.testing import CliRunner, Result
 
-from kdcache.cache.manifest import Preprocess
 from kdcache.cache.reader import open_cache
+from kdcache.cli import app
 from kdcache.datasets import ArrayDataset, Batch
-from kdcache.devices import evaluation_mode, floating_dtype
-from kdcache.preprocess import Preprocessor
 from kdcache.views import Views
 
 COLUMNS = ("logits", "labels", "input_crc32c")
@@ -129,22 +130,6 @@ def plain_forward(
     return answers
 
 
-class LiveTargets:
-    """The join of online distillation: the teacher answers for the batch itself, at every step, without an index."""
-
-    def __init__(self, teacher: nn.Module, preprocess: Preprocess) -> None:
-        self.teacher, self.preprocessor = teacher, Preprocessor(preprocess)
-
-    def start_epoch(self, epoch: int) -> None:
-        """A live teacher has nothing to prepare."""
-
-    def __call__(self, batch: Batch) -> Batch:
-        with evaluation_mode(self.teacher):
-            inputs = batch.inputs.to(next(self.teacher.parameters()).device)
-            answers = self.teacher(self.preprocessor.per_batch(inputs, floating_dtype(self.teacher)))
-        return batch._replace(soft_targets=answers.clone())
-
-
 class Watcher:
     """A join that joins nothing and shows each batch to a function before its step."""
 
@@ -176,3 +161,30 @@ def generator_states() -> list[bytes]:
         repr(np.random.get_state()).encode(),
         repr(random.getstate()).encode(),
     ]
+
+
+def kdcache(*arguments: object, stdin: str = "") -> Result:
+    """Run a command in this process. Whatever escapes from it would be a traceback for the user."""
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments], input=stdin or None)
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert "Traceback" not in result.output
+    return result
+
+
+def answer(*arguments: object) -> dict[str, Any]:
+    """The one JSON object that a command prints with --json."""
+    result = kdcache(*arguments, "--json")
+    assert result.exit_code == 0, result.stderr
+    found = json.loads(result.stdout)
+    assert isinstance(found, dict)
+    assert result.stdout.count("\n") == 1
+    return found
+
+
+def refused(exit_code: int, *arguments: object) -> str:
+    """The message of a command that must fail."""
+    result = kdcache(*arguments)
+    assert result.exit_code == exit_code, result.output
+    assert result.stdout == ""
+    return result.stderr

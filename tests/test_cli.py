@@ -8,39 +8,11 @@ from types import SimpleNamespace
 
 import pytest
 import typer
-from typer.testing import CliRunner
 
 from kdcache.cli import app
-from tests.helpers import tree
+from tests.helpers import answer, kdcache, refused, tree
 
 EPOCHS = ("--epochs", "3", "--device", "cpu", "--batch-size", "64", "--learning-rate", "0.003")
-
-
-def kdcache(*arguments):
-    """Run a command in this process. Whatever escapes from it would be a traceback for the user."""
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    assert "Traceback" not in result.output
-    return result
-
-
-def answer(*arguments):
-    """The one JSON object that a command prints with --json."""
-    result = kdcache(*arguments, "--json")
-    assert result.exit_code == 0, result.stderr
-    found = json.loads(result.stdout)
-    assert isinstance(found, dict)
-    assert result.stdout.count("\n") == 1
-    return found
-
-
-def refused(exit_code, *arguments):
-    """The message of a command that must fail."""
-    result = kdcache(*arguments)
-    assert result.exit_code == exit_code, result.output
-    assert result.stdout == ""
-    return result.stderr
 
 
 @pytest.fixture(scope="module")
@@ -400,6 +372,14 @@ FLAGS = {
     "verify": SHARED | {"--split", "--teacher", "--checkpoint", "--rows", "--tolerance"},
     "inspect": set(),
     "compare": set(),
+    "report": {"--out", "--cache", "--device"},
+    "plot-temperature": {"--out", "--split", "--temperatures", "--sample"},
+    "sweep": TRAINING - {"--plots", "--resume"}
+    | {"--cache", "--student", "--temperature", "--alpha", "--objective", "--seeds", "--jobs"},
+    "predict": {"--run", "--top", "--resize", "--device"},
+    "export": {"--run", "--format", "--out", "--tolerance"},
+    "bench": {"--dataset", "--teacher", "--student", "--rounds", "--device"},
+    "doctor": set(),
 }
 
 

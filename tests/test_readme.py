@@ -8,11 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from typer.testing import CliRunner
+import torch
+from PIL import Image
+from torchvision.models import resnet18
 
-from kdcache.cli import app
+from tests.helpers import kdcache
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
 
 
 def blocks(language):
@@ -21,18 +24,40 @@ def blocks(language):
 
 @pytest.fixture(scope="module")
 def pipeline(tmp_path_factory):
-    """The folder in which the README's commands were run, one after the other."""
+    """The folder in which the README's commands were run, one after the other, beside the files that they name."""
     folder = tmp_path_factory.mktemp("readme")
+    make_files(folder)
     text = "\n".join(blocks("bash")).replace("mnist --download", "digits").replace("mnist", "digits")
     text = re.sub(r"--epochs \d+", "--epochs 2", text)
-    commands = [shlex.split(line) for line in text.splitlines() if line.startswith("kdcache ")]
-    assert len(commands) >= 7
+    commands = [line for line in text.splitlines() if "kdcache " in line]
+    assert len(commands) >= 20
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         for command in commands:
-            result = CliRunner().invoke(app, command[1:])
+            piped, _, own = command.rpartition("| kdcache ")
+            words = shlex.split(own.removeprefix("kdcache ").partition(" #")[0])
+            result = kdcache(*words, stdin=piped and f"{shlex.split(piped)[1]}\n")
             assert result.exit_code == 0, (command, result.output, result.stderr)
     return folder
+
+
+def make_files(folder):
+    """What a reader has who types the README: photographs with a teacher of them, a drawing, reviews."""
+    (folder / "mine.py").write_text(next(block for block in blocks("python") if "def photos" in block))
+    torch.save(resnet18(num_classes=2).state_dict(), folder / "teacher.pt")
+    random = np.random.default_rng(0)
+    for split in ("train", "test"):
+        for name in ("cat", "dog"):
+            images = folder / "photos" / split / name
+            images.mkdir(parents=True)
+            for index in range(3):
+                Image.fromarray(random.integers(0, 256, (40, 50, 3), dtype=np.uint8)).save(images / f"{index}.png")
+        for name, words in (("neg", "dull and bad"), ("pos", "fine and good")):
+            reviews = folder / "data" / "aclImdb" / split / name
+            reviews.mkdir(parents=True)
+            for index in range(4):
+                (reviews / f"{index}_1.txt").write_text(f"a {words} film, number {index}<br />")
+    Image.fromarray(random.integers(0, 256, (30, 30), dtype=np.uint8)).save(folder / "drawing.png")
 
 
 def test_the_pipeline_leaves_what_the_readme_says(pipeline):
@@ -68,6 +93,35 @@ def test_the_three_lines_for_a_loop_of_ones_own_run(pipeline, monkeypatch):
 
 
 def test_every_make_target_of_the_readme_exists():
-    makefile = (Path(__file__).parent.parent / "Makefile").read_text()
+    makefile = (ROOT / "Makefile").read_text()
     for target in set(re.findall(r"make ([a-z]+)", README)) - {"of", "alone"}:
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+
+
+def test_every_command_is_in_the_readme():
+    from kdcache.cli import app
+
+    for command in app.registered_commands:
+        assert f"kdcache {command.name}" in README or f"`{command.name}`" in README, command.name
+
+
+def test_every_test_that_the_readme_names_exists():
+    named = set(re.findall(r"`(test_\w+\.py)`", README))
+    assert len(named) >= 10
+    assert all((ROOT / "tests" / name).is_file() for name in named)
+
+
+def test_what_the_readme_says_of_messages_is_what_they_say():
+    """Word by word, but for names, numbers and values."""
+    source = re.sub(r'"\s*\n\s*f?"', "", "".join(path.read_text() for path in (ROOT / "kdcache").rglob("*.py")))
+    source = re.sub(r"\{[^{}]*\}", "…", source)
+    table = README[README.index("## Troubleshooting") : README.index("## Developing")]
+    messages = [
+        message for row in re.findall(r"^\| (`.*?) \|", table, re.MULTILINE) for message in re.findall("`(.*?)`", row)
+    ]
+    assert len(messages) >= 12
+    for message in messages:
+        if message == "operator torchvision::nms does not exist":  # torch's own
+            continue
+        for part in re.split(r"…|\d+|'mnist'|timm", message):
+            assert part.strip() in source, (message, part)

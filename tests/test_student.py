@@ -13,12 +13,13 @@ from kdcache.cache.manifest import Preprocess
 from kdcache.checkpoints import read_checkpoint
 from kdcache.datasets import Batch, input_crc32c, open_dataset
 from kdcache.errors import CacheMismatch, UsageError
+from kdcache.live import LiveTargets
 from kdcache.models import build_model
 from kdcache.objectives import distillation_objective
 from kdcache.targets import CachedTargets, check_join
 from kdcache.training import train
 from kdcache.views import as_views
-from tests.helpers import Items, LiveTargets, Network, changed, synthetic, tensors, tree
+from tests.helpers import Items, Network, changed, synthetic, tensors, tree
 
 STEPS = 200
 DUMP = DumpConfig(device="cpu", batch_size=64, shard_rows=64, encoding="float32")
@@ -76,7 +77,7 @@ def drifts(scene, folder, *, dtype, encodings):
             objective=distillation_objective(settings),
             preprocess=preprocess,
             config=settings,
-            join=LiveTargets(teacher, preprocess),
+            join=LiveTargets(teacher, preprocess, classes=len(dataset.classes)),
             on_step=on_step,
         )
     )

@@ -23,14 +23,15 @@ from kdcache.cache.manifest import Preprocess, ViewRecipe
 from kdcache.cache.order import ExactOrder, view_schedule
 from kdcache.datasets import ArrayDataset, BatchRequest, as_indexed, batch_crc32c, batch_loader
 from kdcache.errors import CacheMismatch, DatasetError, KdcacheError, UsageError
-from kdcache.loading import _Fetch
+from kdcache.live import LiveTargets
+from kdcache.loading import Fetcher
 from kdcache.objectives import distillation_objective
 from kdcache.preprocess import Preprocessor
 from kdcache.provenance import package_versions
 from kdcache.replay import generators_kept, seed_generators
 from kdcache.targets import SAMPLED_INPUTS
 from kdcache.training import train
-from tests.helpers import Items, LiveTargets, Network, generator_states, probed_views, synthetic
+from tests.helpers import Items, Network, generator_states, probed_views, synthetic
 
 CPU = torch.device("cpu")
 COLOUR, GREY = synthetic(11, shape=(3, 32, 32)), synthetic(11, shape=(1, 28, 28))
@@ -116,7 +117,7 @@ class Everything(Dataset):
     """What the loader of kdcache sees, of all cases at once, because a spawned worker takes seconds to start."""
 
     def __init__(self):
-        self.cases = {name: _Fetch(views_of(name), Preprocessor(Preprocess())) for name in CASES}
+        self.cases = {name: Fetcher(views_of(name), Preprocessor(Preprocess())) for name in CASES}
 
     def __getitems__(self, request):
         name, batch = request
@@ -869,7 +870,7 @@ def test_training_from_views_in_a_cache_is_training_with_the_teacher_beside_it(t
         preprocess=preprocess,
         config=settings,
         schedule=view_schedule("cycle", (), available=3, seed=0),
-        join=LiveTargets(teacher, preprocess),
+        join=LiveTargets(teacher, preprocess, classes=len(dataset.classes)),
         on_step=lambda step, parts: online.append(float(parts["loss"])),
     )
     result = train_student(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from tests.benchmarks import crashes, dump, memory, reading, training, views
+from tests.benchmarks import crashes, dump, memory, objectives, reading, training, views
 
 BENCHMARKS = {
     "training": training.run,
@@ -13,6 +13,7 @@ BENCHMARKS = {
     "memory": memory.run,
     "crashes": crashes.run,
     "views": views.run,
+    "objectives": objectives.run,
 }
 
 

@@ -10,12 +10,12 @@ from kdcache.cache.reader import open_cache
 from kdcache.config import DumpConfig, StudentConfig
 from kdcache.devices import resolve_device
 from kdcache.dump import dump_teacher
+from kdcache.live import LiveTargets
 from kdcache.objectives import distillation_objective, label_objective
 from kdcache.targets import CachedTargets
 from kdcache.training import train
 from tests.benchmarks.data import IMAGE, images, network
 from tests.benchmarks.timing import side_by_side
-from tests.helpers import LiveTargets
 
 SAMPLES = 30_000
 
@@ -29,7 +29,7 @@ def run(*, rounds: int, device: str) -> None:
         cache = open_cache(path)
         feed = open_feed(cache.reader, indices=cache.samples(), seed=0)[0]
         cached = CachedTargets([cache], [feed])
-        live = LiveTargets(teacher.to(resolve_device(device)), IMAGE)
+        live = LiveTargets(teacher.to(resolve_device(device)), IMAGE, classes=10)
         labels_only, distill = label_objective(0.0), distillation_objective(config)
         for name in ("mlp", "cnn"):
             student = network(name)

@@ -1,0 +1,1 @@
+"""One page of finished runs: `build` collects, `template.html` shows."""

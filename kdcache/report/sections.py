@@ -1,0 +1,310 @@
+"""From numbers to the sections of a page: tables, figures and the words that say how to read them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from kdcache.report import figures
+from kdcache.report.calibration import BINS, HIGHEST, LOWEST
+from kdcache.report.collect import ALONE, DISTILLED, TEACHER, CachedTeacher
+from kdcache.report.measured import Answers, MeasuredRun
+from kdcache.report.page import UNKNOWN, Card, Figure, Section, Table, percent
+from kdcache.runs import FREE_ON_RESUME
+
+# A table of more classes than these is no help.
+LISTED_CLASSES = 100
+
+USUAL_SETTINGS = ("epochs", "batch_size", "optimizer", "learning_rate", "schedule", "temperature", "alpha", "objective")
+
+# Settings that say where and how, or that the table of runs shows already.
+NO_MATTER = FREE_ON_RESUME | {"command", "dataset", "checkpoint", "resume", "student", "model", "distill"}
+
+
+def summary(runs: Sequence[MeasuredRun], unseen: Sequence[CachedTeacher], measured_on: str) -> Section:
+    """The headline: who there is, how good, how large, how fast.
+
+    Args:
+        unseen: cached teachers of which there is no run.
+        measured_on: the device and its threads.
+    """
+    rows = [_headline(each) for each in runs]
+    for teacher in unseen:
+        for record, accuracy in zip(teacher.records, teacher.test_accuracies, strict=True):
+            cells = [teacher.name, percent(accuracy, 2), TEACHER, record.spec, f"{record.parameters:,}"]
+            rows.insert(0, [*cells, *[UNKNOWN] * 4])
+    header = ["run", "test accuracy", "role", "model", "parameters", "multiply-adds", "weights, bytes"]
+    shapes = {"×".join(map(str, each.cost.shape)) for each in runs if each.cost is not None}
+    caption = (
+        "Test accuracy ± its standard error, which counts chance in the choice of test samples and not that of another "
+        "seed. Multiply-adds are those of matrix products and convolutions for one sample "
+        f"({' or '.join(sorted(shapes)) or 'none measured'} numbers); {UNKNOWN} where a layer cannot be counted. "
+        "Weights are the tensors of the state dict: a checkpoint file holds names and settings beside them. Latency is "
+        f"from one prepared input to logits at batch size 1, the median of repeats after warm-up, {measured_on}. "
+        "Seconds an epoch were recorded in training, evaluation aside, perhaps on another machine."
+    )
+    if unseen:
+        caption += f" Of a cached teacher the manifest tells what is not {UNKNOWN}: it was neither loaded nor run."
+    table = Table(header=[*header, "latency, ms", "s an epoch"], rows=rows, caption=caption, words=(0, 2, 3))
+    return Section(anchor="summary", title="In short", lead=_lead(runs), tables=[table])
+
+
+def _headline(each: MeasuredRun) -> list[str]:
+    run, cost = each.run, each.cost
+    accuracy = percent(each.accuracy, 2)
+    if each.answers is not None:
+        accuracy += f" ± {each.answers.standard_error:.2%}"
+    costs = [UNKNOWN] * 3
+    if cost is not None:
+        counted = UNKNOWN if cost.multiply_adds is None else f"{cost.multiply_adds:,}"
+        costs = [counted, f"{cost.weight_bytes:,}", f"{cost.latency_ms:.3g}"]
+    cells = [run.name, accuracy, run.role, str(run.result["model"]), f"{run.result['parameters']:,}"]
+    return [*cells, *costs, f"{run.epoch_seconds:.3g}"]
+
+
+def _lead(runs: Sequence[MeasuredRun]) -> list[str]:
+    """The best run of each role in a sentence."""
+    best = []
+    for role in (TEACHER, ALONE, DISTILLED):
+        of_role = [each for each in runs if each.run.role == role and each.accuracy is not None]
+        if of_role:
+            first = max(of_role, key=lambda each: each.accuracy or 0.0)
+            most = f"best of {len(of_role)}, " if len(of_role) > 1 else ""
+            best.append(f"{first.run.name} ({most}{role}, {first.run.result['model']}) {percent(first.accuracy, 2)}")
+    if not best:
+        return []
+    lead = [f"Right answers on the test split: {'; '.join(best)}."]
+    if len(best) > 1:
+        lead.append(
+            "One run is one draw: a difference of less than about two standard errors, or one that another seed "
+            "undoes, is no finding."
+        )
+    return lead
+
+
+def training(runs: Sequence[MeasuredRun]) -> Section:
+    """Curves of everything that was recorded over the epochs."""
+    caption = (
+        "Each panel is one quantity over the epochs, all runs over each other. “loss” is what a run minimised: where "
+        "objectives, temperatures or alphas differ, compare its course and not its height; the other losses are its "
+        "parts, before their weights. Accuracy is on training batches while the weights still change; “validation”, "
+        "the thin line, is on samples held out of the training split. The learning rate is that of an epoch's last "
+        "step. Nothing here is of the test split."
+    )
+    return Section(
+        anchor="training",
+        title="Training",
+        tables=[_settings(runs)],
+        figures=[Figure(pictures=figures.curves({each.run.name: each.run.metrics for each in runs}), caption=caption)],
+    )
+
+
+def _settings(runs: Sequence[MeasuredRun]) -> Table:
+    """The settings that everybody asks for, and the others in which the runs differ."""
+    configs = {each.run.name: {**each.run.config} for each in runs}
+    for config in configs.values():
+        if config.get("distill") is False or config.get("objective"):
+            for unused in ("temperature", "alpha", *(() if config["distill"] else ("objective",))):
+                config.pop(unused, None)
+    names = dict.fromkeys([*USUAL_SETTINGS, *(name for config in configs.values() for name in config)])
+    rows = []
+    for name in names:
+        values = [config[name] for config in configs.values() if name in config]
+        differ = name not in NO_MATTER and any(value != values[0] for value in values)
+        cells = [_setting(config.get(name)) for config in configs.values()]
+        if (name in USUAL_SETTINGS or differ) and set(cells) != {UNKNOWN}:
+            rows.append([name.replace("_", " "), *cells])
+    caption = f"The usual settings, and all others in which runs differ; {UNKNOWN} where a run has or uses none."
+    return Table(header=["setting", *configs], rows=rows, caption=caption)
+
+
+def _setting(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(map(str, value)) or UNKNOWN
+    return UNKNOWN if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def errors(answers: Sequence[Answers], classes: Sequence[str]) -> Section:
+    """Where the answers are wrong."""
+    accuracies = {each.name: each.class_accuracy_c for each in answers}
+    shares = [each.confusion_cc / np.maximum(each.confusion_cc.sum(axis=1, keepdims=True), 1) for each in answers]
+    wrong = [float((share * (1 - np.eye(len(classes)))).max()) for share in shares]
+    largest = max(*wrong, 1e-9)  # all may be right, and colours are divided by it
+    pictures = [
+        figures.confusion(f"confusion-{at}", each.name, each.confusion_cc, classes, largest)
+        for at, each in enumerate(answers, 1)
+    ]
+    per_class = (
+        "Accuracy by true class: each mark is one run, and marks far apart show what one network has learnt and "
+        "another has not."
+    )
+    if len(classes) > figures.HARDEST_CLASSES:
+        per_class += f" Of {len(classes)} classes these are the {figures.HARDEST_CLASSES} with the lowest mean."
+    matrices = (
+        "In a confusion matrix a row is a true class, a column an answer. Blue is the share that is right; orange is a "
+        f"share that is wrong, and is full at {largest:.1%}, the largest of all matrices here, so that their colours "
+        "can be compared."
+    )
+    tables = []
+    if len(classes) <= LISTED_CLASSES:
+        samples = answers[0].confusion_cc.sum(axis=1)
+        rows = [
+            [name, f"{samples[at]:,}", *(_known(accuracy[at]) for accuracy in accuracies.values())]
+            for at, name in enumerate(classes)
+        ]
+        caption = "Accuracy on the test samples of each class."
+        header = ["class", "samples", *accuracies]
+        tables = [Table(header=header, rows=rows, caption=caption, folded="Accuracy of each class in numbers")]
+    return Section(
+        anchor="errors",
+        title="What is taken for what",
+        tables=tables,
+        figures=[
+            Figure(pictures=[figures.class_accuracy(accuracies, classes), *pictures], caption=f"{per_class} {matrices}")
+        ],
+    )
+
+
+def _known(value: float) -> str:
+    return UNKNOWN if np.isnan(value) else f"{value:.1%}"
+
+
+def calibration(answers: Sequence[Answers]) -> Section:
+    """Whether probabilities can be believed."""
+    known = [(each, each.calibration) for each in answers if each.calibration is not None]
+    first = known[0][1]
+    pictures = [
+        figures.reliability_diagram(f"reliability-{at}", each.name, found) for at, (each, found) in enumerate(known, 1)
+    ]
+    rows = [
+        [
+            each.name,
+            f"{found.before.ece:.2%}",
+            f"{found.after.ece:.2%}",
+            f"{found.nll_before:.4f}",
+            f"{found.nll_after:.4f}",
+            _fitted(found.temperature),
+        ]
+        for each, found in known
+    ]
+    header = ["who", "ECE as it is", "ECE after scaling", "NLL as it is", "NLL after scaling", "fitted T"]
+    caption = (
+        f"ECE is the expected calibration error: the gap between top probability and accuracy, averaged over {BINS} "
+        "bins of equal width (Guo et al., 2017). NLL is the mean negative log-likelihood of the labels in nats. A "
+        "fitted T above 1 says that the network was too sure of itself, below 1 too unsure. This T is for calibration; "
+        "it is not the temperature of distillation."
+    )
+    lead = (
+        f"One temperature is fitted to each network on {first.fitted:,} test samples, a half drawn by key, by the "
+        f"least negative log-likelihood. Everything shown is of the other {first.judged:,}."
+    )
+    reading = (
+        "Answers are put into bins by their probability; a point is the share of a bin that is right. On the dotted "
+        "line probabilities are true; below it the network is too sure. The larger a point and the taller its bar, the "
+        "more answers are in its bin: a small one says little."
+    )
+    return Section(
+        anchor="calibration",
+        title="Calibration",
+        lead=[lead],
+        tables=[Table(header=header, rows=rows, caption=caption)],
+        figures=[Figure(pictures=pictures, caption=reading)],
+    )
+
+
+def _fitted(temperature: float) -> str:
+    """A fitted temperature; one that ran to an end of its range is no finding but a bound."""
+    if temperature > 0.999 * HIGHEST:
+        return f"> {HIGHEST:g}"
+    return f"< {LOWEST:g}" if temperature < 1.001 * LOWEST else f"{temperature:.3f}"
+
+
+def agreement(runs: Sequence[MeasuredRun]) -> Section:
+    """How students follow their teacher."""
+    rows = [
+        [each.run.name, each.run.role, found.split, f"{found.samples:,}", f"{found.same:.2%}", f"{found.kl:.4g}"]
+        for each in runs
+        for found in each.agreements
+    ]
+    header = ["run", "role", "split", "samples", "same top class", "KL(teacher ‖ student), nats"]
+    caption = (
+        "Compared with the cached answers, on plain samples. KL is averaged over samples at temperature 1; it is 0 "
+        "where the distributions are the same. Samples of the training split are drawn by key. A student can agree "
+        "more with its teacher than with the labels, also where the teacher is wrong. A teacher's own run shows what "
+        "encoding and arithmetic cost."
+    )
+    table = Table(header=header, rows=rows, caption=caption, words=(0, 1, 2))
+    return Section(anchor="agreement", title="Agreement with the teacher", tables=[table])
+
+
+def samples(cards: Sequence[Card], name: str, *, has_teacher: bool) -> Section:
+    """Single samples, worst first."""
+    order = (
+        f"The test samples on which {name} is furthest from its teacher: the largest KL(teacher ‖ student) first."
+        if has_teacher
+        else f"The test samples with the largest loss of {name}; there are no cached answers of a teacher to them."
+    )
+    lead = (
+        "Listed are the true class (✓) and each top answer, with probabilities at temperature 1. These are the worst "
+        "cases and no fair sample: look for wrong labels and for samples that people would argue about."
+    )
+    return Section(
+        anchor="samples",
+        title="Worst disagreements" if has_teacher else "Worst answers",
+        lead=[order, lead],
+        cards=cards,
+    )
+
+
+def cached(caches: dict[str, dict[str, Any]]) -> Section:
+    """What the manifests say.
+
+    Args:
+        caches: path → what `inspect_cache` tells of its splits, by split.
+    """
+    tables = [
+        Table(
+            header=[f"{split} split", ""],
+            rows=[[name, value] for name, value in _facts(found).items()],
+            caption=f"The {split} split of {path}, as its manifest says.",
+            words=(0, 1),
+        )
+        for path, splits in caches.items()
+        for split, found in splits.items()
+    ]
+    lead = (
+        "A split's manifest answers by its sha256 for every byte of the split: it holds the digest of the ledger, and "
+        "the ledger the checksum of each chunk."
+    )
+    return Section(anchor="cache", title="What was cached", lead=[lead], tables=tables)
+
+
+def _facts(split: dict[str, Any]) -> dict[str, str]:
+    manifest = split["manifest"]
+    dataset, teacher, recipe, logits = (
+        manifest["dataset"],
+        manifest["teacher"],
+        manifest["recipe"],
+        manifest["arrays"][0],
+    )
+    shape = "of varying size" if dataset["input_shape"] is None else "×".join(map(str, dataset["input_shape"]))
+    views = "the plain sample"
+    if recipe["augment"] != "none" or recipe["mix"] != "none":
+        plain = ", view 0 plain" if recipe["plain_view"] else ""
+        views = f"augment {recipe['augment']}, mix {recipe['mix']}, seed {recipe['seed']}{plain}"
+    return {
+        "dataset": f"{dataset['name']}, {dataset['length']:,} samples, {dataset['input_dtype']} {shape}",
+        "classes": str(len(dataset["classes"])),
+        "teacher": f"{teacher['spec']}, {teacher['parameters']:,} parameters",
+        "teacher's accuracy": percent(teacher["accuracy"], 2),
+        "views": f"{split['views']}: {views}",
+        "encoding": f"{logits['dtype']}, compression {logits['compression']}, amp {manifest['amp']}",
+        "bytes": f"{split['bytes']:,} for {split['rows']:,} rows",
+        "made with": ", ".join(f"{name} {version}" for name, version in manifest["versions"].items()),
+        "sha256 of the weights": teacher["weights_sha256"],
+        "sha256 of the manifest": split["sha256"],
+        "sha256 of the labels": dataset["labels_sha256"] or UNKNOWN,
+        "sha256 of some inputs": dataset["sample_sha256"],
+    }

@@ -1,0 +1,101 @@
+"""A finished run's network, rebuilt from its checkpoint alone: neither the dataset nor the cache is needed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from kdcache.building import recorded_preprocess
+from kdcache.checkpoints import load_weights, read_checkpoint
+from kdcache.errors import CheckpointError
+from kdcache.models import build_model, build_text_model
+from kdcache.preprocess import Preprocessor
+from kdcache.reading import recorded_tokenizer
+from kdcache.runs import BEST, read_config
+
+_FACTS = (
+    "model",
+    "classes",
+    "preprocess",
+    "tokenizer",
+    "dataset",
+    "data_root",
+    "input_shape",
+    "input_dtype",
+    "is_text",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainedNetwork:
+    """The result of a run.
+
+    Attributes:
+        module: with the best weights, on the CPU, in eval mode.
+        preprocessor: from a shared input to what the module takes.
+        classes: names; an answer is a position in this tuple.
+        input_shape: of one shared input that it was trained on, channels first; None where they differ in size.
+        input_dtype: of the shared inputs, such as `uint8`.
+        is_text: whether a shared input is a text, as UTF-8.
+        dataset: the spec of the dataset that it was trained on.
+        data_root: where that was.
+    """
+
+    spec: str
+    module: nn.Module
+    preprocessor: Preprocessor
+    classes: tuple[str, ...]
+    input_shape: tuple[int, ...] | None
+    input_dtype: str
+    is_text: bool
+    dataset: str
+    data_root: str | None
+    checkpoint: Path
+
+
+def load_trained(folder: Path) -> TrainedNetwork:
+    """The network of a run folder.
+
+    Raises:
+        UsageError: there is no run.
+        CheckpointError: its `best.pt` is missing, damaged, or does not say what it is of.
+    """
+    read_config(folder)
+    path = folder / BEST
+    checkpoint = read_checkpoint(path)
+    facts: dict[str, Any] = checkpoint.get("kdcache") or {}
+    if missing := [name for name in _FACTS if name not in facts]:
+        raise CheckpointError(
+            f"{path} does not say what it is of: {', '.join(missing)} are missing",
+            "a checkpoint of a kdcache run",
+            "train it again with this version",
+        )
+    spec, classes = facts["model"], tuple(facts["classes"])
+    shape = None if facts["input_shape"] is None else tuple(facts["input_shape"])
+    record = recorded_preprocess(checkpoint, path)
+    if record.max_tokens is not None:
+        preprocessor = Preprocessor(record, recorded_tokenizer(facts, record))
+        module = build_text_model(
+            spec, classes=classes, seed=0, preprocessor=preprocessor, max_tokens=record.max_tokens, replace_head=True
+        ).module
+    else:
+        preprocessor = Preprocessor(record)
+        module = build_model(
+            spec, num_classes=len(classes), input_shape=shape, seed=0, default=record, replace_head=True
+        ).module
+    load_weights(module, path)
+    return TrainedNetwork(
+        spec=spec,
+        module=module.eval(),
+        preprocessor=preprocessor,
+        classes=classes,
+        input_shape=shape,
+        input_dtype=facts["input_dtype"],
+        is_text=facts["is_text"],
+        dataset=facts["dataset"],
+        data_root=facts["data_root"],
+        checkpoint=path,
+    )
