@@ -142,7 +142,7 @@ def test_what_a_sweep_refuses(scene, tmp_path):
     assert "add --teacher" in refused(
         2, "sweep", "--cache", scene.cache, "--checkpoint", "x.pt", "--out", tmp_path / "sweep"
     )
-    assert "nothing is there" in refused(3, "sweep", "--cache", tmp_path / "no.zarr", "--out", tmp_path / "sweep")
+    assert "nothing is there" in refused(1, "sweep", "--cache", tmp_path / "no.zarr", "--out", tmp_path / "sweep")
     assert "--temperature" in refused(2, "sweep", "--cache", scene.cache, "--temperature", "0", "--out", tmp_path / "s")
     assert not (tmp_path / "sweep").exists()
 

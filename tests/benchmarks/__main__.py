@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from tests.benchmarks import crashes, dump, memory, objectives, reading, training, views
+from tests.benchmarks import crashes, dump, memory, objectives, reading, sweep, training, views
 
 BENCHMARKS = {
     "training": training.run,
@@ -14,6 +14,7 @@ BENCHMARKS = {
     "crashes": crashes.run,
     "views": views.run,
     "objectives": objectives.run,
+    "sweep": sweep.run,
 }
 
 

@@ -104,7 +104,8 @@ def _costs(folder: Path, rounds: int, device: str) -> None:
     caches = {}
     for name, config in kinds.items():
         result = dump_teacher(teacher, dataset, out=folder / name, preprocess=IMAGE, config=config)
-        stored = sum(file.stat().st_size for file in (folder / name).rglob("c/**/*") if file.is_file())
+        files = [file for file in (folder / name).rglob("c/**/*") if file.is_file() and "ledger" not in file.parts]
+        stored = sum(file.stat().st_size for file in files)
         print(f"  {name:<28} predicted {predicted_bytes(result.manifest):,} bytes, stored {stored:,}")
         caches[name] = folder / name
 

@@ -1,0 +1,73 @@
+"""A sweep of eight settings from one cache, against the same eight with the live teacher at every step."""
+
+from __future__ import annotations
+
+import itertools
+import tempfile
+import time
+from pathlib import Path
+
+from torch import nn
+
+from kdcache.cache.feeds import open_feed
+from kdcache.cache.reader import open_cache
+from kdcache.config import DumpConfig, StudentConfig
+from kdcache.devices import resolve_device
+from kdcache.dump import dump_teacher
+from kdcache.live import LiveTargets
+from kdcache.models import count_parameters
+from kdcache.objectives import Join, distillation_objective
+from kdcache.targets import CachedTargets
+from kdcache.training import train
+from tests.benchmarks.data import IMAGE, images, network
+from tests.benchmarks.timing import side_by_side
+
+SAMPLES, EPOCHS = 8_192, 2
+SETTINGS = list(itertools.product((1.0, 2.0, 4.0, 8.0), (0.5, 0.9)))
+PAIRS = (("cnn", "mlp"), ("resnet20", "cnn"))
+
+
+def run(*, rounds: int, device: str) -> None:
+    dataset = images(SAMPLES)
+    for teacher_name, student_name in PAIRS:
+        teacher = network(teacher_name).to(resolve_device(device))
+
+        def students(join: Join, name: str = student_name) -> list[nn.Module]:
+            configs = [
+                StudentConfig(device=device, epochs=EPOCHS, temperature=temperature, alpha=alpha)
+                for temperature, alpha in SETTINGS
+            ]
+            return [
+                train(
+                    network(name),
+                    dataset,
+                    objective=distillation_objective(config),
+                    preprocess=IMAGE,
+                    config=config,
+                    join=join,
+                ).module
+                for config in configs
+            ]
+
+        def from_cache(teacher: nn.Module = teacher) -> float:
+            """The dump, and then the students."""
+            began = time.perf_counter()
+            with tempfile.TemporaryDirectory() as folder:
+                path = Path(folder) / "cache.zarr"
+                dump_teacher(teacher, dataset, out=path, preprocess=IMAGE, config=DumpConfig(device=device))
+                cache = open_cache(path)
+                students(CachedTargets([cache], [open_feed(cache.reader, indices=cache.samples(), seed=0)[0]]))
+            return time.perf_counter() - began
+
+        def live(teacher: nn.Module = teacher) -> float:
+            began = time.perf_counter()
+            students(LiveTargets(teacher, IMAGE, classes=10))
+            return time.perf_counter() - began
+
+        side_by_side(
+            {"from one cache, with its dump": from_cache, "with the live teacher": live},
+            rounds=rounds,
+            what=f"{len(SETTINGS)} {student_name} students ({count_parameters(network(student_name)):,} parameters) of "
+            f"a {teacher_name} ({count_parameters(teacher):,}), {EPOCHS} epochs of {SAMPLES:,} samples each",
+            target={},
+        )
