@@ -175,8 +175,8 @@ def verify_with_teacher(settings: Verify) -> Report:
         same = found.same_weights and found.largest_difference <= settings.tolerance
         exit_code = exit_code if same else CacheDamaged.exit_code
         lines.append(
-            f"{split}: {found.rows} rows recomputed; difference up to {found.largest_difference:.2g} of 1 + |x| at "
-            f"sample {found.sample} in view {found.view}, tolerance {settings.tolerance:g}"
+            f"{split}: {found.rows} rows recomputed; difference up to {found.largest_difference:.2g} of 1 + |x| in "
+            f"{found.array} at sample {found.sample} in view {found.view}, tolerance {settings.tolerance:g}"
             + ("" if found.same_weights else "; the teacher's weights are not those of the manifest")
         )
     data["whole"] = exit_code == 0

@@ -235,7 +235,9 @@ class Verify(DatasetSource, Input, Execution):
     teacher: str | None = option(None, f"Recompute some rows with this teacher: {MODEL_HELP}")
     checkpoint: str | None = option(None, "The teacher's weights.")
     rows: int = option(256, "With --teacher: how many rows of each split.", minimum=1)
-    tolerance: float = option(0.01, "With --teacher: largest difference of a logit x, as a part of 1 + |x|.", above=0)
+    tolerance: float = option(
+        0.01, "With --teacher: largest difference of a logit or feature x, as a part of 1 + |x|.", above=0
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
-from torch import nn
+from numpy.typing import NDArray
+from torch import Tensor, nn
 
 from kdcache.cache.reader import Cache
 from kdcache.config import Execution
@@ -16,6 +18,7 @@ from kdcache.evaluate import answer
 from kdcache.keys import keyed_sample
 from kdcache.models import weights_sha256
 from kdcache.preprocess import Preprocessor
+from kdcache.taps import Taps, pool_features
 from kdcache.tokenizing import Tokenizer
 from kdcache.views import Views
 
@@ -25,14 +28,16 @@ class Recomputed:
     """How a teacher's answers compare with the stored ones.
 
     Attributes:
-        largest_difference: of all logits x, as a part of 1 + |x|.
-        sample: where it was met.
+        largest_difference: of all logits and features x, as a part of 1 + |x|.
+        array: where it was met, `logits` or that of a feature.
+        sample: of it.
         view: of it.
         same_weights: whether the teacher's weights have the manifest's hash.
     """
 
     rows: int
     largest_difference: float
+    array: str
     sample: int
     view: int
     same_weights: bool
@@ -57,6 +62,7 @@ def recompute_rows(
         tokenizer: of the teacher, if it reads text.
     """
     manifest = cache.manifest
+    stored_features = {feature.array: feature for feature in manifest.features}
     drawn = keyed_sample(len(cache) * cache.views, rows, execution.seed, "recompute")
     device = resolve_device(execution.device)
     module = teacher.to(device)
@@ -67,9 +73,16 @@ def recompute_rows(
         for request in consecutive_batches(drawn[drawn // len(cache) == view] % len(cache), execution.batch_size)
         if len(request.indices)
     ]
-    worst, where = 0.0, (0, 0)
+    worst = Recomputed(
+        rows=len(drawn),
+        largest_difference=0.0,
+        array="logits",
+        sample=0,
+        view=0,
+        same_weights=weights_sha256(module) == manifest.teacher.weights_sha256,
+    )
     loader = batch_loader(views, requests, preprocessor=preprocessor, workers=execution.workers, device=device)
-    with evaluation_mode(module):
+    with evaluation_mode(module), Taps(module, [each.layer for each in stored_features.values()]) as taps:
         for request, batch in zip(requests, loader, strict=True):
             logits = answer(
                 module,
@@ -80,11 +93,32 @@ def recompute_rows(
                 classes=len(cache.classes),
                 error=TeacherOutputError,
             )
-            stored = cache.rows(request.indices, request.view).astype(np.float64)
-            differences = (np.abs(logits.double().cpu().numpy() - stored) / (1 + np.abs(stored))).max(axis=1)
-            if differences.max() > worst:
-                worst, where = float(differences.max()), (request.view, int(request.indices[differences.argmax()]))
-    same_weights = weights_sha256(module) == manifest.teacher.weights_sha256
-    return Recomputed(
-        rows=len(drawn), largest_difference=worst, view=where[0], sample=where[1], same_weights=same_weights
-    )
+            caught = taps.take()
+            answers = {"logits": logits} | {
+                array: pool_features(caught[feature.layer], feature.pool) for array, feature in stored_features.items()
+            }
+            for array, answers_now in answers.items():
+                differences = _differences(answers_now, cache.reader.rows(array, request.view, request.indices), array)
+                if not differences.max() <= worst.largest_difference:  # a NaN too
+                    worst = replace(
+                        worst,
+                        largest_difference=float(differences.max()),
+                        array=array,
+                        sample=int(request.indices[differences.argmax()]),
+                        view=request.view,
+                    )
+    return worst
+
+
+def _differences(answers: Tensor, stored: NDArray[Any], array: str) -> NDArray[np.float64]:
+    """The largest of each row, as a part of 1 + |x|."""
+    if answers.shape != stored.shape:
+        raise TeacherOutputError(
+            f"the teacher gives {array} of shape {tuple(answers.shape)}",
+            f"{stored.shape}, as stored",
+            "give the teacher that the cache was made with",
+        )
+    wanted = stored.astype(np.float64)
+    found = np.abs(answers.double().cpu().numpy() - wanted) / (1 + np.abs(wanted))
+    largest: NDArray[np.float64] = found.reshape(len(found), -1).max(axis=1)
+    return largest

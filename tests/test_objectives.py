@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -9,11 +11,15 @@ from torch import nn
 
 from kdcache import DumpConfig, StudentConfig, dump_teacher, losses, open_cache, plan_dump, train_student
 from kdcache.cache.layout import predicted_bytes
+from kdcache.cache.manifest import ViewRecipe
 from kdcache.cache.verify import verify_split
 from kdcache.checkpoints import read_checkpoint
+from kdcache.config import Execution
 from kdcache.errors import CacheMismatch, ModelError, UsageError
 from kdcache.objectives import KINDS, parse_objectives
+from kdcache.recompute import recompute_rows
 from kdcache.taps import PENULTIMATE, Taps, list_layers, pool_features
+from kdcache.views import Views
 from tests.helpers import Items, synthetic, tree
 
 DATA = synthetic(150, shape=(1, 8, 8))
@@ -93,6 +99,27 @@ def test_the_bytes_of_features_are_predicted_to_the_byte(paths):
     )
     plain = predicted_bytes(open_cache(paths / "plain").manifest)
     assert plan.bytes - plain == pytest.approx(192 * 216 * 4, rel=0.01)
+
+
+@pytest.mark.parametrize("factor", [1.0, 2.0, math.nan])
+def test_a_teacher_that_answers_again_is_compared_in_its_features_too(paths, factor):
+    teacher = Maps()
+    with torch.no_grad():  # by another factor the maps are others, and the logits are not
+        teacher.conv[2].weight *= factor
+        teacher.conv[2].bias *= factor
+        teacher.hidden.weight /= factor
+    for name in ("pooled", "whole"):
+        found = recompute_rows(
+            teacher,
+            Views(DATA, ViewRecipe()),
+            open_cache(paths / name),
+            rows=40,
+            execution=Execution(device="cpu", batch_size=32),
+        )
+        assert (found.rows, found.same_weights) == (40, factor == 1)
+        assert (found.largest_difference <= 1e-5) == (factor == 1)
+        if factor == 2:
+            assert found.array == "features.conv.2"
 
 
 def test_a_teacher_is_left_as_it_was(tmp_path):
