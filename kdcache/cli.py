@@ -17,6 +17,7 @@ from kdcache.records import Report
 app = typer.Typer(
     help="Run a teacher once, keep its logits, train any number of students from them.",
     no_args_is_help=True,
+    context_settings={"max_content_width": 120},
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )

@@ -34,7 +34,9 @@ def command_of(app: typer.Typer, settings_class: type[Settings], name: str, exam
                 typer.echo(f"error: {problem}", err=True)
                 raise typer.Exit(problem.exit_code) from problem
             except KeyboardInterrupt as problem:
-                typer.echo("stopped; what is finished is kept, and the same command continues it", err=True)
+                typer.echo(
+                    "stopped; what is finished is kept: the same command goes on, training with --resume", err=True
+                )
                 raise typer.Exit(INTERRUPTED) from problem
             typer.echo(json.dumps(report.data) if as_json else report.text)
             if report.exit_code:
