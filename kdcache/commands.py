@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from kdcache.agreement import check_join, check_recorded
 from kdcache.building import (
     build,
     check_classes,
@@ -49,7 +50,6 @@ from kdcache.runs import RunFolder
 from kdcache.settings import narrow
 from kdcache.student import train_student as learn_from_cache
 from kdcache.taps import list_layers
-from kdcache.targets import check_join, check_recorded
 from kdcache.trained import load_trained
 from kdcache.training import TrainResult, train
 from kdcache.views import Views

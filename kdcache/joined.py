@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from kdcache.agreement import check_join
 from kdcache.augment import Transform
 from kdcache.cache.feeds import Feed, MemoryFeed
 from kdcache.cache.manifest import NONE
@@ -18,7 +19,6 @@ from kdcache.cache.order import view_schedule as make_schedule
 from kdcache.cache.reader import Cache
 from kdcache.datasets import as_indexed
 from kdcache.errors import UsageError
-from kdcache.targets import check_join
 from kdcache.views import Views
 
 

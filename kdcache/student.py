@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from kdcache.agreement import check_ensemble, check_join, inputs_all_checked
 from kdcache.augment import Transform
 from kdcache.cache.feeds import Feed, FeedChoice, open_feeds, parse_bytes
 from kdcache.cache.manifest import Preprocess
@@ -33,7 +34,7 @@ from kdcache.progress import log
 from kdcache.records import canonical_json, to_json
 from kdcache.runs import RunFolder
 from kdcache.sampling import split_validation
-from kdcache.targets import CachedTargets, check_ensemble, check_join, inputs_all_checked
+from kdcache.targets import CachedTargets
 from kdcache.training import TrainResult, train
 from kdcache.views import Views
 

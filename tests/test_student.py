@@ -8,6 +8,7 @@ from torch import nn
 
 import kdcache
 from kdcache import DumpConfig, StudentConfig, dump_teacher, losses, open_cache, train_student
+from kdcache.agreement import check_join
 from kdcache.cache.feeds import FeedChoice, open_feed
 from kdcache.cache.manifest import Preprocess
 from kdcache.checkpoints import read_checkpoint
@@ -16,7 +17,7 @@ from kdcache.errors import CacheMismatch, UsageError
 from kdcache.live import LiveTargets
 from kdcache.models import build_model
 from kdcache.objectives import distillation_objective
-from kdcache.targets import CachedTargets, check_join
+from kdcache.targets import CachedTargets
 from kdcache.training import train
 from kdcache.views import as_views
 from tests.helpers import Items, Network, changed, synthetic, tensors, tree

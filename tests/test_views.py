@@ -15,9 +15,10 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import InterpolationMode, v2
 
+import kdcache.agreement
 import kdcache.loading
-import kdcache.targets
 from kdcache import DumpConfig, StudentConfig, dump_teacher, keys, open_cache, train_student
+from kdcache.agreement import SAMPLED_INPUTS
 from kdcache.augment import PRESETS, describe_transform
 from kdcache.cache.manifest import Preprocess, ViewRecipe
 from kdcache.cache.order import ExactOrder, view_schedule
@@ -29,7 +30,6 @@ from kdcache.objectives import distillation_objective
 from kdcache.preprocess import Preprocessor
 from kdcache.provenance import package_versions
 from kdcache.replay import generators_kept, seed_generators
-from kdcache.targets import SAMPLED_INPUTS
 from kdcache.training import train
 from tests.helpers import Items, Network, generator_states, probed_views, synthetic
 
@@ -673,7 +673,7 @@ def late_sample():
 def test_one_wrong_input_of_a_late_batch_is_found_when_all_are_compared(cache, monkeypatch, workers):
     sample, at = late_sample()
     off_by_one(monkeypatch, only=sample)
-    monkeypatch.setattr(kdcache.targets, "package_versions", lambda: package_versions() | {"torch": "0.0.1"})
+    monkeypatch.setattr(kdcache.agreement, "package_versions", lambda: package_versions() | {"torch": "0.0.1"})
     steps = []
     config = student_config(verify_inputs="all", workers=workers)
     with pytest.raises(CacheMismatch) as caught:
@@ -690,7 +690,7 @@ def test_one_wrong_input_of_a_late_batch_is_found_when_all_are_compared(cache, m
 @pytest.mark.parametrize(("verify", "batches", "at_first"), [("all", 50, 64), ("sample", 4, 64), ("off", 0, 0)])
 def test_as_many_inputs_are_compared_as_was_asked_for(cache, monkeypatch, verify, batches, at_first):
     counts = {}
-    for module in (kdcache.loading, kdcache.targets):
+    for module in (kdcache.loading, kdcache.agreement):
 
         def counted(inputs, name=module.__name__):
             counts[name] = [*counts.get(name, []), len(inputs)]
@@ -698,7 +698,7 @@ def test_as_many_inputs_are_compared_as_was_asked_for(cache, monkeypatch, verify
 
         monkeypatch.setattr(module, "batch_crc32c", counted)
     train_student(student(), SAMPLES, cache, config=student_config(verify_inputs=verify))
-    assert sum(counts.get("kdcache.targets", [])) == at_first
+    assert sum(counts.get("kdcache.agreement", [])) == at_first
     assert counts.get("kdcache.loading", []) == [16] * batches
 
 
@@ -719,7 +719,7 @@ def test_another_parameter_is_found_in_the_manifest(tmp_path, monkeypatch, by_na
     train_student(student(), SAMPLES, tmp_path / "c", config=student_config(epochs=1), augment=given)
     monkeypatch.setattr(sys.modules[__name__], "DEGREES", 20)
     looked, steps = [], []
-    monkeypatch.setattr(kdcache.targets, "batch_crc32c", looked.append)
+    monkeypatch.setattr(kdcache.agreement, "batch_crc32c", looked.append)
     for verify in ("sample", "off"):
         with pytest.raises(CacheMismatch) as caught:
             train_student(

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from kdcache.agreement import check_ensemble, check_join
 from kdcache.cache.files import storage_errors
 from kdcache.cache.manifest import TeacherRecord
 from kdcache.cache.reader import Cache, cache_splits, open_cache
@@ -19,7 +20,6 @@ from kdcache.checkpoints import read_checkpoint
 from kdcache.datasets import IndexedDataset
 from kdcache.errors import CacheMismatch, UsageError
 from kdcache.runs import METRICS, read_config, read_result
-from kdcache.targets import check_ensemble, check_join
 from kdcache.trained import TrainedNetwork, load_trained
 from kdcache.views import Views
 
