@@ -21,7 +21,8 @@ from kdcache.cache.reader import open_cache
 from kdcache.config import Bench, DumpConfig, Execution, StudentConfig
 from kdcache.devices import resolve_device
 from kdcache.dump import dump_teacher
-from kdcache.indexed import IndexedDataset, Indices, Inputs
+from kdcache.indexed import IndexedDataset, Indices
+from kdcache.inputs import Inputs
 from kdcache.live import LiveTargets
 from kdcache.loading import Fetcher
 from kdcache.models import BuiltModel, count_parameters

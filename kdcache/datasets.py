@@ -16,16 +16,8 @@ from torch import Tensor
 
 from kdcache import keys
 from kdcache.errors import DatasetError, KdcacheError
-from kdcache.indexed import (
-    ArrayDataset,
-    IndexedDataset,
-    MapDataset,
-    as_indexed,
-    batch_crc32c,
-    dtype_name,
-    input_crc32c,
-    pil_to_tensor,
-)
+from kdcache.indexed import ArrayDataset, IndexedDataset, MapDataset, as_indexed
+from kdcache.inputs import batch_crc32c, dtype_name, input_crc32c, pil_to_tensor
 from kdcache.loading import (
     Batch,
     Batches,

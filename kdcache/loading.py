@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from kdcache.errors import DatasetError, KdcacheError
-from kdcache.indexed import IndexedDataset, batch_crc32c
+from kdcache.indexed import IndexedDataset
+from kdcache.inputs import batch_crc32c
 from kdcache.preprocess import Preprocessor
 from kdcache.sequences import Sequences
 from kdcache.views import Views, as_views

@@ -21,7 +21,8 @@ from kdcache.datasets import batch_loader, consecutive_batches
 from kdcache.devices import evaluation_mode, memory_errors, resolve_device
 from kdcache.errors import DatasetError, ModelError, UsageError
 from kdcache.evaluate import answer
-from kdcache.indexed import IndexedDataset, Indices, pil_to_tensor
+from kdcache.indexed import IndexedDataset, Indices
+from kdcache.inputs import pil_to_tensor
 from kdcache.preprocess import INTERPOLATIONS
 from kdcache.progress import Progress, log
 from kdcache.records import Report
@@ -114,7 +115,7 @@ class GivenInputs(IndexedDataset):
         return torch.from_numpy(np.frombuffer(content, np.uint8).copy())
 
     def _image(self, item: Item) -> Tensor:
-        """(C, H, W) uint8."""
+        """(C, H, W) uint8, read as `folder:` reads it: the first frame, and not turned as EXIF says."""
         from PIL import Image
 
         assert item.path is not None, "stdin is refused for images"
@@ -131,7 +132,9 @@ class GivenInputs(IndexedDataset):
             ) from problem
         if image is None:
             raise DatasetError(
-                f"{item.name} is an image of mode {depth}", "8 bits a channel", "convert it, with Pillow for example"
+                f"{item.name} is an image of mode {depth}",
+                "8 bits a channel",
+                "scale its values to 0 to 255 before it is converted, which by itself cuts off what is larger",
             )
         return self._sized(image, item.name)
 
@@ -182,6 +185,10 @@ def _check_kind(trained: TrainedNetwork, settings: Predict) -> None:
 def _items(given: str, trained: TrainedNetwork, all_given: tuple[str, ...]) -> Iterator[Item]:
     """The inputs that one argument names."""
     wanted = "texts" if trained.is_text else "images"
+    if not given:  # for Path it is the current folder
+        raise UsageError(
+            "an input has an empty name", "a file, a folder, or - for stdin", "see whether a variable is unset"
+        )
     if given == STDIN:
         if not trained.is_text or all_given.count(STDIN) > 1:
             what = (
@@ -206,7 +213,22 @@ def _items(given: str, trained: TrainedNetwork, all_given: tuple[str, ...]) -> I
 
 
 def _files_in(folder: Path, suffixes: tuple[str, ...], wanted: str) -> Iterator[Item]:
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    def refuse(problem: OSError) -> None:
+        raise DatasetError(
+            f"{_printable(Path(problem.filename))} cannot be read: {problem.strerror}",
+            "a folder that may be read",
+            "give yourself permission to read it, or name others",
+        ) from problem
+
+    files, seen = [], set()
+    # Not rglob, which passes over links to folders, as classes may be, and over folders that may not be read.
+    for parent, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+        if (real := os.path.realpath(parent)) in seen:
+            folders.clear()  # links may lead in circles
+            continue
+        seen.add(real)
+        files += [Path(parent, name) for name in names]
+    files.sort()
     chosen = [path for path in files if path.suffix.lower() in suffixes]
     if not chosen:
         raise DatasetError(
@@ -222,8 +244,14 @@ def _files_in(folder: Path, suffixes: tuple[str, ...], wanted: str) -> Iterator[
 
 def _lines() -> Iterator[Item]:
     """The lines of stdin, an empty one too, so that the n-th answer is the n-th line's."""
+    try:
+        content: bytes = b"" if sys.stdin is None else sys.stdin.buffer.read()  # None where it was closed
+    except OSError as problem:
+        raise DatasetError(
+            f"stdin cannot be read: {problem.strerror or problem}", "one text a line", "pipe some into it"
+        ) from problem
     # Not str.splitlines, which also ends lines at form feeds and at U+2028.
-    lines = sys.stdin.buffer.read().removesuffix(b"\n").split(b"\n")
+    lines = content.removesuffix(b"\n").split(b"\n")
     if lines == [b""]:
         raise DatasetError("stdin holds no texts", "one text a line", "pipe some into it")
     for number, line in enumerate(lines, start=1):

@@ -7,7 +7,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kdcache.indexed import Inputs
+from kdcache.inputs import Inputs
 from kdcache.preprocess import Preprocessor
 from kdcache.remembered import RememberedRows
 

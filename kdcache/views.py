@@ -16,7 +16,8 @@ from kdcache import keys
 from kdcache.augment import OBJECT, Transform, build_transform, describe_transform, draws_from_torch_only
 from kdcache.cache.manifest import NONE, ViewRecipe
 from kdcache.errors import DatasetError, KdcacheError
-from kdcache.indexed import IndexedDataset, Inputs, as_input, batch_crc32c, dtype_name
+from kdcache.indexed import IndexedDataset
+from kdcache.inputs import Inputs, as_input, batch_crc32c, dtype_name
 from kdcache.mixing import Mix, parse_mix
 from kdcache.plugins import describe
 from kdcache.remembered import RememberedRows
