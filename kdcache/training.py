@@ -174,7 +174,8 @@ class _Loop:
     def _epoch(self, epoch: int) -> dict[str, Any]:
         self._start(epoch)
         self.module.train()
-        seen: list[dict[str, Tensor]] = []
+        # One table, because a small tensor kept from each step would leave the heap of the C library in pieces.
+        seen: dict[str, Tensor] = {}
         correct = torch.zeros((), dtype=torch.int64, device=self.device)
         samples = 0
         first_step = epoch * len(self.batches)
@@ -186,20 +187,22 @@ class _Loop:
             began = time.perf_counter()
             for step, batch in enumerate(self.loader):
                 hits, parts = self._step(batch, epoch + step / len(self.batches))
-                seen.append(parts)
+                if not step:
+                    seen = {name: part.new_empty(len(self.batches)) for name, part in parts.items()}
+                for name, part in parts.items():
+                    seen[name][step] = part
                 correct += hits
                 samples += len(batch.labels)
                 if self.on_step is not None:
                     self.on_step(first_step + step, parts)
-                if len(seen) % CHECK_EVERY_STEPS == 0:
-                    self._check_finite(seen[-CHECK_EVERY_STEPS:], epoch, step + 1 - CHECK_EVERY_STEPS)
-                    progress.advance(CHECK_EVERY_STEPS)
-            left = len(seen) % CHECK_EVERY_STEPS
-            self._check_finite(seen[len(seen) - left :], epoch, len(seen) - left)
-            progress.advance(left)
+                done = step + 1
+                if done % CHECK_EVERY_STEPS == 0 or done == len(self.batches):
+                    first = step // CHECK_EVERY_STEPS * CHECK_EVERY_STEPS
+                    self._check_finite(seen, epoch, range(first, done))
+                    progress.advance(done - first)
             synchronize(self.device)
             seconds = time.perf_counter() - began
-        means = {name: float(torch.stack([parts[name] for parts in seen]).mean()) for name in seen[0]}
+        means = {name: float(values.mean()) for name, values in seen.items()}
         return {
             "epoch": epoch + 1,
             **({} if self.views.recipe.is_plain(1) else {"view": self.batches.view}),
@@ -237,16 +240,14 @@ class _Loop:
         hits = (logits.detach().argmax(dim=1) == batch.main_labels).sum()
         return hits, {name: part.detach() for name, part in parts.items()}
 
-    def _check_finite(self, seen: list[dict[str, Tensor]], epoch: int, first_step: int) -> None:
-        if not seen:
-            return
-        finite = torch.isfinite(torch.stack([parts["loss"] for parts in seen]))
+    def _check_finite(self, seen: dict[str, Tensor], epoch: int, steps: range) -> None:
+        finite = torch.isfinite(seen["loss"][steps.start : steps.stop])
         if bool(finite.all()):
             return
-        at = int((~finite).nonzero()[0])
-        values = ", ".join(f"{name} {float(value):g}" for name, value in seen[at].items())
+        at = steps[int((~finite).nonzero()[0])]
+        values = ", ".join(f"{name} {float(each[at]):g}" for name, each in seen.items())
         raise TrainingDiverged(
-            f"the loss is not finite at epoch {epoch + 1}, step {first_step + at + 1} of {len(self.batches)}: {values}",
+            f"the loss is not finite at epoch {epoch + 1}, step {at + 1} of {len(self.batches)}: {values}",
             "a finite loss",
             "try a lower --learning-rate, --warmup-epochs 1, --clip-norm 1, or --amp off; finished epochs are kept",
         )
