@@ -9,7 +9,6 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -38,13 +37,13 @@ class Format:
         suffix: of its files.
         modules: what must be installed, from the extra of the format's name.
         make: the bytes of a file, from a program and its metadata.
-        load: a file into something that answers.
+        load: those bytes into something that answers.
     """
 
     suffix: str
     modules: tuple[str, ...] = ()
     make: Callable[[torch.export.ExportedProgram, dict[str, Any]], bytes]
-    load: Callable[[Path], Runnable]
+    load: Callable[[bytes], Runnable]
 
 
 def _make_torch(program: torch.export.ExportedProgram, facts: dict[str, Any]) -> bytes:
@@ -53,9 +52,8 @@ def _make_torch(program: torch.export.ExportedProgram, facts: dict[str, Any]) ->
     return file.getvalue()
 
 
-def _load_torch(path: Path) -> Runnable:
-    with open(path, "rb") as file:
-        module: Runnable = torch.export.load(file).module()
+def _load_torch(content: bytes) -> Runnable:
+    module: Runnable = torch.export.load(io.BytesIO(content)).module()
     return module
 
 
@@ -77,13 +75,13 @@ def _make_onnx(program: torch.export.ExportedProgram, facts: dict[str, Any]) -> 
     return content
 
 
-def _load_onnx(path: Path) -> Runnable:
+def _load_onnx(content: bytes) -> Runnable:
     import onnxruntime  # type: ignore[import-untyped]
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4  # it writes to stderr by itself; what goes wrong is raised too
     options.intra_op_num_threads = torch.get_num_threads()
-    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
     (name,) = (each.name for each in session.get_inputs())
 
     def run(inputs: Tensor) -> Tensor:

@@ -197,7 +197,8 @@ def metadata(trained: TrainedNetwork, example: Tensor) -> dict[str, Any]:
 
     `geometry` says whether `preprocess.resize` and `preprocess.crop` are done `inside` or must be done `before`;
     scaling and normalisation are always inside. Texts are made token ids by `tokenizer` (of the library tokenizers),
-    cut to `preprocess.max_tokens` and filled up with `preprocess.pad_id`.
+    cut to `preprocess.max_tokens` and filled up with `preprocess.pad_id`, an empty text to one token. No batch may be
+    empty: without a text or a token, onnxruntime's LSTM and GRU end the whole process.
     """
     sequences, inside = trained.preprocessor.makes_tokens, geometry_inside(trained) is not None
     tokenizer = trained.preprocessor.tokenizer

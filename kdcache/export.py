@@ -15,7 +15,7 @@ from torch.nn.functional import pad
 from kdcache import keys
 from kdcache.artefacts import FORMATS, Runnable, foreign_errors, quiet
 from kdcache.building import check_classes, open_data
-from kdcache.cache.files import durable_file
+from kdcache.cache.files import write_durable
 from kdcache.config import Export
 from kdcache.datasets import BatchRequest, IndexedDataset, batch_loader
 from kdcache.deployable import Deployable, geometry_inside, metadata, trace
@@ -48,7 +48,7 @@ class Compared(NamedTuple):
 def export(settings: Export) -> Report:
     """Write the best checkpoint of a run as an artefact, and compare its answers with the network's.
 
-    The artefact is written beside its place, loaded again from there and compared; only then it is put in its place.
+    Its bytes are loaded again and compared before anything is written.
 
     Raises:
         UsageError: there is no such run, or the file's suffix is another format's.
@@ -63,7 +63,7 @@ def export(settings: Export) -> Report:
     for module in format_.modules:
         require_extra(module, settings.format, f"--format {settings.format}")
     trained = load_trained(Path(settings.run))
-    dataset = open_data(settings, settings.dataset or trained.dataset, settings.split, hint=trained.data_root)
+    dataset = _open_split(trained, settings)
     check_classes(str(trained.checkpoint), trained.classes, dataset)
     batches = _compared(trained, dataset, settings.samples)
     example = _example(trained, batches[1].inputs)
@@ -78,18 +78,16 @@ def export(settings: Export) -> Report:
         )
         with foreign_errors(f"{trained.spec} cannot be written as {settings.format}"):
             content = format_.make(program, facts)
-    with durable_file(out) as file:
-        file.write(content)
-        file.flush()
-        with quiet(), foreign_errors("the artefact does not run"):
-            found, sample = _largest_difference(format_.load(Path(file.name)), batches)
-        if not found <= settings.tolerance:  # a NaN too
-            raise ModelError(
-                f"the artefact's logits differ from the network's by {found:.2g} of 1 + |x| at sample {sample} of "
-                f"{dataset.name}",
-                f"at most {settings.tolerance:g}",
-                f"nothing was written to {out}; try the other --format, or give a larger --tolerance if that will do",
-            )
+        with foreign_errors("the artefact does not run"):
+            found, sample = _largest_difference(format_.load(content), batches)
+    if not found <= settings.tolerance:  # a NaN too
+        raise ModelError(
+            f"the artefact's logits differ from the network's by {found:.2g} of 1 + |x| at sample {sample} of "
+            f"{dataset.name}",
+            f"at most {settings.tolerance:g}",
+            f"nothing was written to {out}; try the other --format, or give a larger --tolerance if that will do",
+        )
+    write_durable(out, content)
     sizes = sorted({len(batch.inputs) for batch in batches})
     data = {
         "run": settings.run,
@@ -111,15 +109,36 @@ def export(settings: Export) -> Report:
         data,
         f"{out}: {trained.spec} as {settings.format}, {data['bytes']:,} bytes, {shapes[0]} → logits {shapes[1]}\n"
         f"largest difference from the network on {data['samples']} samples of {dataset.split}, in batches of "
-        f"{' and '.join(map(str, sizes))}: {found:.2g} of 1 + |x|, tolerance {settings.tolerance:g}",
+        f"{', '.join(map(str, sizes[:-1]))} and {sizes[-1]}: {found:.2g} of 1 + |x|, tolerance {settings.tolerance:g}",
     )
 
 
 def _check_out(out: Path, name: str) -> None:
     suffix = FORMATS[name].suffix
-    if out.suffix != suffix or os.path.isdir(out):
-        what = "is a folder" if os.path.isdir(out) else f"and --format is {name}"
-        raise UsageError(f"--out is {out} {what}", f"a file that ends in {suffix}", f"write --out {out.stem}{suffix}")
+    if os.path.isdir(out):
+        raise UsageError(
+            f"--out is {out}, a folder", f"a file that ends in {suffix}", f"write --out {out / f'student{suffix}'}"
+        )
+    if out.suffix != suffix:
+        meant = [f", or --format {other}" for other, each in FORMATS.items() if each.suffix == out.suffix]
+        raise UsageError(
+            f"--out is {out}, and --format is {name}",
+            f"a file that ends in {suffix}",
+            f"write --out {out.with_suffix(suffix)}{''.join(meant)}",
+        )
+
+
+def _open_split(trained: TrainedNetwork, settings: Export) -> IndexedDataset:
+    """The samples to compare on."""
+    try:
+        return open_data(settings, settings.dataset or trained.dataset, settings.split, hint=trained.data_root)
+    except DatasetError as problem:
+        raise DatasetError(
+            problem.found,
+            problem.needed,
+            f"{problem.remedy}; the artefact is compared on real samples, and --dataset and --data-root say where "
+            "they are now",
+        ) from problem
 
 
 def _compared(trained: TrainedNetwork, dataset: IndexedDataset, samples: int) -> list[Compared]:
@@ -141,6 +160,12 @@ def _compared(trained: TrainedNetwork, dataset: IndexedDataset, samples: int) ->
                 amp="off",
                 classes=len(trained.classes),
             ).float()
+            if not torch.isfinite(logits).all():
+                raise ModelError(
+                    f"the network itself answers a sample of {dataset.name} with a logit that is not finite",
+                    "finite logits",
+                    "see in its metrics.jsonl whether the training diverged",
+                )
             inputs = batch.inputs.long() if preprocessor.makes_tokens else batch.inputs
             if geometry_inside(trained) is not None:
                 inputs = _stacked(dataset, batch.indices.numpy(), trained.input_shape)

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torchvision.datasets.folder import IMG_EXTENSIONS  # type: ignore[import-untyped]
 from torchvision.transforms.v2 import functional  # type: ignore[import-untyped]
 
 from kdcache.config import Predict
@@ -30,8 +31,6 @@ from kdcache.trained import TrainedNetwork, load_trained
 
 STDIN = "-"
 TEXT_SUFFIXES = (".txt",)
-# What is taken out of a folder; a file that is named itself may have any suffix.
-IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
 
 class Item(NamedTuple):
@@ -199,7 +198,7 @@ def _items(given: str, trained: TrainedNetwork, all_given: tuple[str, ...]) -> I
         return
     path = Path(given)
     if os.path.isdir(path):  # unlike Path.is_dir, also for names that no disk could hold
-        yield from _files_in(path, TEXT_SUFFIXES if trained.is_text else IMAGE_SUFFIXES, wanted)
+        yield from _files_in(path, TEXT_SUFFIXES if trained.is_text else IMG_EXTENSIONS, wanted)
         return
     if not os.path.exists(path):
         raise DatasetError(f"there is no {_printable(path)}", "a file, a folder, or - for stdin", "correct the path")
@@ -213,6 +212,8 @@ def _items(given: str, trained: TrainedNetwork, all_given: tuple[str, ...]) -> I
 
 
 def _files_in(folder: Path, suffixes: tuple[str, ...], wanted: str) -> Iterator[Item]:
+    """Files of the kind that `folder:` and `text-folder:` take; one that is named itself may be another image."""
+
     def refuse(problem: OSError) -> None:
         raise DatasetError(
             f"{_printable(Path(problem.filename))} cannot be read: {problem.strerror}",

@@ -13,8 +13,9 @@ from kdcache.checkpoints import load_weights, read_checkpoint
 from kdcache.errors import CheckpointError
 from kdcache.models import build_model, build_text_model
 from kdcache.preprocess import Preprocessor
+from kdcache.progress import log
 from kdcache.reading import recorded_tokenizer
-from kdcache.runs import BEST, read_config
+from kdcache.runs import BEST, RESULT, read_config
 
 _FACTS = (
     "model",
@@ -65,14 +66,24 @@ def load_trained(folder: Path) -> TrainedNetwork:
     """
     read_config(folder)
     path = folder / BEST
+    if not path.exists():
+        raise CheckpointError(
+            f"the run at {folder} has no {BEST}: it has not come to its end",
+            "a finished run",
+            f"continue it with --resume; if it was finished, copy its {BEST} again",
+        )
     checkpoint = read_checkpoint(path)
-    facts: dict[str, Any] = checkpoint.get("kdcache") or {}
+    recorded = checkpoint.get("kdcache")
+    facts: dict[str, Any] = recorded if isinstance(recorded, dict) else {}
     if missing := [name for name in _FACTS if name not in facts]:
         raise CheckpointError(
             f"{path} does not say what it is of: {', '.join(missing)} are missing",
-            "a checkpoint of a kdcache run",
-            "train it again with this version",
+            "a checkpoint that train-teacher or train-student of this version wrote",
+            "train it again with them; a network that was trained from Python takes it by "
+            "kdcache.checkpoints.load_weights",
         )
+    if not (folder / RESULT).exists():  # with --val-fraction the best so far is there from the first epoch on
+        log(f"{folder} has not come to its end: this is its best checkpoint so far")
     spec, classes = facts["model"], tuple(facts["classes"])
     shape = None if facts["input_shape"] is None else tuple(facts["input_shape"])
     record = recorded_preprocess(checkpoint, path)

@@ -268,7 +268,7 @@ def test_the_command_prints_one_thing_and_the_exporters_print_nothing(cnn, gru, 
         assert json.loads(result.stdout)["out"] == str(out)
         assert result.stderr.splitlines() == [f"exporting {'cnn' if run == cnn else 'gru'} as {form}"]
     result = CliRunner().invoke(app, arguments)
-    assert "largest difference from the network on 20 samples of test" in result.stdout
+    assert "largest difference from the network on 20 samples of test, in batches of 1, 4 and 16:" in result.stdout
     assert capfd.readouterr() == ("", "")
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
     assert logging.root.manager.disable == level_before
@@ -294,7 +294,10 @@ def test_an_artefact_that_answers_otherwise_is_not_kept(cnn, tmp_path, monkeypat
     for part in ("differ from the network's by 0.0", "at sample", "at most 0.0001", "--tolerance", str(out)):
         assert part in str(refused.value)
     assert tree(tmp_path) == before
-    exported(cnn, tmp_path, form, tolerance=0.1)
+    with pytest.raises(ModelError):
+        exported(cnn, tmp_path / "new", form)
+    assert not (tmp_path / "new").exists()
+    exported(cnn, tmp_path / "new", form, tolerance=0.1)
 
 
 @pytest.mark.parametrize("form", BOTH)
@@ -311,8 +314,8 @@ def test_a_broken_file_is_caught_and_not_kept(cnn, tmp_path, monkeypatch, form, 
         changes["make"] = make
     else:
 
-        def load(path):
-            program = format_.load(path)
+        def load(content):
+            program = format_.load(content)
             return lambda inputs: program(inputs) * torch.nan if damage == "nan" else program(inputs)[:, :9]
 
         changes["load"] = load
@@ -382,11 +385,13 @@ def test_networks_that_cannot_be_exported(root, tmp_path, network, form, parts):
     ("settings", "error", "parts"),
     [
         ({"format": "tflite"}, UsageError, ["--format is 'tflite'", "torch, onnx"]),
-        ({"out": "student.onnx"}, UsageError, ["student.onnx", "--format is torch", ".pt2"]),
-        ({"out": "student.pt2", "format": "onnx"}, UsageError, ["student.pt2", "--format is onnx", ".onnx"]),
-        ({"out": "folder.pt2"}, UsageError, ["folder.pt2 is a folder"]),
+        ({"out": "a/b.onnx"}, UsageError, ["a/b.onnx, and --format is torch", "--out a/b.pt2, or --format onnx"]),
+        ({"out": "a/b.pt2", "format": "onnx"}, UsageError, ["a/b.pt2, and --format is onnx", "--out a/b.onnx, or"]),
+        ({"out": "a/b"}, UsageError, ["a/b, and --format is torch", "write --out a/b.pt2"]),
+        ({"out": "folder.pt2"}, UsageError, ["folder.pt2, a folder", "write --out folder.pt2/student.pt2"]),
         ({"run": "nowhere"}, UsageError, ["no run at nowhere"]),
         ({"split": "val"}, DatasetError, ["no split 'val'"]),
+        ({"dataset": "folder:gone"}, DatasetError, ["gone is no folder", "--dataset and --data-root say where"]),
         ({"dataset": "py:other:larger"}, DatasetError, ["(1, 9, 9)", "(1, 8, 8)"]),
         ({"dataset": "py:other:nine"}, ModelError, ["10 classes", "9 classes"]),
         ({"samples": 1}, UsageError, ["--samples is 1", "at least 2"]),
@@ -446,6 +451,14 @@ def test_a_split_of_one_sample_is_compared_in_two_batch_sizes(tmp_path, monkeypa
     _, data = exported(tmp_path / "run", tmp_path, "torch")
     assert (data["samples"], data["batch_sizes"]) == (1, [1, 2])
     assert data["input"] == {"name": "inputs", "shape": ["batch", 2, 3], "dtype": "float32"}
+
+
+def test_a_network_that_diverged_is_not_taken_for_a_bad_artefact(cnn, tmp_path, monkeypatch):
+    trained = load_trained(cnn)
+    trained.module.classifier[-1].bias.data[3] = torch.nan
+    monkeypatch.setattr("kdcache.export.load_trained", lambda folder: trained)
+    with pytest.raises(ModelError, match=r"the network itself answers a sample of digits.*not finite"):
+        exported(cnn, tmp_path, "torch", tolerance=0.1)
 
 
 def test_warnings_of_the_network_itself_are_not_swallowed(cnn, tmp_path, monkeypatch):

@@ -1,6 +1,9 @@
 import csv
+import errno
 import io
 import json
+import os
+import shutil
 import sys
 from types import SimpleNamespace
 
@@ -13,7 +16,7 @@ from typer.testing import CliRunner
 from kdcache import commands, config
 from kdcache.cli import app
 from kdcache.datasets import open_dataset
-from kdcache.errors import DatasetError, KdcacheError, ModelError, UsageError
+from kdcache.errors import CheckpointError, DatasetError, KdcacheError, ModelError, UsageError
 from kdcache.predict import _lines, predict
 from kdcache.trained import load_trained
 
@@ -82,7 +85,7 @@ def images(tmp_path_factory):
 
 
 def asked(run, *inputs, **settings):
-    arguments = {"run": run, "inputs": tuple(map(str, inputs)), "device": "cpu", **settings}
+    arguments = {"run": str(run), "inputs": tuple(map(str, inputs)), "device": "cpu", **settings}
     return predict(config.Predict(**arguments))
 
 
@@ -154,6 +157,37 @@ def test_images_become_what_the_run_was_trained_on(runs, images, tmp_path):
     assert asked(runs.photos, tmp_path / "light.bmp").data["predictions"][0]["answers"][0]["class"] == "light"
 
 
+def test_odd_images_are_read_as_evaluate_reads_them(runs, tmp_path):
+    """The first frame, no turning by EXIF, and what is transparent as it is below."""
+    random, turned = np.random.default_rng(0), Image.Exif()
+    turned[274] = 6  # the orientation
+    for name, mode, options in (
+        ("a.tiff", "P", {"save_all": True, "append_images": [Image.new("P", (9, 14))]}),
+        ("b.png", "RGBA", {}),
+        ("c.png", "LA", {}),
+        ("d.png", "1", {}),
+        ("e.jpg", "CMYK", {}),
+        ("f.png", "RGB", {"exif": turned}),
+    ):
+        for label in ("dark", "light"):
+            folder = tmp_path / "test" / label
+            folder.mkdir(parents=True, exist_ok=True)
+            image = Image.fromarray(random.integers(0, 256, (14, 9, 3), np.uint8)).convert(mode)
+            if "A" in mode:
+                image.putalpha(Image.fromarray(random.integers(0, 256, (14, 9), np.uint8)))
+            image.save(folder / name, **options)
+            image.convert("RGB").save(folder / "left-out.gif")  # torchvision's folders take none
+    trained, dataset = load_trained(runs.root / "photo-run"), open_dataset(f"folder:{tmp_path}", split="test")
+    inputs, labels = dataset.fetch(range(12))
+    prepared = torch.stack([trained.preprocessor.per_sample(each) for each in inputs])
+    wanted = expected(runs.root / "photo-run", trained.preprocessor.per_batch(prepared, torch.float32))
+    found = asked(runs.photos, tmp_path / "test").data["predictions"]
+    assert [each["answers"][0]["probability"] for each in found] == pytest.approx(wanted.max(1), rel=1e-4)
+    right = [each["answers"][0]["class"] == dataset.classes[label] for each, label in zip(found, labels, strict=True)]
+    judged = commands.evaluate(config.Evaluate(run=runs.photos, dataset=f"folder:{tmp_path}", device="cpu"))
+    assert judged.data["test_accuracy"] == np.mean(right)
+
+
 def test_resize_brings_images_to_the_trained_size(runs, images, tmp_path):
     large = np.kron(images.inputs[0, 0].numpy(), np.ones((4, 4), np.uint8))
     Image.fromarray(large).save(tmp_path / "large.png")
@@ -187,6 +221,39 @@ def test_texts_from_files_and_from_stdin(runs, tmp_path, monkeypatch):
         assert line["answers"][0]["probability"] == pytest.approx(wanted[0]["probability"], rel=1e-5)
 
 
+@pytest.mark.parametrize(("stream", "part"), [(None, "holds no texts"), ("unreadable", "Bad file descriptor")])
+def test_a_stdin_that_is_closed_or_not_to_be_read_is_named(runs, monkeypatch, stream, part):
+    def read():
+        raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+
+    monkeypatch.setattr(sys, "stdin", stream and SimpleNamespace(buffer=SimpleNamespace(read=read)))
+    with pytest.raises(DatasetError, match=part):
+        asked(runs.texts, "-")
+
+
+def test_folders_are_read_through_links_and_each_once(runs, images, tmp_path):
+    (tmp_path / "class").symlink_to(images.folder)
+    (tmp_path / "deeper").mkdir()
+    (tmp_path / "deeper" / "circle").symlink_to(tmp_path)
+    names = [each["input"] for each in asked(runs.digits, tmp_path).data["predictions"]]
+    assert names == sorted(str(tmp_path / "class" / name) for name in images.names)
+
+
+def test_a_folder_that_may_not_be_read_is_named_and_not_passed_over(runs, images, tmp_path, monkeypatch):
+    (tmp_path / "shown").symlink_to(images.folder)
+    (tmp_path / "closed").mkdir()
+    scan = os.scandir
+
+    def refusing(path):
+        if os.fspath(path).endswith("closed"):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    with pytest.raises(DatasetError, match="closed cannot be read: Permission denied"):
+        asked(runs.digits, tmp_path)
+
+
 def test_lines_end_where_any_system_ends_them(monkeypatch):
     monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(b"one\r\n\r\ntwo\x0c\xe2\x80\xa8\nthree")))
     assert [item.line for item in _lines()] == [b"one", b"", b"two\x0c\xe2\x80\xa8", b"three"]
@@ -206,12 +273,13 @@ def test_the_command_prints_csv_or_one_json_object(runs, images):
 @pytest.mark.parametrize(
     ("run", "inputs", "error", "parts"),
     [
+        ("digits", [""], UsageError, ["empty name"]),
         ("digits", ["{tmp}/gone.png"], DatasetError, ["there is no", "gone.png"]),
         ("digits", ["x" * 5000], DatasetError, ["there is no"]),
         ("digits", ["{tmp}/empty"], DatasetError, ["empty holds 0 files", ".png"]),
         ("texts", ["{tmp}/empty"], DatasetError, ["empty holds 0 files", ".txt"]),
         ("digits", ["{tmp}/broken.png"], DatasetError, ["broken.png cannot be read as an image"]),
-        ("digits", ["{tmp}/deep.png"], DatasetError, ["deep.png is an image of mode I;16", "8 bits"]),
+        ("digits", ["{tmp}/deep.png"], DatasetError, ["deep.png is an image of mode I;16", "8 bits", "scale"]),
         ("digits", ["{tmp}/latin.txt"], UsageError, ["latin.txt is a .txt file", "takes images"]),
         ("digits", ["-"], UsageError, ["stdin", "takes images"]),
         ("texts", ["-", "-"], UsageError, ["given 2 times"]),
@@ -267,3 +335,32 @@ def test_a_file_name_that_is_not_utf8_is_shown_with_escapes(runs, images, tmp_pa
     report = asked(runs.digits, tmp_path)
     assert report.data["predictions"][0]["input"].endswith("\\xff.png")
     report.text.encode()
+
+
+@pytest.fixture
+def copied(runs, tmp_path):
+    """A run that may be damaged."""
+    return shutil.copytree(runs.digits, tmp_path / "copied")
+
+
+def test_a_run_without_a_result_is_named(runs, images, copied, capsys):
+    image = images.folder / images.names[0]
+    (copied / "result.json").unlink()
+    assert asked(copied, image).data["predictions"] == asked(runs.digits, image).data["predictions"]
+    assert f"{copied} has not come to its end" in capsys.readouterr().err
+    (copied / "best.pt").unlink()
+    with pytest.raises(CheckpointError) as refused:
+        asked(copied, image)
+    for part in (f"{copied} has no best.pt", "a finished run", "--resume"):
+        assert part in str(refused.value)
+
+
+@pytest.mark.parametrize("facts", [None, ["model", "classes"]])
+def test_a_checkpoint_that_does_not_say_what_it_is_of(images, copied, facts):
+    """As of a network that was trained from Python."""
+    checkpoint = torch.load(copied / "best.pt", weights_only=True)
+    torch.save({**checkpoint, "kdcache": facts}, copied / "best.pt")
+    with pytest.raises(CheckpointError) as refused:
+        asked(copied, images.folder)
+    for part in ("does not say what it is of: model, classes", "train-student of this version", "load_weights"):
+        assert part in str(refused.value)
