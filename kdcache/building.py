@@ -53,8 +53,19 @@ def load_teacher(
 
 
 def open_data(settings: DatasetSource, spec: str, split: str, hint: str | None = None) -> IndexedDataset:
+    """A split of the dataset of this spec.
+
+    Args:
+        hint: the data root that a cache or a run recorded.
+    """
     root = settings.data_root or hint or DATA_ROOT
-    return open_dataset(spec, split=split, data_root=root, download=settings.download)
+    try:
+        return open_dataset(spec, split=split, data_root=root, download=settings.download)
+    except DatasetError as problem:
+        if settings.dataset or settings.data_root:
+            raise
+        where = "--dataset and --data-root say where it is, if not where it was"
+        raise DatasetError(problem.found, problem.needed, "; ".join(filter(None, (problem.remedy, where)))) from problem
 
 
 def open_test(settings: DatasetSource, spec: str, hint: str | None = None) -> IndexedDataset | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -72,7 +73,10 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
         if path.suffix == ".safetensors":
             content = require_extra("safetensors.torch", "safetensors", f"reading {path}").load_file(path)
         else:
+            _check_archive(path)
             content = torch.load(path, map_location="cpu", weights_only=True)
+    except zipfile.BadZipFile as problem:
+        raise _damaged(path, problem) from problem
     except OSError as problem:
         raise CheckpointError(f"{path} cannot be read: {problem}", "a readable file") from problem
     except pickle.UnpicklingError as problem:
@@ -83,7 +87,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
                 "save model.state_dict() instead of the model itself, on a machine where the file is trusted",
             ) from problem
         raise _damaged(path, problem) from problem
-    except ImportError:  # MissingExtra
+    except (CheckpointError, ImportError):  # MissingExtra is an ImportError
         raise
     except Exception as problem:  # zip, pickle and safetensors readers each raise errors of their own on damage
         raise _damaged(path, problem) from problem
@@ -92,6 +96,20 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
             f"{path} holds a {type(content).__name__}", "a mapping of names to tensors", "save model.state_dict()"
         )
     return dict(content)
+
+
+def _check_archive(path: Path) -> None:
+    """Compare the checksums that `torch.save` left in its archive: `torch.load` itself does not."""
+    with open(path, "rb") as file:
+        if file.read(4) != b"PK\3\4":  # as torch.save wrote before version 1.6
+            return
+    with zipfile.ZipFile(path) as archive:
+        if (name := archive.testzip()) is not None:
+            raise CheckpointError(
+                f"{path} is damaged: the checksum of {name} in it does not fit its bytes",
+                "the file as it was written",
+                "copy or download it again; if it was saved without checksums on purpose, load and save it once more",
+            )
 
 
 def save_checkpoint(path: str | os.PathLike[str], mapping: Mapping[str, Any]) -> None:

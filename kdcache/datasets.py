@@ -17,7 +17,7 @@ from torch import Tensor
 from kdcache import keys
 from kdcache.errors import DatasetError, KdcacheError
 from kdcache.indexed import ArrayDataset, IndexedDataset, MapDataset, as_indexed
-from kdcache.inputs import batch_crc32c, dtype_name, input_crc32c, pil_to_tensor
+from kdcache.inputs import batch_crc32c, dtype_name, input_crc32c, read_image
 from kdcache.loading import (
     Batch,
     Batches,
@@ -205,7 +205,7 @@ def _split_folder(spec: str, split: str, file: str) -> tuple[Path, list[str]]:
 def _image_folder(spec: str, split: str) -> IndexedDataset:
     folder, _ = _split_folder(spec, split, "IMAGE")
     try:
-        images = torchvision.datasets.ImageFolder(folder, loader=_read_image)
+        images = torchvision.datasets.ImageFolder(folder, loader=read_image)
     except OSError as problem:
         raise DatasetError(
             f"{spec} cannot be read: {problem}", "images in every class folder", "add images, or remove empty folders"
@@ -221,20 +221,6 @@ def _class_folders(folder: Path) -> list[str]:
 
 def _brief(names: list[str]) -> str:
     return f"{len(names)}: {', '.join(names[:10])}{', …' if len(names) > 10 else ''}"
-
-
-def _read_image(path: str) -> Tensor:
-    from PIL import Image
-
-    try:
-        with Image.open(path) as image:
-            return pil_to_tensor(image.convert("RGB"))
-    except Exception as problem:  # Pillow's decoders raise OSError, SyntaxError, ValueError and struct.error
-        raise DatasetError(
-            f"{path} cannot be read as an image: {type(problem).__name__}: {problem}",
-            "a whole image file",
-            "copy the file again, or remove it",
-        ) from problem
 
 
 def _from_function(spec: str, split: str, data_root: str, download: bool) -> IndexedDataset:

@@ -63,7 +63,7 @@ def export(settings: Export) -> Report:
     for module in format_.modules:
         require_extra(module, settings.format, f"--format {settings.format}")
     trained = load_trained(Path(settings.run))
-    dataset = _open_split(trained, settings)
+    dataset = open_data(settings, settings.dataset or trained.dataset, settings.split, hint=trained.data_root)
     check_classes(str(trained.checkpoint), trained.classes, dataset)
     batches = _compared(trained, dataset, settings.samples)
     example = _example(trained, batches[1].inputs)
@@ -126,19 +126,6 @@ def _check_out(out: Path, name: str) -> None:
             f"a file that ends in {suffix}",
             f"write --out {out.with_suffix(suffix)}{''.join(meant)}",
         )
-
-
-def _open_split(trained: TrainedNetwork, settings: Export) -> IndexedDataset:
-    """The samples to compare on."""
-    try:
-        return open_data(settings, settings.dataset or trained.dataset, settings.split, hint=trained.data_root)
-    except DatasetError as problem:
-        raise DatasetError(
-            problem.found,
-            problem.needed,
-            f"{problem.remedy}; the artefact is compared on real samples, and --dataset and --data-root say where "
-            "they are now",
-        ) from problem
 
 
 def _compared(trained: TrainedNetwork, dataset: IndexedDataset, samples: int) -> list[Compared]:

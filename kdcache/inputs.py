@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import numpy as np
@@ -56,6 +57,35 @@ def as_input(value: Any, where: str) -> Tensor:
             f"{where} is a PIL image of mode {value.mode}", "8 bits a channel", "return such images as arrays"
         )
     return pil_to_tensor(value if value.mode in ("L", "RGB") else value.convert("RGB"))
+
+
+def read_image(path: str | os.PathLike[str], mode: str = "RGB") -> Tensor:
+    """The first frame of an image file in a mode of Pillow's, not turned as EXIF may say: uint8 (C, H, W).
+
+    Raises:
+        DatasetError: it cannot be read, or has more than 8 bits a channel.
+    """
+    from PIL import Image
+
+    name = os.fsencode(path).decode(errors="backslashreplace")
+    try:
+        with Image.open(path) as picture:
+            depth = picture.mode
+            # Converting more than 8 bits to 8 clips; what to make of them only the user can tell.
+            image = None if depth.startswith(("I", "F")) else pil_to_tensor(picture.convert(mode))
+    except Exception as problem:  # Pillow's decoders raise OSError, SyntaxError, ValueError and struct.error
+        raise DatasetError(
+            f"{name} cannot be read as an image: {type(problem).__name__}: {problem}",
+            "a whole image file",
+            "copy the file again, or leave it out",
+        ) from problem
+    if image is None:
+        raise DatasetError(
+            f"{name} is an image of mode {depth}",
+            "8 bits a channel",
+            "scale its values to 0 to 255 before it is converted, which by itself cuts off what is larger",
+        )
+    return image
 
 
 def pil_to_tensor(image: Any) -> Tensor:

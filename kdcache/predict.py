@@ -23,7 +23,7 @@ from kdcache.devices import evaluation_mode, memory_errors, resolve_device
 from kdcache.errors import DatasetError, ModelError, UsageError
 from kdcache.evaluate import answer
 from kdcache.indexed import IndexedDataset, Indices
-from kdcache.inputs import pil_to_tensor
+from kdcache.inputs import read_image
 from kdcache.preprocess import INTERPOLATIONS
 from kdcache.progress import Progress, log
 from kdcache.records import Report
@@ -114,28 +114,9 @@ class GivenInputs(IndexedDataset):
         return torch.from_numpy(np.frombuffer(content, np.uint8).copy())
 
     def _image(self, item: Item) -> Tensor:
-        """(C, H, W) uint8, read as `folder:` reads it: the first frame, and not turned as EXIF says."""
-        from PIL import Image
-
+        """(C, H, W) uint8, read as `folder:` reads it."""
         assert item.path is not None, "stdin is refused for images"
-        try:
-            with Image.open(item.path) as picture:
-                depth = picture.mode
-                # Converting more than 8 bits to 8 clips; what to make of them only the user can tell.
-                image = None if depth.startswith(("I", "F")) else pil_to_tensor(picture.convert(self._mode))
-        except Exception as problem:  # Pillow's decoders raise OSError, SyntaxError, ValueError and struct.error
-            raise DatasetError(
-                f"{item.name} cannot be read as an image: {type(problem).__name__}: {problem}",
-                "a whole image file",
-                "copy the file again, or leave it out",
-            ) from problem
-        if image is None:
-            raise DatasetError(
-                f"{item.name} is an image of mode {depth}",
-                "8 bits a channel",
-                "scale its values to 0 to 255 before it is converted, which by itself cuts off what is larger",
-            )
-        return self._sized(image, item.name)
+        return self._sized(read_image(item.path, self._mode), item.name)
 
     def _sized(self, image: Tensor, name: str) -> Tensor:
         if self._shape is None or tuple(image.shape[1:]) == self._shape[1:]:

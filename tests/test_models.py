@@ -292,6 +292,18 @@ def test_damaged_files(tmp_path, suffix, size):
         load_weights(small(), path)
 
 
+def test_a_flipped_byte_in_a_weight_is_found(tmp_path):
+    path, weights = tmp_path / "w.pt", small().state_dict()
+    torch.save(weights, path)
+    content = bytearray(path.read_bytes())
+    at = content.index(weights["0.weight"].numpy().tobytes())
+    content[at + 5] ^= 4
+    path.write_bytes(content)
+    assert torch.load(path, weights_only=True)  # which does not notice
+    with pytest.raises(CheckpointError, match="is damaged: the checksum of"):
+        load_weights(small(), path)
+
+
 def test_files_that_hold_no_weights(tmp_path):
     with pytest.raises(CheckpointError, match="does not exist"):
         load_weights(small(), tmp_path / "w.pt")

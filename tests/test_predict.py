@@ -17,6 +17,7 @@ from kdcache import commands, config
 from kdcache.cli import app
 from kdcache.datasets import open_dataset
 from kdcache.errors import CheckpointError, DatasetError, KdcacheError, ModelError, UsageError
+from kdcache.export import export
 from kdcache.predict import _lines, predict
 from kdcache.trained import load_trained
 
@@ -254,9 +255,33 @@ def test_a_folder_that_may_not_be_read_is_named_and_not_passed_over(runs, images
         asked(runs.digits, tmp_path)
 
 
+def test_data_that_has_moved_may_be_named(runs, monkeypatch):
+    photos = runs.root / "photos"
+    moved = photos.rename(runs.root / "moved")
+    try:
+        for refuse in (
+            lambda: commands.evaluate(config.Evaluate(run=runs.photos)),
+            lambda: export(config.Export(run=runs.photos, out=str(runs.root / "x.pt2"))),
+        ):
+            with pytest.raises(DatasetError, match="--dataset and --data-root say where it is"):
+                refuse()
+    finally:
+        moved.rename(photos)
+
+
 def test_lines_end_where_any_system_ends_them(monkeypatch):
     monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(b"one\r\n\r\ntwo\x0c\xe2\x80\xa8\nthree")))
     assert [item.line for item in _lines()] == [b"one", b"", b"two\x0c\xe2\x80\xa8", b"three"]
+
+
+def test_folders_of_deeper_images_are_refused_in_training_too(tmp_path):
+    for split in ("train", "test"):
+        for name in ("a", "b"):
+            (tmp_path / split / name).mkdir(parents=True)
+            deep = np.full((9, 9), 70_000 if name == "b" else 300, np.int32).clip(0, 65_535).astype(np.uint16)
+            Image.fromarray(deep).save(tmp_path / split / name / "0.png")
+    with pytest.raises(DatasetError, match="8 bits a channel"):
+        commands.train_teacher(config.TrainTeacher(out=str(tmp_path / "run"), dataset=f"folder:{tmp_path}", size=8))
 
 
 def test_the_command_prints_csv_or_one_json_object(runs, images):
