@@ -48,9 +48,10 @@ teacher: $(TEACHER_RUN)/result.json ## train a teacher
 dump: $(CACHE)/.dumped ## run the teacher once, keep its logits
 student: $(STUDENT_RUN)/result.json ## train a student from the cache
 
-pipeline: $(TEACHER_RUN)/result.json $(ALONE_RUN)/result.json $(STUDENT_RUN)/result.json ## all three, and a table
+pipeline: $(TEACHER_RUN)/result.json $(ALONE_RUN)/result.json $(STUDENT_RUN)/result.json ## all three, a table and a page
 	@echo
 	@$(KDCACHE) compare $(TEACHER_RUN) $(ALONE_RUN) $(STUDENT_RUN)
+	$(KDCACHE) report $(TEACHER_RUN) $(ALONE_RUN) $(STUDENT_RUN) $(SOURCE) --out $(OUT)/report.html
 
 # A run that was stopped is continued.
 resume = $(if $(wildcard $(1)/config.json),--resume)

@@ -21,6 +21,7 @@ from kdcache.cache.reader import open_cache
 from kdcache.config import Bench, DumpConfig, Execution, StudentConfig
 from kdcache.devices import resolve_device
 from kdcache.dump import dump_teacher
+from kdcache.errors import UsageError
 from kdcache.indexed import IndexedDataset, Indices
 from kdcache.inputs import Inputs
 from kdcache.live import LiveTargets
@@ -67,7 +68,17 @@ class Measured:
 
 
 def bench(settings: Bench) -> Report:
-    """Measure, and say after how many epochs the cache has paid."""
+    """Measure, and say after how many epochs the cache has paid.
+
+    Raises:
+        UsageError: an option that the measurement would not follow.
+    """
+    if settings.objective or not settings.distill or settings.views:
+        raise UsageError(
+            "--objective, --no-distill or --views is given",
+            "alpha · kd + (1 − alpha) · cross entropy on one view, which bench measures beside labels only",
+            "leave it out",
+        )
     dataset = open_data(settings, settings.dataset, "train")
     if settings.samples is not None and settings.samples < len(dataset):
         dataset = _First(dataset, settings.samples)
@@ -169,7 +180,8 @@ def _text(data: dict[str, Any], measured: Measured) -> str:
     lines = [
         f"{data['dataset']}, {data['samples']:,} samples, batch {data['batch_size']}, {data['device']}; teacher "
         f"{data['teacher']['model']} ({data['teacher']['parameters']:,} parameters), student "
-        f"{data['student']['model']} ({data['student']['parameters']:,}); median of {data['rounds']} rounds"
+        f"{data['student']['model']} ({data['student']['parameters']:,}); median of {data['rounds']} "
+        f"round{'s' if data['rounds'] > 1 else ''}"
     ]
     for way in measured.epoch_seconds:
         ratios = measured.ratios(way)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import signal
 import sys
 import threading
 from collections import deque
@@ -12,9 +14,13 @@ from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing import get_context
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm  # type: ignore[import-untyped]
+
+from kdcache.cache.files import storage_errors
 from kdcache.devices import device_count
 from kdcache.errors import KdcacheError
 from kdcache.plugins import describe
@@ -61,14 +67,14 @@ class Outcome:
     error: str | None = None
 
 
-def available_slots(device: str, jobs: int | None) -> list[Slot]:
-    """One slot for each GPU, or for each core; or as many as were asked for, which share them.
+def available_slots(device: str, jobs: int | None, runs: int) -> list[Slot]:
+    """One slot for each GPU, or for each core; or as many as were asked for, which share them; never more than `runs`.
 
     Raises:
         UsageError: the device is not there.
     """
     kind, count = device_count(device)
-    jobs = jobs or count
+    jobs = min(jobs or count, runs)
     if kind == "cpu":
         return [Slot("cpu", max(1, count // jobs))] * jobs
     names = [f"{kind}:{index % count}" for index in range(jobs)] if device in ("auto", kind) else [device] * jobs
@@ -92,22 +98,26 @@ def run_all(jobs: Sequence[Job], out: Path, slots: Sequence[Slot]) -> dict[str, 
     if outcomes:
         log(f"{len(outcomes)} of {len(jobs)} students are finished already")
     lock = threading.Lock()
-    with Progress("sweep", len(jobs), "students", len(outcomes)) as progress:
+    # Nothing is ever sent: workers end when our end is closed, which the system does for a process that is killed.
+    alive, ours = get_context("spawn").Pipe(duplex=False)
+    with alive, Progress("sweep", len(jobs), "students", len(outcomes)) as progress:
 
         def work(slot: Slot) -> None:
-            pool = _pool()
+            pool = _pool(alive)
             try:
                 while True:
                     with lock:
-                        if not waiting:
+                        if ours.closed or not waiting:
                             return
                         job = waiting.popleft()
                     try:
                         outcome = pool.submit(_train, job.settings, slot, str(out / f"{job.name}.log")).result()
                     except BrokenProcessPool:
-                        outcome = Outcome(error="its process died; memory may have run out")
+                        if ours.closed:
+                            return
+                        outcome = Outcome(error="its process died; memory may have run out. Fewer --jobs take less")
                         pool.shutdown(wait=False)
-                        pool = _pool()
+                        pool = _pool(alive)
                     with lock:
                         outcomes[job.name] = outcome
                         progress.advance(1)
@@ -120,15 +130,26 @@ def run_all(jobs: Sequence[Job], out: Path, slots: Sequence[Slot]) -> dict[str, 
             try:
                 for future in futures:
                     future.result()
-            except KeyboardInterrupt:
-                waiting.clear()  # runs that have begun get the signal themselves, and keep their finished epochs
-                raise
+            finally:
+                ours.close()  # interrupted, this ends what still trains; its finished epochs are kept
     return {job.name: outcomes[job.name] for job in jobs}
 
 
-def _pool() -> ProcessPoolExecutor:
+def _pool(alive: Connection) -> ProcessPoolExecutor:
     # Spawned: a forked process that inherits CUDA or running threads does not work.
-    return ProcessPoolExecutor(1, mp_context=get_context("spawn"))
+    return ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=_end_with, initargs=(alive,))
+
+
+def _end_with(alive: Connection) -> None:
+    """Let this process end with the sweep: left alone it would train beside the one that goes on, and never end."""
+
+    def watch() -> None:
+        alive.poll(None)
+        os._exit(1)
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all, and the sweep closes the pipe
+    tqdm.set_lock(threading.RLock())  # its own is a semaphore, of which Python would say that it leaked
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _finished(job: Job) -> Outcome | None:
@@ -159,16 +180,17 @@ def _said(outcome: Outcome) -> str:
 
 def _train(settings: dict[str, Any], slot: Slot, log_path: str) -> Outcome:
     """Train one student, in a process of the pool."""
-    import torch
-
-    from kdcache import commands
-    from kdcache.config import TrainStudent
-    from kdcache.settings import merge
-
-    torch.set_num_threads(slot.threads)
     folder = Path(settings["out"])
-    with open(log_path, "a") as file, contextlib.redirect_stderr(file), contextlib.redirect_stdout(file):
+    logging = storage_errors("write", Path(log_path))
+    with logging, open(log_path, "a") as file, contextlib.redirect_stderr(file), contextlib.redirect_stdout(file):
         try:
+            import torch
+
+            from kdcache import commands
+            from kdcache.config import TrainStudent
+            from kdcache.settings import merge
+
+            torch.set_num_threads(slot.threads)
             resume = (folder / CONFIG).exists()
             own = settings | {"device": slot.device, "resume": resume}
             commands.train_student(merge(TrainStudent, own, where="sweep"))

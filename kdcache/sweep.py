@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import math
 import re
 import statistics
 from collections.abc import Sequence
@@ -15,9 +16,10 @@ from typing import Any
 from kdcache.bench import CACHE, LIVE, Measured, measure
 from kdcache.building import build, load_teacher, open_data
 from kdcache.cache.files import make_folder, storage_errors, write_durable
+from kdcache.cache.lock import PathLock
 from kdcache.cache.reader import open_cache
 from kdcache.config import StudentConfig, Sweep, TrainStudent
-from kdcache.errors import UsageError
+from kdcache.errors import CacheBusy, UsageError
 from kdcache.jobs import Job, Outcome, available_slots, run_all
 from kdcache.plots import draw_heat_map
 from kdcache.progress import log
@@ -74,24 +76,51 @@ def sweep(settings: Sweep) -> Report:
 
     Raises:
         KdcacheError: what no student could be trained with: a cache that cannot be read, a teacher without weights.
+        CacheBusy: another sweep trains into the same folder.
     """
     out = Path(settings.out)
+    _check(settings)
     for path in settings.cache:
         open_cache(path, allow_partial=settings.allow_partial)
+    with storage_errors("create", out):
+        make_folder(out)
+    try:
+        lock = PathLock(out)
+    except CacheBusy as problem:
+        raise CacheBusy(
+            f"another sweep trains into {out}", "one at a time", "wait for it, stop it, or choose another --out"
+        ) from problem
+    with lock:
+        return _sweep(settings, out)
+
+
+def _check(settings: Sweep) -> None:
+    """What needs no cache to be refused."""
     if settings.checkpoint and not settings.teacher:
         raise UsageError(
             "--checkpoint is given without --teacher", "both, to measure the live teacher", "add --teacher"
         )
+    if not all(map(math.isfinite, settings.temperature)):
+        raise UsageError(f"--temperature is {settings.temperature}", "finite numbers", "give them as 1,2,4,8")
+    if not all(settings.objective) or not grid_of(settings):
+        raise UsageError(
+            "there is an empty --objective, --temperature or --alpha",
+            "at least one setting to train with",
+            "leave it out for the default",
+        )
+
+
+def _sweep(settings: Sweep, out: Path) -> Report:
     grid = grid_of(settings)
     seeds = range(settings.seed, settings.seed + settings.seeds)
     jobs = [
         Job(name=f"{setting.folder}-seed{seed}", settings=_run_settings(settings, setting, seed))
         for setting, seed in itertools.product(grid, seeds)
     ]
-    with storage_errors("create", out):
-        make_folder(out)
-    slots = available_slots(settings.device, settings.jobs)
-    log(f"{len(jobs)} students of {len(grid)} settings, {len(slots)} at once; each logs to {out}/NAME.log")
+    slots = available_slots(settings.device, settings.jobs, len(jobs))
+    # First, because what it refuses should not be known only after hours of training.
+    live = None if settings.teacher is None else _live_cost(settings, threads=slots[0].threads)
+    log(f"students: {len(jobs)}, settings: {len(grid)}, at once: {len(slots)}; each logs to {out}/NAME.log")
     outcomes = run_all(jobs, out, slots)
     rows = _rows(grid, seeds, outcomes, chosen_by_validation=settings.val_fraction > 0)
     data: dict[str, Any] = {
@@ -99,8 +128,8 @@ def sweep(settings: Sweep) -> Report:
         "failed": {name: outcome.error for name, outcome in outcomes.items() if outcome.error is not None},
         "train_seconds": sum(sum(each.result["epoch_seconds"]) for each in outcomes.values() if each.result),
     }
-    if settings.teacher is not None:
-        data["live"] = _live_cost(settings, data["train_seconds"], threads=slots[0].threads)
+    if live is not None:
+        data["live"] = live | {"train_seconds": data["train_seconds"] * live["ratio"]}
     lines = _lines(rows, data, out)
     if any(row["score"] is not None for row in rows):
         lines += draw_heat_map(rows, out / HEAT_MAP)
@@ -150,8 +179,8 @@ def _rows(
     return sorted(rows, key=lambda row: -1.0 if row["score"] is None else row["score"], reverse=True)
 
 
-def _live_cost(settings: Sweep, train_seconds: float, *, threads: int) -> dict[str, Any]:
-    """What the students' epochs would have cost with the live teacher: measured epochs, in turn with cached ones."""
+def _live_cost(settings: Sweep, *, threads: int) -> dict[str, Any]:
+    """What an epoch costs with the live teacher, as a ratio to one from the cache: measured in turn."""
     import torch
 
     manifest = open_cache(settings.cache[0], allow_partial=settings.allow_partial).manifest
@@ -171,8 +200,8 @@ def _live_cost(settings: Sweep, train_seconds: float, *, threads: int) -> dict[s
         "ratio": ratio,
         "cached_epoch_seconds": measured.median(CACHE),
         "live_epoch_seconds": measured.median(LIVE),
-        "dump_seconds": measured.dump_seconds,
-        "train_seconds": train_seconds * ratio,
+        "dump_seconds": measured.dump_seconds * manifest.views,
+        "on_plain_samples": not all(map(manifest.recipe.is_plain, range(manifest.views))),
     }
 
 
@@ -205,6 +234,7 @@ def _lines(rows: list[dict[str, Any]], data: dict[str, Any], out: Path) -> list[
             f"{live['live_epoch_seconds']:.3f} s an epoch against {live['cached_epoch_seconds']:.3f} s): "
             f"{live['train_seconds']:,.1f} s, against "
             f"{data['train_seconds']:,.1f} s and one dump of {live['dump_seconds']:,.1f} s"
+            + ("; measured on plain samples, and making views costs both ways more" if live["on_plain_samples"] else "")
         )
     lines += [f"failed: {name}: {error}" for name, error in data["failed"].items()]
     return lines

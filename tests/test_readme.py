@@ -80,6 +80,15 @@ def test_the_python_that_reads_a_cache_runs(pipeline, monkeypatch):
     assert variables["labels"].shape == (1437,)
 
 
+def test_the_python_that_runs_an_artefact(pipeline, monkeypatch):
+    monkeypatch.chdir(pipeline)
+    (block,) = (block for block in blocks("python") if "onnxruntime" in block)
+    scope = {"images": np.zeros((3, 1, 8, 8), np.uint8)}
+    exec(block, scope)
+    assert scope["logits"].shape == (3, 10)
+    assert set(scope["answers"]) <= set("0123456789")
+
+
 def test_the_three_lines_for_a_loop_of_ones_own_run(pipeline, monkeypatch):
     import kdcache
     from kdcache.datasets import open_dataset

@@ -17,15 +17,17 @@ from typer.testing import CliRunner
 from kdcache import commands, losses
 from kdcache.cli import app
 from kdcache.config import DumpTeacher, MakeReport, TrainStudent, TrainTeacher
-from kdcache.errors import CacheMismatch, CheckpointError, MissingExtra, UsageError
+from kdcache.errors import CacheMismatch, CacheNotFound, CheckpointError, MissingExtra, UsageError
 from kdcache.report.build import make_report
 from kdcache.report.calibration import LOWEST, calibrate, fit_temperature, reliability
 from kdcache.report.distributions import entropy, kl_divergence, negative_log_likelihood, softmax
 from kdcache.report.drawing import shorten
+from kdcache.report.figures import confusion
 from kdcache.report.judging import weight_bytes
 from kdcache.report.measured import judge
 from kdcache.report.multiply_adds import multiply_adds
-from kdcache.report.samples import as_png, excerpt
+from kdcache.report.samples import as_png, cards, excerpt
+from tests.helpers import synthetic
 
 PNG = b"\x89PNG\r\n\x1a\n"
 logits_lists = st.lists(st.floats(-20, 20), min_size=2, max_size=6)
@@ -164,9 +166,21 @@ def test_shared_weights_are_stored_once():
     assert weight_bytes(nn.Sequential(first, second)) == 4 * (20 + 4)
 
 
+def test_a_name_is_no_formula():
+    name = "$x_{$"
+    assert confusion("c", name, np.eye(2, dtype=np.int64), (name, "b"), 0.5).png["light"].startswith(PNG)
+
+
 def test_long_names_keep_both_ends():
     assert shorten("class number 12", 15) == "class number 12"
     assert shorten("class number 12", 9) == "clas…r 12"
+
+
+def test_small_scores_are_told_apart():
+    logits = np.zeros((2, 4))
+    student = logits + np.array([[0.05, 0, 0, 0], [0.1, 0, 0, 0]])
+    found = cards(synthetic(2), student, logits, np.array([0, 1]), 2)
+    assert [card.score for card in found] == ["KL 0.00095", "KL 0.00024"]
 
 
 def test_what_a_sample_looks_like():
@@ -453,6 +467,21 @@ def test_what_must_not_be_compared_is_refused(study, tmp_path):
     with pytest.raises(UsageError, match=r"page\.pdf") as problem:
         report(study, "student", out=str(tmp_path / "page.pdf"))
     assert "report.html" in problem.value.remedy
+
+
+def test_a_cache_that_is_named_must_be_there(study, tmp_path):
+    with pytest.raises(CacheNotFound, match="nothing is there"):
+        report(study, "student", cache=str(tmp_path / "nowhere.zarr"))
+
+
+@pytest.mark.parametrize("name", ["result.json", "metrics.jsonl"])
+def test_a_damaged_run_is_named(study, tmp_path, name):
+    shutil.copytree(study.root / "student", tmp_path / "cut")
+    path = tmp_path / "cut" / name
+    path.write_text(path.read_text().rstrip()[:-9])
+    with pytest.raises(UsageError, match=r"cut is damaged") as problem:
+        report(study, tmp_path / "cut")
+    assert "from a copy" in problem.value.remedy
 
 
 def test_an_accuracy_that_is_not_what_was_recorded_is_told(study, tmp_path):

@@ -1,9 +1,17 @@
+import contextlib
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from kdcache import jobs
+from kdcache.cache.lock import PathLock
 from kdcache.config import Sweep
 from kdcache.devices import core_count
 from kdcache.errors import UsageError
@@ -112,6 +120,59 @@ def test_a_student_whose_process_dies_takes_no_other_with_it(tmp_path, monkeypat
     assert all("its process died" in str(outcome.error) for outcome in outcomes.values())
 
 
+def stay(settings, slot, log_path):
+    """A student that never finishes."""
+    Path(log_path).write_text(str(os.getpid()))
+    time.sleep(600)
+
+
+def sweep_that_stays(folder):
+    jobs._train = stay
+    jobs.run_all([jobs.Job(name="one", settings={"out": f"{folder}/one"})], Path(folder), [jobs.Slot("cpu", 1)])
+
+
+def alive(pid):
+    try:
+        return "Z" not in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def within(seconds, condition):
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.05)
+    return condition()
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="processes are looked at in /proc")
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_a_stopped_sweep_leaves_no_process(tmp_path, number):
+    # Only the parent gets the signal: a worker that went on would train beside the sweep that is run again.
+    code = f"from tests.test_sweep import sweep_that_stays; sweep_that_stays({str(tmp_path)!r})"
+    with subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL) as parent:
+        log = tmp_path / "one.log"
+        assert within(120, lambda: log.exists() and log.read_text())
+        worker = int(log.read_text())
+        assert alive(worker)
+        parent.send_signal(number)
+        ended = within(20, lambda: parent.poll() is not None and not alive(worker))
+        for pid in {worker, parent.pid} if not ended else ():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+    assert ended
+
+
+def test_what_no_student_needs_is_refused_before_any_trains(scene, tmp_path):
+    command = ("sweep", "--cache", scene.cache, *QUICK, "--out", tmp_path)
+    assert "random weights" in refused(2, *command, "--teacher", "cnn")
+    assert "empty --objective" in refused(2, *command, "--objective", "")
+    assert "finite numbers" in refused(2, *command, "--temperature", "1,inf")
+    with PathLock(tmp_path):
+        assert "another sweep trains into" in refused(1, *command)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_grid():
     points = grid_of(Sweep(temperature=(1, 2, 1), alpha=(0.5, 0.9)))
     assert [point.folder for point in points] == ["T1-a0.5", "T1-a0.9", "T2-a0.5", "T2-a0.9"]
@@ -123,10 +184,11 @@ def test_the_grid():
 
 
 def test_slots_share_the_cores():
-    assert jobs.available_slots("cpu", None) == [jobs.Slot("cpu", 1)] * core_count()
-    assert jobs.available_slots("cpu", 1) == [jobs.Slot("cpu", core_count())]
+    assert jobs.available_slots("cpu", None, 999) == [jobs.Slot("cpu", 1)] * core_count()
+    assert jobs.available_slots("cpu", 1, 999) == [jobs.Slot("cpu", core_count())]
+    assert jobs.available_slots("cpu", 99, 1) == [jobs.Slot("cpu", core_count())]  # a single student gets all cores
     with pytest.raises(UsageError, match="cuda"):
-        jobs.available_slots("cuda:77", None)
+        jobs.available_slots("cuda:77", None, 1)
 
 
 def test_a_heat_map_needs_matplotlib_and_says_so(tmp_path, monkeypatch):
@@ -157,8 +219,13 @@ def test_bench_tells_when_the_cache_has_paid(scene):
     assert found["break_even_epochs"] == pytest.approx(found["dump_seconds"] / saved)
     text = kdcache(*command, "--samples", "100").stdout
     assert "100 samples" in text
-    assert "median of 1 rounds" in text
+    assert "median of 1 round\n" in text
     assert "the cache has paid after" in text or "saves no time" in text
+
+
+def test_bench_refuses_what_it_would_not_follow():
+    for option in (("--objective", "dist"), ("--no-distill",), ("--views", "1")):
+        assert "leave it out" in refused(2, "bench", *option)
 
 
 def test_bench_needs_no_weights(scene):

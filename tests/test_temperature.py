@@ -2,6 +2,7 @@ import json
 import math
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from kdcache.config import PlotTemperature
 from kdcache.errors import CacheNotFound, MissingExtra, UsageError
 from kdcache.report.distributions import entropy, softmax
 from kdcache.temperature import plot_temperature, temperature_curves
+from kdcache.temperature_picture import draw_temperatures
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +79,12 @@ def test_the_picture_and_its_numbers(cache, tmp_path):
     assert f"From T = {low:.2g} to {high:.2g}" in report.text
     assert "only students tell" in report.text
     json.dumps(data, allow_nan=False)
+
+
+def test_a_class_name_is_no_formula():
+    named, panels, logits = SimpleNamespace(classes=("$x_{$", "b")), (1.0, 2.0), np.array([[1.0, 0.0]])
+    drawn = draw_temperatures(named, 0, logits[0], 0, panels, temperature_curves(logits, np.array(panels)), 1)
+    assert drawn.startswith(b"\x89PNG")
 
 
 def test_the_sample_is_in_the_middle_unless_one_is_named(cache, tmp_path):

@@ -18,7 +18,7 @@ from kdcache.inspection import inspect_cache
 from kdcache.plugins import require_extra
 from kdcache.progress import log
 from kdcache.records import Report
-from kdcache.report import sections
+from kdcache.report import overview, sections
 from kdcache.report.measured import Answers, MeasuredRun, shown_run
 from kdcache.report.page import Page, Section, percent, render
 from kdcache.report.samples import cards
@@ -69,7 +69,7 @@ def _page(study: Study, settings: MakeReport) -> Page:
     where = f"on {torch.cuda.get_device_name(device)}" if device.type == "cuda" else f"on this machine's {device.type}"
     if device.type == "cpu":
         where += f" with torch's {torch.get_num_threads()} thread{'s' if torch.get_num_threads() > 1 else ''}"
-    parts: list[Section] = [sections.summary(study.runs, study.unseen, where), sections.training(study.runs)]
+    parts: list[Section] = [overview.summary(study.runs, study.unseen, where), overview.training(study.runs)]
     if study.answers:
         parts.append(sections.errors(study.answers, trained.classes))
     if any(each.calibration is not None for each in study.answers):

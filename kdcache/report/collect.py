@@ -19,7 +19,7 @@ from kdcache.cache.reader import Cache, cache_splits, open_cache
 from kdcache.checkpoints import read_checkpoint
 from kdcache.datasets import IndexedDataset
 from kdcache.errors import CacheMismatch, UsageError
-from kdcache.runs import METRICS, read_config, read_result
+from kdcache.runs import METRICS, RESULT, read_config, read_result
 from kdcache.trained import TrainedNetwork, load_trained
 from kdcache.views import Views
 
@@ -85,16 +85,23 @@ def open_runs(paths: Sequence[str]) -> list[Run]:
 
 
 def _open_run(folder: Path, name: str) -> Run:
-    result = read_result(folder)
+    try:
+        with storage_errors("read", folder / METRICS):
+            result, lines = read_result(folder), (folder / METRICS).read_text().splitlines()
+        metrics = [json.loads(line) for line in lines]
+    except json.JSONDecodeError as problem:
+        raise UsageError(
+            f"{RESULT} or {METRICS} of {folder} is damaged: {problem}",
+            "a finished run",
+            "take the run from a copy, or train it again",
+        ) from problem
     trained = load_trained(folder)
-    with storage_errors("read", folder / METRICS):
-        lines = (folder / METRICS).read_text().splitlines()
     return Run(
         name=name,
         folder=folder,
         config=read_config(folder),
         result=result,
-        metrics=[json.loads(line) for line in lines],
+        metrics=metrics,
         trained=trained,
         taught_by=read_checkpoint(trained.checkpoint).get("rows") or [],
     )

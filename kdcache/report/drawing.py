@@ -125,6 +125,7 @@ def _style(scheme: Scheme) -> Any:
     return {
         "font.size": 9,
         "font.family": "sans-serif",
+        "text.parse_math": False,  # a class or a run may be named $100
         "axes.titlesize": 10,
         "axes.titleweight": "bold",
         "axes.titlelocation": "left",

@@ -70,7 +70,7 @@ def cards(
                     )
                     for at in named
                 ],
-                score=f"{what} {scores[index]:.2f}",
+                score=f"{what} {scores[index]:.2f}" if scores[index] >= 0.01 else f"{what} {scores[index]:.2g}",
             )
         )
     return found

@@ -42,6 +42,7 @@ class Study:
     Raises:
         UsageError: no finished run, runs of several datasets, or one cache given for a run of several.
         CacheMismatch, CacheIncomplete, CacheDamaged: a cache that is there and must not be compared with.
+        CacheNotFound: the cache that the settings name is not there.
         ModelError: a run's network is of other classes than the dataset's.
     """
 
@@ -90,6 +91,8 @@ class Study:
             try:
                 teachers[run.name] = teacher = teacher_of(run, override)
             except CacheNotFound as problem:
+                if override is not None:  # what was asked for by name must be there
+                    raise
                 teachers[run.name] = None
                 self._miss(
                     f"{run.name} is not compared with its teacher, and what was cached is not shown: {problem.found}. "
