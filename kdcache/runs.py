@@ -104,7 +104,7 @@ def read_result(path: Path) -> dict[str, Any]:
     """What a finished run printed with --json.
 
     Raises:
-        UsageError: the run has not finished.
+        UsageError: the run has not finished, or its result is damaged.
     """
     read_config(path)
     try:
@@ -113,4 +113,10 @@ def read_result(path: Path) -> dict[str, Any]:
     except OSError as problem:
         raise UsageError(
             f"the run at {path} has not finished: it has no {RESULT}", "a finished run", "continue it with --resume"
+        ) from problem
+    except ValueError as problem:
+        raise UsageError(
+            f"{path / RESULT} is damaged: {problem}",
+            "a finished run",
+            "take the run from a copy, or train it again",
         ) from problem

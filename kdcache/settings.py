@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import tomllib
 from dataclasses import dataclass, field, fields
@@ -62,6 +63,8 @@ class Settings:
             if rule["choices"] and value not in rule["choices"]:
                 raise UsageError(f"{flag} is {value!r}", f"one of {', '.join(rule['choices'])}")
             for number in value if isinstance(value, tuple) else (value,):
+                if isinstance(number, float) and not math.isfinite(number):
+                    raise UsageError(f"{flag} is {number}", "a finite number")
                 if rule["minimum"] is not None and not number >= rule["minimum"]:
                     raise UsageError(f"{flag} is {number}", f"at least {rule['minimum']:g}")
                 if rule["above"] is not None and not number > rule["above"]:

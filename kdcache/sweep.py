@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import math
 import re
 import statistics
 from collections.abc import Sequence
@@ -19,7 +18,7 @@ from kdcache.cache.files import make_folder, storage_errors, write_durable
 from kdcache.cache.lock import PathLock
 from kdcache.cache.reader import open_cache
 from kdcache.config import StudentConfig, Sweep, TrainStudent
-from kdcache.errors import CacheBusy, UsageError
+from kdcache.errors import UsageError
 from kdcache.jobs import Job, Outcome, available_slots, run_all
 from kdcache.plots import draw_heat_map
 from kdcache.progress import log
@@ -84,13 +83,7 @@ def sweep(settings: Sweep) -> Report:
         open_cache(path, allow_partial=settings.allow_partial)
     with storage_errors("create", out):
         make_folder(out)
-    try:
-        lock = PathLock(out)
-    except CacheBusy as problem:
-        raise CacheBusy(
-            f"another sweep trains into {out}", "one at a time", "wait for it, stop it, or choose another --out"
-        ) from problem
-    with lock:
+    with PathLock(out, "sweep"):
         return _sweep(settings, out)
 
 
@@ -100,8 +93,6 @@ def _check(settings: Sweep) -> None:
         raise UsageError(
             "--checkpoint is given without --teacher", "both, to measure the live teacher", "add --teacher"
         )
-    if not all(map(math.isfinite, settings.temperature)):
-        raise UsageError(f"--temperature is {settings.temperature}", "finite numbers", "give them as 1,2,4,8")
     if not all(settings.objective) or not grid_of(settings):
         raise UsageError(
             "there is an empty --objective, --temperature or --alpha",

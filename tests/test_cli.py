@@ -411,3 +411,15 @@ def test_without_arguments_there_is_help_and_the_version_is_told():
     from importlib.metadata import version
 
     assert kdcache("--version").stdout.strip() == version("kdcache")
+
+
+@pytest.mark.parametrize("value", ["inf", "nan"])
+def test_a_number_that_is_not_finite_is_refused(pipeline, value):
+    message = refused(2, "train-student", "--cache", pipeline.cache, "--temperature", value, "--out", "run")
+    assert "--temperature is " in message and "a finite number" in message
+
+
+def test_a_damaged_result_is_named(pipeline, tmp_path):
+    shutil.copytree(pipeline.student, tmp_path / "run")
+    (tmp_path / "run" / "result.json").write_text("{")
+    assert "result.json is damaged" in refused(2, "compare", tmp_path / "run")

@@ -479,7 +479,7 @@ def test_a_damaged_run_is_named(study, tmp_path, name):
     shutil.copytree(study.root / "student", tmp_path / "cut")
     path = tmp_path / "cut" / name
     path.write_text(path.read_text().rstrip()[:-9])
-    with pytest.raises(UsageError, match=r"cut is damaged") as problem:
+    with pytest.raises(UsageError, match=rf"cut.{name} is damaged") as problem:
         report(study, tmp_path / "cut")
     assert "from a copy" in problem.value.remedy
 

@@ -167,9 +167,9 @@ def test_what_no_student_needs_is_refused_before_any_trains(scene, tmp_path):
     command = ("sweep", "--cache", scene.cache, *QUICK, "--out", tmp_path)
     assert "random weights" in refused(2, *command, "--teacher", "cnn")
     assert "empty --objective" in refused(2, *command, "--objective", "")
-    assert "finite numbers" in refused(2, *command, "--temperature", "1,inf")
+    assert "a finite number" in refused(2, *command, "--temperature", "1,inf")
     with PathLock(tmp_path):
-        assert "another sweep trains into" in refused(1, *command)
+        assert "another sweep writes to" in refused(1, *command)
     assert list(tmp_path.iterdir()) == []
 
 

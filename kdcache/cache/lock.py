@@ -1,4 +1,4 @@
-"""One dump at a time on one path."""
+"""One dump, or one sweep, at a time on one path."""
 
 from __future__ import annotations
 
@@ -19,14 +19,15 @@ class PathLock:
 
     Args:
         folder: that only one process may write to.
+        what: writes there, for the message.
 
     Raises:
         CacheBusy: another process holds it.
         StorageError: the folder takes no file.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._path = folder / NAME
+    def __init__(self, folder: Path, what: str = "dump") -> None:
+        self._path, self._what = folder / NAME, what
         with storage_errors("lock", folder):
             while not self._take(folder):
                 pass
@@ -45,8 +46,8 @@ class PathLock:
             holder = os.pread(self._descriptor, 32, 0).decode(errors="replace").strip()
             os.close(self._descriptor)
             raise CacheBusy(
-                f"another dump writes to {folder}" + (f" (process {holder})" if holder else ""),
-                "one dump at a time on one path",
+                f"another {self._what} writes to {folder}" + (f" (process {holder})" if holder else ""),
+                f"one {self._what} at a time on one path",
                 "wait for it, stop it, or choose another --out",
             ) from problem
         except BaseException:

@@ -19,7 +19,7 @@ from kdcache.cache.reader import Cache, cache_splits, open_cache
 from kdcache.checkpoints import read_checkpoint
 from kdcache.datasets import IndexedDataset
 from kdcache.errors import CacheMismatch, UsageError
-from kdcache.runs import METRICS, RESULT, read_config, read_result
+from kdcache.runs import METRICS, read_config, read_result
 from kdcache.trained import TrainedNetwork, load_trained
 from kdcache.views import Views
 
@@ -91,7 +91,7 @@ def _open_run(folder: Path, name: str) -> Run:
         metrics = [json.loads(line) for line in lines]
     except json.JSONDecodeError as problem:
         raise UsageError(
-            f"{RESULT} or {METRICS} of {folder} is damaged: {problem}",
+            f"{folder / METRICS} is damaged: {problem}",
             "a finished run",
             "take the run from a copy, or train it again",
         ) from problem
