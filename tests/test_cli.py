@@ -416,7 +416,8 @@ def test_without_arguments_there_is_help_and_the_version_is_told():
 @pytest.mark.parametrize("value", ["inf", "nan"])
 def test_a_number_that_is_not_finite_is_refused(pipeline, value):
     message = refused(2, "train-student", "--cache", pipeline.cache, "--temperature", value, "--out", "run")
-    assert "--temperature is " in message and "a finite number" in message
+    assert "--temperature is " in message
+    assert "a finite number" in message
 
 
 def test_a_damaged_result_is_named(pipeline, tmp_path):
