@@ -6,9 +6,11 @@ PYTHON ?= python3
 DATASET ?= digits
 TEACHER ?= cnn
 STUDENT ?= mlp
-TEMPERATURE ?= 2
-ALPHA ?= 0.5
+TEMPERATURE ?= 4
+ALPHA ?= 0.9
 EPOCHS ?= 5
+# Of the teacher alone: what it learns from augmented samples, students learn from its answers to plain ones.
+AUGMENT ?= $(if $(filter digits mnist,$(DATASET)),affine,$(if $(filter cifar10 cifar100,$(DATASET)),crop-flip,none))
 DATA ?= data
 OUT ?= runs/$(DATASET)
 ARGS ?=
@@ -17,17 +19,17 @@ BIN := .venv/bin
 KDCACHE := $(BIN)/kdcache
 READY := .venv/.ready
 # Settings that change a result are part of its folder's name, so a stage never passes for another one.
-TEACHER_RUN := $(OUT)/teacher-$(TEACHER)-$(EPOCHS)
-CACHE := $(OUT)/$(TEACHER)-$(EPOCHS).zarr
+TEACHER_RUN := $(OUT)/teacher-$(TEACHER)-$(EPOCHS)-$(AUGMENT)
+CACHE := $(OUT)/$(TEACHER)-$(EPOCHS)-$(AUGMENT).zarr
 ALONE_RUN := $(OUT)/alone-$(STUDENT)-$(EPOCHS)
-STUDENT_RUN := $(OUT)/student-$(STUDENT)-$(EPOCHS)-$(TEACHER)-T$(TEMPERATURE)-a$(ALPHA)
+STUDENT_RUN := $(OUT)/student-$(STUDENT)-$(EPOCHS)-$(TEACHER)-$(AUGMENT)-T$(TEMPERATURE)-a$(ALPHA)
 SOURCE := --data-root $(DATA)
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo
 	@echo "  DATASET=$(DATASET) TEACHER=$(TEACHER) STUDENT=$(STUDENT) TEMPERATURE=$(TEMPERATURE) ALPHA=$(ALPHA)"
-	@echo "  EPOCHS=$(EPOCHS) DATA=$(DATA) OUT=$(OUT)"
+	@echo "  EPOCHS=$(EPOCHS) AUGMENT=$(AUGMENT) DATA=$(DATA) OUT=$(OUT)"
 
 setup: $(READY) ## make .venv with kdcache and all it needs
 
@@ -58,7 +60,7 @@ resume = $(if $(wildcard $(1)/config.json),--resume)
 
 $(TEACHER_RUN)/result.json: | $(READY)
 	$(KDCACHE) train-teacher --dataset $(DATASET) $(SOURCE) --model $(TEACHER) --epochs $(EPOCHS) \
-		--out $(TEACHER_RUN) $(call resume,$(TEACHER_RUN)) $(ARGS)
+		--augment $(AUGMENT) --schedule cosine --learning-rate 2e-3 --out $(TEACHER_RUN) $(call resume,$(TEACHER_RUN)) $(ARGS)
 
 $(CACHE)/.dumped: $(TEACHER_RUN)/result.json | $(READY)
 	$(KDCACHE) dump-teacher --dataset $(DATASET) $(SOURCE) --teacher $(TEACHER) \
