@@ -18,7 +18,8 @@ from kdcache.cache.feeds import open_feed
 from kdcache.cache.layout import predicted_bytes
 from kdcache.cache.manifest import ViewRecipe
 from kdcache.cache.reader import open_cache
-from kdcache.config import Bench, DumpConfig, Execution, StudentConfig
+from kdcache.checkpoints import read_checkpoint
+from kdcache.config import Bench, DumpConfig, Execution, Input, StudentConfig
 from kdcache.devices import resolve_device
 from kdcache.dump import dump_teacher
 from kdcache.errors import UsageError
@@ -105,11 +106,17 @@ def build_pair(settings: Bench, dataset: IndexedDataset) -> tuple[BuiltModel, Bu
     """Teacher and student; a teacher without weights is as fast as one with them."""
     default = dataset_preprocess(dataset)
     if settings.checkpoint:
-        teacher = load_teacher(settings, settings.teacher, settings.checkpoint, dataset, ViewRecipe())
+        own = teacher_input(settings, settings.checkpoint)
+        teacher = load_teacher(own, settings.teacher, settings.checkpoint, dataset, ViewRecipe())
     else:
         log(f"the teacher {settings.teacher} is timed as it is built, without a checkpoint")
         teacher = build(settings.teacher, dataset, settings, 0, default, training=True)
     return teacher, build(settings.student, dataset, settings, settings.seed, default, training=True)
+
+
+def teacher_input(settings: Input, checkpoint: str | None) -> Input:
+    """Of a teacher beside a student: the settings are the student's, unless the checkpoint records none of its own."""
+    return settings if checkpoint and "kdcache" not in read_checkpoint(checkpoint) else Input()
 
 
 def measure(

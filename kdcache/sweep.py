@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from kdcache.bench import CACHE, LIVE, Measured, measure
+from kdcache.bench import CACHE, LIVE, Measured, measure, teacher_input
 from kdcache.building import build, load_teacher, open_data
 from kdcache.cache.files import make_folder, storage_errors, write_durable
 from kdcache.cache.lock import PathLock
@@ -177,7 +177,8 @@ def _live_cost(settings: Sweep, *, threads: int) -> dict[str, Any]:
     manifest = open_cache(settings.cache[0], allow_partial=settings.allow_partial).manifest
     record = manifest.dataset
     dataset = open_data(settings, settings.dataset or record.name, record.split, hint=record.data_root)
-    teacher = load_teacher(settings, str(settings.teacher), settings.checkpoint, dataset, manifest.recipe)
+    own = teacher_input(settings, settings.checkpoint)
+    teacher = load_teacher(own, str(settings.teacher), settings.checkpoint, dataset, manifest.recipe)
     student = build(settings.student, dataset, settings, 0, manifest.teacher.preprocess, training=True)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
