@@ -194,7 +194,8 @@ def test_caches_that_saw_other_pixels_are_refused_by_checksum(tmp_path):
         ((0, 1), "--cache-weights is 0"),
         ((1, -1), "--cache-weights is -1"),
         ((float("nan"), 1), "--cache-weights is nan"),
-        ((float("inf"), 1), "--cache-weights is \\(inf"),
+        ((float("inf"), 1), "--cache-weights is inf"),
+        ((1e308, 1e308), "finite sum"),
     ],
 )
 def test_weights_that_are_no_weights(tmp_path, made, weights, message):

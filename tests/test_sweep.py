@@ -149,7 +149,10 @@ def within(seconds, condition):
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_a_stopped_sweep_leaves_no_process(tmp_path, number):
     # Only the parent gets the signal: a worker that went on would train beside the sweep that is run again.
-    code = f"from tests.test_sweep import sweep_that_stays; sweep_that_stays({str(tmp_path)!r})"
+    code = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "  # in the background it is ignored
+        f"from tests.test_sweep import sweep_that_stays; sweep_that_stays({str(tmp_path)!r})"
+    )
     with subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL) as parent:
         log = tmp_path / "one.log"
         assert within(120, lambda: log.exists() and log.read_text())

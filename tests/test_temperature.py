@@ -116,7 +116,6 @@ def test_caches_of_other_kinds(make_cache, tmp_path, classes, scale):
         ({"temperatures": (1.0,)}, "--temperatures has 1", "2 to 6", "0.5,1,2"),
         ({"temperatures": (2.0, 2.0)}, "--temperatures has 1", "2 to 6", "0.5,1,2"),
         ({"temperatures": tuple(range(1, 8))}, "--temperatures has 7", "2 to 6", "0.5,1,2"),
-        ({"temperatures": (1.0, math.inf)}, "--temperatures has 2", "finite", "0.5,1,2"),
         ({"out": "t.jpg"}, "--out is 't.jpg'", ".png", "temperature.png"),
     ],
 )
