@@ -23,7 +23,6 @@ from kdcache.report.calibration import LOWEST, calibrate, fit_temperature, relia
 from kdcache.report.distributions import entropy, kl_divergence, negative_log_likelihood, softmax
 from kdcache.report.drawing import shorten
 from kdcache.report.figures import confusion
-from kdcache.report.judging import weight_bytes
 from kdcache.report.measured import judge
 from kdcache.report.multiply_adds import multiply_adds
 from kdcache.report.samples import as_png, cards, excerpt
@@ -157,13 +156,6 @@ def test_multiply_adds_by_hand_or_none_at_all(module, shape, expected):
     assert multiply_adds(module.eval(), torch.randn(shape)) == expected
     assert multiply_adds(nn.Sequential(module), torch.randn(shape)) == expected  # nothing is left behind
     assert torch.backends.mha.get_fastpath_enabled() == fast_path
-
-
-def test_shared_weights_are_stored_once():
-    first, second = nn.Linear(4, 4), nn.Linear(4, 4)
-    assert weight_bytes(nn.Sequential(first, second)) == 2 * 4 * 20
-    second.weight = first.weight
-    assert weight_bytes(nn.Sequential(first, second)) == 4 * (20 + 4)
 
 
 def test_a_name_is_no_formula():
@@ -311,7 +303,7 @@ def test_the_headline_tells_what_runs_recorded_and_what_is_measured(study):
         assert data["test_accuracy"] == result["test_accuracy"]
         assert row["role"] == result["role"]
         assert row["parameters"] == f"{result['parameters']:,}"
-        assert row["weights, bytes"] == f"{4 * result['parameters']:,}"
+        assert row["checkpoint, bytes"] == f"{(Path(path) / 'best.pt').stat().st_size:,}"
         assert float(row["latency, ms"]) > 0
         assert row["multiply-adds"] == f"{data['multiply_adds']:,}"
     assert study.data["runs"][2]["multiply_adds"] == 64 * 128 + 128 * 10

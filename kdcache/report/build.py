@@ -112,7 +112,7 @@ def _run_data(each: MeasuredRun) -> dict[str, Any]:
         "parameters": run.result["parameters"],
         "epoch_seconds": run.epoch_seconds,
         "multiply_adds": None if cost is None else cost.multiply_adds,
-        "weight_bytes": None if cost is None else cost.weight_bytes,
+        "checkpoint_bytes": run.checkpoint_bytes,
         "latency_ms": None if cost is None else cost.latency_ms,
         **_answers_data(each.answers),
         "agreement": {

@@ -58,6 +58,10 @@ class Run:
         seconds = self.result["epoch_seconds"]
         return float(sum(seconds) / len(seconds))
 
+    @property
+    def checkpoint_bytes(self) -> int:
+        return self.trained.checkpoint.stat().st_size
+
 
 def open_runs(paths: Sequence[str]) -> list[Run]:
     """Runs of one dataset.

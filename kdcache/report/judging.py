@@ -5,12 +5,11 @@ from __future__ import annotations
 import statistics
 import time
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from kdcache.config import Execution
 from kdcache.datasets import BatchRequest, IndexedDataset, batch_loader, consecutive_batches
@@ -33,13 +32,11 @@ class Cost:
 
     Attributes:
         multiply_adds: of one sample; None where they cannot be counted.
-        weight_bytes: of parameters and buffers in the state dict, those that are shared once.
         latency_ms: from one prepared input in host memory to logits: the median of repeats after warm-up.
         shape: of the prepared input that was measured, without the batch.
     """
 
     multiply_adds: int | None
-    weight_bytes: int
     latency_ms: float
     shape: tuple[int, ...]
 
@@ -94,19 +91,9 @@ def measure_cost(trained: TrainedNetwork, dataset: IndexedDataset, config: Execu
             times.append(time.perf_counter() - start)
     return Cost(
         multiply_adds=counted,
-        weight_bytes=weight_bytes(module),
         latency_ms=1000 * statistics.median(times[WARM_UP:]),
         shape=tuple(inputs.shape[1:]),
     )
-
-
-def weight_bytes(module: nn.Module) -> int:
-    """Bytes of the tensors in a module's state dict; what several names share counts once."""
-    storages: dict[Any, int] = {}
-    for value in module.state_dict().values():
-        if isinstance(value, Tensor):
-            storages[value.data_ptr(), value.shape] = value.numel() * value.element_size()
-    return sum(storages.values())
 
 
 def _late(began: float) -> bool:

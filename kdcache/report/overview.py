@@ -29,13 +29,13 @@ def summary(runs: Sequence[MeasuredRun], unseen: Sequence[CachedTeacher], measur
         for record, accuracy in zip(teacher.records, teacher.test_accuracies, strict=True):
             cells = [teacher.name, percent(accuracy, 2), TEACHER, record.spec, f"{record.parameters:,}"]
             rows.insert(0, [*cells, *[UNKNOWN] * 4])
-    header = ["run", "test accuracy", "role", "model", "parameters", "multiply-adds", "weights, bytes"]
+    header = ["run", "test accuracy", "role", "model", "parameters", "multiply-adds", "checkpoint, bytes"]
     shapes = {"×".join(map(str, each.cost.shape)) for each in runs if each.cost is not None}
     caption = (
         "Test accuracy ± its standard error, which counts chance in the choice of test samples and not that of another "
         "seed. Multiply-adds are those of matrix products and convolutions for one sample "
         f"({' or '.join(sorted(shapes)) or 'none measured'} numbers); {UNKNOWN} where a layer cannot be counted. "
-        "Weights are the tensors of the state dict: a checkpoint file holds names and settings beside them. Latency is "
+        "The checkpoint is best.pt, which holds the weights, what they are of and for texts the tokenizer. Latency is "
         f"from one prepared input to logits at batch size 1, the median of repeats after warm-up, {measured_on}. "
         "Seconds an epoch were recorded in training, evaluation aside, perhaps on another machine."
     )
@@ -50,12 +50,12 @@ def _headline(each: MeasuredRun) -> list[str]:
     accuracy = percent(each.accuracy, 2)
     if each.answers is not None:
         accuracy += f" ± {each.answers.standard_error:.2%}"
-    costs = [UNKNOWN] * 3
+    counted = latency = UNKNOWN
     if cost is not None:
         counted = UNKNOWN if cost.multiply_adds is None else f"{cost.multiply_adds:,}"
-        costs = [counted, f"{cost.weight_bytes:,}", f"{cost.latency_ms:.3g}"]
+        latency = f"{cost.latency_ms:.3g}"
     cells = [run.name, accuracy, run.role, str(run.result["model"]), f"{run.result['parameters']:,}"]
-    return [*cells, *costs, f"{run.epoch_seconds:.3g}"]
+    return [*cells, counted, f"{run.checkpoint_bytes:,}", latency, f"{run.epoch_seconds:.3g}"]
 
 
 def _lead(runs: Sequence[MeasuredRun]) -> list[str]:
