@@ -61,7 +61,8 @@ class Progress:
             self._last_line = time.monotonic()
             rate = (self._count - self._first) / (self._last_line - self._began)
             left = (self._total - self._count) / rate if rate else 0.0
-            log(f"{self._what}: {self._count:,} of {self._total:,} {self._unit}, {rate:,.0f}/s, {left:.0f} s left")
+            pace = f"{1 / rate:.1f} s each" if 0 < rate < 1 else f"{rate:,.0f}/s"
+            log(f"{self._what}: {self._count:,} of {self._total:,} {self._unit}, {pace}, {left:.0f} s left")
 
     def __enter__(self) -> Progress:
         return self
