@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from kdcache import losses
     from kdcache.cache.feeds import FeedChoice
     from kdcache.cache.manifest import Manifest, Preprocess
     from kdcache.cache.reader import Cache, cache_splits, open_cache
@@ -33,6 +34,7 @@ _HOMES = {
     "cache_splits": "kdcache.cache.reader",
     "dump_teacher": "kdcache.dump",
     "join": "kdcache.joined",
+    "losses": "kdcache",
     "open_cache": "kdcache.cache.reader",
     "plan_dump": "kdcache.dump",
     "train_student": "kdcache.student",
@@ -52,6 +54,7 @@ __all__ = [
     "cache_splits",
     "dump_teacher",
     "join",
+    "losses",
     "open_cache",
     "plan_dump",
     "train_student",
@@ -61,4 +64,6 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if _HOMES[name] == __name__:
+        return importlib.import_module(f"{__name__}.{name}")
     return getattr(importlib.import_module(_HOMES[name]), name)

@@ -78,7 +78,10 @@ def check_recorded(cache: Cache, views: Views) -> None:
     ]
     for what, cached, given in facts:
         if cached != given:
-            raise _mismatch(cache, f"{what} {_show(cached, given)}", f"{what} {_show(given, cached)}")
+            mismatch = _mismatch(cache, f"{what} {_show(cached, given)}", f"{what} {_show(given, cached)}")
+            if record.input_dtype == "uint8" and dataset.input_dtype.startswith("float"):
+                mismatch.remedy = "give images as the teacher's dataset did: by PILToTensor(), and not by ToTensor()"
+            raise mismatch
     _check_recipe(cache, views, ignore=frozenset({"input_shape"}))
 
 

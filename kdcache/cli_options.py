@@ -24,6 +24,8 @@ INTERRUPTED = 130
 def command_of(app: typer.Typer, settings_class: type[Settings], name: str, example: str) -> Callable[..., Any]:
     """Register a function of settings as a command whose options are the fields of `settings_class`."""
 
+    names = {each.name for each in dataclasses.fields(settings_class)}
+
     def register(function: Callable[[Any], Report]) -> Callable[[Any], Report]:
         def command(**given: Any) -> None:
             as_json, file = given.pop("as_json"), given.pop("config", None)
@@ -34,9 +36,8 @@ def command_of(app: typer.Typer, settings_class: type[Settings], name: str, exam
                 typer.echo(f"error: {problem}", err=True)
                 raise typer.Exit(problem.exit_code) from problem
             except KeyboardInterrupt as problem:
-                typer.echo(
-                    "stopped; what is finished is kept: the same command goes on, training with --resume", err=True
-                )
+                again = "the same command with --resume" if "resume" in names else "the same command"
+                typer.echo(f"stopped; what is finished is kept, and {again} goes on from there", err=True)
                 raise typer.Exit(INTERRUPTED) from problem
             typer.echo(json.dumps(report.data) if as_json else report.text)
             if report.exit_code:

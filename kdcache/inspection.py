@@ -103,6 +103,10 @@ def _describe(split_path: Path, manifest: Manifest, committed: int, shards: int,
     plain = to_json(Preprocess())
     steps = [f"{key} {value}" for key, value in to_json(teacher.preprocess).items() if value != plain[key]]
     preprocess = ", ".join(steps) or "none but scaling to [0, 1]"
+    features = "; ".join(
+        f"{each.layer} ({'×'.join(map(str, manifest.array(each.array).row_shape))}), pool {each.pool}"
+        for each in manifest.features
+    )
     lines = {
         "state": state,
         "dataset": f"{dataset.name}, split {dataset.split}, {dataset.length:,} samples, {dataset.input_dtype} {shape}",
@@ -113,6 +117,7 @@ def _describe(split_path: Path, manifest: Manifest, committed: int, shards: int,
         "weights": f"sha256 {teacher.weights_sha256}",
         "preprocessing": preprocess,
         "views": _describe_views(manifest),
+        "features": features or "none",
         "rows": f"{dataset.length * manifest.readable_views:,}",
         "encoding": f"{logits.dtype}, compression {logits.compression}, amp {manifest.amp}",
         "layout": f"chunks of {logits.chunk_rows} rows in shards of {manifest.shard_rows}, {stored:,} bytes in all",

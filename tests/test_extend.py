@@ -666,7 +666,7 @@ def test_the_same_command_over_two_splits_continues_after_the_first(tmp_path, co
     with mock.patch.object(module, "dump", stopped):
         result = CliRunner().invoke(app, command)
     assert result.exit_code == 130
-    assert "the same command goes on" in result.stderr
+    assert "the same command goes on from there" in result.stderr
     assert CliRunner().invoke(app, command).exit_code == 0
     assert [open_cache(out, split).views for split in ("test", "train")] == [2, 2]
 

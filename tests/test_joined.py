@@ -57,6 +57,9 @@ def test_other_samples_are_refused(path):
     inputs, _ = tensors(SAMPLES)
     with pytest.raises(CacheMismatch, match="is not what the teacher saw"):
         kdcache.join(Items(changed(SAMPLES, inputs=inputs + 1)), kdcache.open_cache(path))
+    with pytest.raises(CacheMismatch, match="dtype of the shared input 'float32'") as caught:
+        kdcache.join(Items(changed(SAMPLES, inputs=inputs / 255)), kdcache.open_cache(path))
+    assert "PILToTensor()" in caught.value.remedy
 
 
 @pytest.mark.parametrize("context", ["fork", "spawn"])

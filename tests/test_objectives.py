@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from kdcache.cache.verify import verify_split
 from kdcache.checkpoints import read_checkpoint
 from kdcache.config import Execution
 from kdcache.errors import CacheMismatch, ModelError, UsageError
+from kdcache.inspection import inspect_cache
 from kdcache.objectives import KINDS, parse_objectives
 from kdcache.recompute import recompute_rows
 from kdcache.taps import PENULTIMATE, Taps, list_layers, pool_features
@@ -302,3 +304,8 @@ def test_the_temperature_is_the_settings_unless_the_objective_has_its_own():
         {"temperature": 2.0},
         {"temperature": 0.1},
     )
+
+
+def test_inspect_tells_of_features(paths):
+    assert "conv.2 (6×6×6), pool none; penultimate (10), pool none" in inspect_cache(paths / "whole").text
+    assert re.search(r"features +none", inspect_cache(paths / "plain").text)

@@ -53,7 +53,9 @@ def make_files(folder):
             images = folder / "photos" / split / name
             images.mkdir(parents=True)
             for index in range(3):
-                Image.fromarray(random.integers(0, 256, (40, 50, 3), dtype=np.uint8)).save(images / f"{index}.png")
+                Image.fromarray(random.integers(0, 256, (40 + index, 50, 3), dtype=np.uint8)).save(
+                    images / f"{index}.png"
+                )
         for name, words in (("neg", "dull and bad"), ("pos", "fine and good")):
             reviews = folder / "data" / "aclImdb" / split / name
             reviews.mkdir(parents=True)
@@ -99,6 +101,12 @@ def test_the_three_lines_for_a_loop_of_ones_own_run(pipeline, monkeypatch):
     exec("from torch.utils.data import DataLoader", scope)
     loop = block.replace("mnist", "digits").replace("num_workers=2", "num_workers=0").split("#")[0].rstrip()
     exec(f"{loop}\n    seen.append((inputs, labels, logits))", scope)
+    (loss,) = (part for part in re.findall("`(.*?)`", README) if part.startswith("kdcache.losses.kd_with_labels"))
+    inputs, labels, logits = scope["seen"][0]
+    student = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))
+    assert (
+        eval(loss, {"kdcache": kdcache, "student": student, "inputs": inputs, "labels": labels, "logits": logits}) > 0
+    )
     assert sum(len(labels) for _, labels, _ in scope["seen"]) == 1437
     assert scope["seen"][0][2].shape == (128, 10)
 
