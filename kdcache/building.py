@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from kdcache.cache.manifest import Preprocess, ViewRecipe
-from kdcache.checkpoints import load_weights, read_checkpoint
+from kdcache.checkpoints import fit_weights, read_checkpoint
 from kdcache.config import DatasetSource, Input
 from kdcache.datasets import BatchRequest, IndexedDataset, batch_loader, open_dataset
 from kdcache.devices import evaluation_mode
@@ -42,7 +42,7 @@ def load_teacher(
     if checkpoint_path:
         if isinstance(description := checkpoint.get("kdcache"), dict):
             check_classes(checkpoint_path, description["classes"], dataset)
-        load_weights(built.module, checkpoint_path)
+        fit_weights(built.module, checkpoint, checkpoint_path)
     elif not built.has_weights:
         raise UsageError(
             f"the teacher {spec} has random weights",

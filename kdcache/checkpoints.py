@@ -31,9 +31,21 @@ def load_weights(module: nn.Module, path: str | os.PathLike[str]) -> None:
         CheckpointError: there is no such file, it cannot be read, it holds no weights, or they do not fit the module.
         MissingExtra: it is a `.safetensors` file and safetensors is not installed.
     """
+    fit_weights(module, read_checkpoint(path), path)
+
+
+def fit_weights(module: nn.Module, content: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
+    """Load the weights in what `read_checkpoint` gave into a module.
+
+    Args:
+        path: where that was read, for messages.
+
+    Raises:
+        CheckpointError: it holds no weights, or they do not fit the module.
+    """
     path = Path(path)
     own = module.state_dict()
-    state = _unwrap(read_checkpoint(path), own, path)
+    state = _unwrap(content, own, path)
     missing = [name for name in own if name not in state]
     unexpected = [name for name in state if name not in own]
     reshaped = [

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from numpy.typing import NDArray
 
+from kdcache.cores import core_count
 from kdcache.errors import KdcacheError, UsageError
 
 _AMP = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -49,11 +49,6 @@ def device_count(name: str) -> tuple[str, int]:
     if device.type == "cpu":
         return "cpu", core_count()
     return device.type, torch.accelerator.device_count() if device.index is None else 1
-
-
-def core_count() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def autocast(device: torch.device, amp: str) -> contextlib.AbstractContextManager[Any]:

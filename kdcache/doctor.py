@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from kdcache.config import Doctor
+from kdcache.cores import core_count
 from kdcache.errors import StorageError
 from kdcache.records import Report
 
@@ -41,7 +42,7 @@ def examine(settings: Doctor) -> Report:
     data: dict[str, Any] = {
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": core_count(),
         "packages": {name: _version(name) for name in _PACKAGES},
         "extras": {
             name: [m for m in modules if importlib.util.find_spec(m) is None] for name, modules in EXTRAS.items()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import signal
 import sys
@@ -25,7 +24,7 @@ from kdcache.devices import device_count
 from kdcache.errors import KdcacheError
 from kdcache.plugins import describe
 from kdcache.progress import Progress, log
-from kdcache.runs import CONFIG, METRICS, RESULT, RunFolder, read_result
+from kdcache.runs import CONFIG, RESULT, RunFolder, read_metrics, read_result
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,8 +165,7 @@ def _finished(job: Job) -> Outcome | None:
 
 
 def _outcome(folder: Path) -> Outcome:
-    entries = [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]
-    validations = [entry["val_accuracy"] for entry in entries if "val_accuracy" in entry]
+    validations = [entry["val_accuracy"] for entry in read_metrics(folder) if "val_accuracy" in entry]
     return Outcome(result=read_result(folder), val_accuracy=max(validations, default=None))
 
 

@@ -100,6 +100,26 @@ def read_config(path: Path) -> dict[str, Any]:
         ) from problem
 
 
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """What a run recorded of its epochs, an entry each.
+
+    Raises:
+        UsageError: the record is damaged.
+        StorageError: it cannot be read.
+    """
+    file = path / METRICS
+    with storage_errors("read", file):
+        lines = file.read_text().splitlines()
+    try:
+        return [json.loads(line) for line in lines]
+    except ValueError as problem:
+        raise _damaged(file, problem) from problem
+
+
+def _damaged(file: Path, problem: ValueError) -> UsageError:
+    return UsageError(f"{file} is damaged: {problem}", "a finished run", "take the run from a copy, or train it again")
+
+
 def read_result(path: Path) -> dict[str, Any]:
     """What a finished run printed with --json.
 
@@ -115,8 +135,4 @@ def read_result(path: Path) -> dict[str, Any]:
             f"the run at {path} has not finished: it has no {RESULT}", "a finished run", "continue it with --resume"
         ) from problem
     except ValueError as problem:
-        raise UsageError(
-            f"{path / RESULT} is damaged: {problem}",
-            "a finished run",
-            "take the run from a copy, or train it again",
-        ) from problem
+        raise _damaged(path / RESULT, problem) from problem

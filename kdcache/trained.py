@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from kdcache.building import recorded_preprocess
-from kdcache.checkpoints import load_weights, read_checkpoint
+from kdcache.checkpoints import fit_weights, read_checkpoint
 from kdcache.errors import CheckpointError
 from kdcache.models import build_model, build_text_model
 from kdcache.preprocess import Preprocessor
@@ -43,6 +43,7 @@ class TrainedNetwork:
         is_text: whether a shared input is a text, as UTF-8.
         dataset: the spec of the dataset that it was trained on.
         data_root: where that was.
+        taught_by: for each cache the digests of the views that it learnt from; empty where none are recorded.
     """
 
     spec: str
@@ -54,6 +55,7 @@ class TrainedNetwork:
     is_text: bool
     dataset: str
     data_root: str | None
+    taught_by: list[list[str]]
     checkpoint: Path
 
 
@@ -97,7 +99,7 @@ def load_trained(folder: Path) -> TrainedNetwork:
         module = build_model(
             spec, num_classes=len(classes), input_shape=shape, seed=0, default=record, replace_head=True
         ).module
-    load_weights(module, path)
+    fit_weights(module, checkpoint, path)
     return TrainedNetwork(
         spec=spec,
         module=module.eval(),
@@ -108,5 +110,6 @@ def load_trained(folder: Path) -> TrainedNetwork:
         is_text=facts["is_text"],
         dataset=facts["dataset"],
         data_root=facts["data_root"],
+        taught_by=checkpoint.get("rows") or [],
         checkpoint=path,
     )

@@ -17,6 +17,7 @@ from kdcache.cache.ledger import Ledger, create_arrays
 from kdcache.cache.manifest import METADATA, ArrayRecord, Manifest, read_manifest
 from kdcache.cache.reader import check_complete
 from kdcache.cache.shards import ABSENT, CRC_BYTES, BadChunk, check_crc, chunk_stride, decode_index, index_bytes
+from kdcache.cores import core_count
 from kdcache.errors import CacheDamaged, CacheIncomplete, KdcacheError
 
 Place = tuple[ArrayRecord, int, int]
@@ -100,7 +101,7 @@ def check_places(
             return place, reader.damage(*place, problem)
         return place, None
 
-    with ThreadPoolExecutor(threads or os.cpu_count() or 1) as pool:
+    with ThreadPoolExecutor(threads or core_count()) as pool:
         for place, problem in pool.map(check, places):
             if on_read is not None:
                 on_read(reader.ledger.lookup(*place)[0])

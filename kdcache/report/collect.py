@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,13 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdcache.agreement import check_ensemble, check_join
-from kdcache.cache.files import storage_errors
 from kdcache.cache.manifest import TeacherRecord
 from kdcache.cache.reader import Cache, cache_splits, open_cache
-from kdcache.checkpoints import read_checkpoint
 from kdcache.datasets import IndexedDataset
 from kdcache.errors import CacheMismatch, UsageError
-from kdcache.runs import METRICS, read_config, read_result
+from kdcache.runs import read_config, read_metrics, read_result
 from kdcache.trained import TrainedNetwork, load_trained
 from kdcache.views import Views
 
@@ -33,7 +30,6 @@ class Run:
     Attributes:
         name: of its folder; the whole path where two runs have folders of one name.
         metrics: an entry an epoch.
-        taught_by: for each of its caches the digests of the views that it learnt from; empty where none are recorded.
     """
 
     name: str
@@ -42,7 +38,6 @@ class Run:
     result: dict[str, Any]
     metrics: list[dict[str, Any]]
     trained: TrainedNetwork
-    taught_by: list[list[str]]
 
     @property
     def role(self) -> str:
@@ -89,17 +84,7 @@ def open_runs(paths: Sequence[str]) -> list[Run]:
 
 
 def _open_run(folder: Path, name: str) -> Run:
-    try:
-        with storage_errors("read", folder / METRICS):
-            result, lines = read_result(folder), (folder / METRICS).read_text().splitlines()
-        metrics = [json.loads(line) for line in lines]
-    except json.JSONDecodeError as problem:
-        raise UsageError(
-            f"{folder / METRICS} is damaged: {problem}",
-            "a finished run",
-            "take the run from a copy, or train it again",
-        ) from problem
-    trained = load_trained(folder)
+    result, metrics, trained = read_result(folder), read_metrics(folder), load_trained(folder)
     return Run(
         name=name,
         folder=folder,
@@ -107,7 +92,6 @@ def _open_run(folder: Path, name: str) -> Run:
         result=result,
         metrics=metrics,
         trained=trained,
-        taught_by=read_checkpoint(trained.checkpoint).get("rows") or [],
     )
 
 
@@ -182,9 +166,10 @@ class CachedTeacher:
     def taught(self, run: Run) -> bool:
         """Whether a run learnt from these very answers; also where the run does not record its views."""
         digests = [set(cache.manifest.view_sha256) for cache in self._splits["train"]]
-        return not run.taught_by or (
-            len(run.taught_by) == len(digests)
-            and all(set(used) <= known for used, known in zip(run.taught_by, digests, strict=True))
+        taught_by = run.trained.taught_by
+        return not taught_by or (
+            len(taught_by) == len(digests)
+            and all(set(used) <= known for used, known in zip(taught_by, digests, strict=True))
         )
 
 
