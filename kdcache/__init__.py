@@ -9,35 +9,35 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from kdcache import losses
-    from kdcache.cache.feeds import FeedChoice
-    from kdcache.cache.manifest import Manifest, Preprocess
-    from kdcache.cache.reader import Cache, cache_splits, open_cache
-    from kdcache.config import DumpConfig, StudentConfig, TrainConfig
-    from kdcache.dump import DumpResult, dump_teacher, plan_dump
-    from kdcache.errors import KdcacheError
-    from kdcache.joined import join
-    from kdcache.student import train_student
-    from kdcache.training import TrainResult
+    from kdcache.core.config import DumpConfig, StudentConfig, TrainConfig
+    from kdcache.core.errors import KdcacheError
+    from kdcache.distill import losses
+    from kdcache.distill.student.joined_dataset import join
+    from kdcache.distill.student.train_student import train_student
+    from kdcache.distill.teacher.dump import DumpResult, dump_teacher, plan_dump
+    from kdcache.distill.trainer import TrainResult
+    from kdcache.store.cache import Cache, cache_splits, open_cache
+    from kdcache.store.manifest import Manifest, Preprocess
+    from kdcache.store.row_source import FeedChoice
 
 _HOMES = {
-    "Cache": "kdcache.cache.reader",
-    "DumpConfig": "kdcache.config",
-    "DumpResult": "kdcache.dump",
-    "FeedChoice": "kdcache.cache.feeds",
-    "KdcacheError": "kdcache.errors",
-    "Manifest": "kdcache.cache.manifest",
-    "Preprocess": "kdcache.cache.manifest",
-    "StudentConfig": "kdcache.config",
-    "TrainConfig": "kdcache.config",
-    "TrainResult": "kdcache.training",
-    "cache_splits": "kdcache.cache.reader",
-    "dump_teacher": "kdcache.dump",
-    "join": "kdcache.joined",
+    "Cache": "kdcache.store.cache",
+    "DumpConfig": "kdcache.core.config",
+    "DumpResult": "kdcache.distill.teacher.dump",
+    "FeedChoice": "kdcache.store.row_source",
+    "KdcacheError": "kdcache.core.errors",
+    "Manifest": "kdcache.store.manifest",
+    "Preprocess": "kdcache.store.manifest",
+    "StudentConfig": "kdcache.core.config",
+    "TrainConfig": "kdcache.core.config",
+    "TrainResult": "kdcache.distill.trainer",
+    "cache_splits": "kdcache.store.cache",
+    "dump_teacher": "kdcache.distill.teacher.dump",
+    "join": "kdcache.distill.student.joined_dataset",
     "losses": "kdcache",
-    "open_cache": "kdcache.cache.reader",
-    "plan_dump": "kdcache.dump",
-    "train_student": "kdcache.student",
+    "open_cache": "kdcache.store.cache",
+    "plan_dump": "kdcache.distill.teacher.dump",
+    "train_student": "kdcache.distill.student.train_student",
 }
 
 __all__ = [

@@ -6,9 +6,9 @@ import hypothesis
 import numpy as np
 import pytest
 
-from kdcache.cache.layout import build_arrays
-from kdcache.cache.manifest import DatasetRecord, Manifest, Preprocess, TeacherRecord
-from kdcache.cache.writer import SplitWriter
+from kdcache.store.layout import build_arrays
+from kdcache.store.manifest import DatasetRecord, Manifest, Preprocess, TeacherRecord
+from kdcache.store.writer import SplitWriter
 
 # A deadline fails a law because the machine was busy.
 hypothesis.settings.register_profile("kdcache", deadline=None)

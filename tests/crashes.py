@@ -13,8 +13,8 @@ from pathlib import Path
 
 import torch
 
-from kdcache.config import DumpConfig
-from kdcache.dump import dump_teacher
+from kdcache.core.config import DumpConfig
+from kdcache.distill.teacher.dump import dump_teacher
 from tests.helpers import Network, synthetic
 
 CLASSES = 4

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 from typer.testing import CliRunner, Result
 
-from kdcache.cache.reader import open_cache
-from kdcache.cli import app
-from kdcache.datasets import ArrayDataset, Batch
-from kdcache.views import Views
+from kdcache.cli.app import app
+from kdcache.data.dataset import ArrayDataset
+from kdcache.data.loader import Batch
+from kdcache.data.views import Views
+from kdcache.store.cache import open_cache
 
 COLUMNS = ("logits", "labels", "input_crc32c")
 

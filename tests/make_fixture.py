@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from kdcache.config import DumpConfig
-from kdcache.dump import dump_teacher
+from kdcache.core.config import DumpConfig
+from kdcache.distill.teacher.dump import dump_teacher
 from tests.helpers import synthetic
 
 FIXTURE = Path(__file__).parent / "fixtures" / "schema-1.zarr"

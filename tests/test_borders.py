@@ -9,11 +9,11 @@ import sys
 import pytest
 
 import kdcache
-from kdcache import errors
-from kdcache.errors import KdcacheError
+from kdcache.core import errors
+from kdcache.core.errors import KdcacheError
 
 HEAVY = ("torch", "torchvision", "zarr")
-COMMAND = "from kdcache.cli import main; main()"
+COMMAND = "from kdcache.cli.app import main; main()"
 
 
 def subclasses(cls):

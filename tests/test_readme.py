@@ -93,7 +93,7 @@ def test_the_python_that_runs_an_artefact(pipeline, monkeypatch):
 
 def test_the_three_lines_for_a_loop_of_ones_own_run(pipeline, monkeypatch):
     import kdcache
-    from kdcache.datasets import open_dataset
+    from kdcache.data.registry import open_dataset
 
     monkeypatch.chdir(pipeline)
     (block,) = (block for block in blocks("python") if "DataLoader" in block)
@@ -118,7 +118,7 @@ def test_every_make_target_of_the_readme_exists():
 
 
 def test_every_command_is_in_the_readme():
-    from kdcache.cli import app
+    from kdcache.cli.app import app
 
     for command in app.registered_commands:
         assert f"kdcache {command.name}" in README or f"`{command.name}`" in README, command.name

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
-from kdcache.cache.reader import open_cache
-from kdcache.cache.verify import verify_split
-from kdcache.errors import KdcacheError
+from kdcache.core.errors import KdcacheError
+from kdcache.store.cache import open_cache
+from kdcache.store.verify import verify_split
 from tests.crashes import contents, dump, in_child, killed_at_write, random_kills, writes_of_a_dump
 
 KILLS, FLIPS, CUTS = 200, 1000, 100

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from kdcache.cache.manifest import Preprocess
-from kdcache.datasets import ArrayDataset
-from kdcache.models import build_model
+from kdcache.data.dataset import ArrayDataset
+from kdcache.models.registry import build_model
+from kdcache.store.manifest import Preprocess
 
 IMAGE = Preprocess(mean=(0.13,), std=(0.31,))
 

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import numpy as np
 
-from kdcache.config import DumpConfig
-from kdcache.datasets import batch_loader, consecutive_batches
-from kdcache.devices import evaluation_mode, floating_dtype, resolve_device, synchronize
-from kdcache.dump import dump_teacher
-from kdcache.preprocess import Preprocessor
+from kdcache.core.config import DumpConfig
+from kdcache.data.loader import batch_loader, consecutive_batches
+from kdcache.data.preprocess import Preprocessor
+from kdcache.distill.teacher.dump import dump_teacher
+from kdcache.models.device import evaluation_mode, floating_dtype, resolve_device, synchronize
 from tests.benchmarks.data import IMAGE, images, network
 from tests.benchmarks.stores import BATCH, logits, write_cache
 from tests.benchmarks.timing import side_by_side

@@ -17,16 +17,17 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from kdcache.cache.layout import predicted_bytes
-from kdcache.cache.manifest import Preprocess
-from kdcache.config import DumpConfig, StudentConfig, TrainConfig
-from kdcache.datasets import IndexedDataset, open_dataset
-from kdcache.dump import dump_teacher
-from kdcache.evaluate import evaluate_model
-from kdcache.models import build_model, count_parameters
-from kdcache.objectives import label_objective
-from kdcache.student import train_student
-from kdcache.training import train
+from kdcache.core.config import DumpConfig, StudentConfig, TrainConfig
+from kdcache.data.dataset import IndexedDataset
+from kdcache.data.registry import open_dataset
+from kdcache.distill.objective import label_objective
+from kdcache.distill.student.train_student import train_student
+from kdcache.distill.teacher.dump import dump_teacher
+from kdcache.distill.trainer import train
+from kdcache.models.evaluate import evaluate_model
+from kdcache.models.registry import build_model, count_parameters
+from kdcache.store.layout import predicted_bytes
+from kdcache.store.manifest import Preprocess
 from tests.benchmarks.data import IMAGE, images, network
 from tests.benchmarks.timing import side_by_side
 

@@ -65,7 +65,7 @@ def run(*, rounds: int, device: str) -> None:
 def measure(folder: str, way: str) -> None:
     """Print rows/s, CPU µs a row and memory over baseline of one way, as JSON."""
     if way.startswith("kdcache"):
-        from kdcache.cache import reader  # noqa: F401  # its import is not memory of reading
+        pass
 
     baseline = _memory_mb()
     batches, read = _open(Path(folder), way)
@@ -130,9 +130,9 @@ def _open(folder: Path, way: str) -> tuple[Callable[[int], Iterator[np.ndarray]]
 
 
 def _open_ours(folder: Path, way: str) -> tuple[Callable[[int], Iterator[np.ndarray]], Reader]:
-    from kdcache.cache.feeds import FeedChoice, open_feed
-    from kdcache.cache.order import batches_of
-    from kdcache.cache.reader import open_cache
+    from kdcache.store.cache import open_cache
+    from kdcache.store.row_source import FeedChoice, open_feed
+    from kdcache.store.sampler import batches_of
 
     kind, _, compression = way.removeprefix("kdcache ").partition(", ")
     cache = open_cache(folder / (f"{compression or 'plain'}.zarr"))
@@ -155,9 +155,9 @@ def _open_to_first_batch() -> None:
     code = """
 import sys, time
 from pathlib import Path
-from kdcache.cache.feeds import open_feed
-from kdcache.cache.order import batches_of
-from kdcache.cache.reader import open_cache
+from kdcache.store.row_source import open_feed
+from kdcache.store.sampler import batches_of
+from kdcache.store.cache import open_cache
 began = time.perf_counter()
 cache = open_cache(sys.argv[1])
 feed, order, _ = open_feed(cache.reader, indices=cache.samples(), seed=0)

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from kdcache.cache.layout import build_arrays
-from kdcache.cache.manifest import DatasetRecord, Manifest, Preprocess, TeacherRecord
-from kdcache.cache.writer import SplitWriter
+from kdcache.store.layout import build_arrays
+from kdcache.store.manifest import DatasetRecord, Manifest, Preprocess, TeacherRecord
+from kdcache.store.writer import SplitWriter
 
 ROWS, CLASSES, BATCH = 200_000, 1000, 256
 FILES = 20_000

@@ -5,15 +5,15 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
-from kdcache.cache.feeds import open_feed
-from kdcache.cache.reader import open_cache
-from kdcache.config import DumpConfig, StudentConfig
-from kdcache.devices import resolve_device
-from kdcache.dump import dump_teacher
-from kdcache.live import LiveTargets
-from kdcache.objectives import distillation_objective, label_objective
-from kdcache.targets import CachedTargets
-from kdcache.training import train
+from kdcache.core.config import DumpConfig, StudentConfig
+from kdcache.distill.objective import distillation_objective, label_objective
+from kdcache.distill.student.soft_targets import CachedTargets
+from kdcache.distill.teacher.dump import dump_teacher
+from kdcache.distill.teacher.live_teacher import LiveTargets
+from kdcache.distill.trainer import train
+from kdcache.models.device import resolve_device
+from kdcache.store.cache import open_cache
+from kdcache.store.row_source import open_feed
 from tests.benchmarks.data import IMAGE, images, network
 from tests.benchmarks.timing import side_by_side
 

@@ -18,23 +18,25 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from kdcache.cache.feeds import open_feed
-from kdcache.cache.manifest import Preprocess, ViewRecipe
-from kdcache.cache.order import ExactOrder, Schedule, always, view_schedule
-from kdcache.cache.reader import Cache, open_cache
-from kdcache.checkpoints import load_weights
-from kdcache.config import DumpConfig, StudentConfig, TrainConfig
-from kdcache.datasets import IndexedDataset, batch_loader, open_dataset
-from kdcache.dump import dump_teacher
-from kdcache.evaluate import evaluate_model
-from kdcache.models import build_model
-from kdcache.objectives import distillation_objective, label_objective
-from kdcache.preprocess import Preprocessor
-from kdcache.runs import RunFolder
-from kdcache.sampling import ShardBatches
-from kdcache.targets import CachedTargets
-from kdcache.training import train
-from kdcache.views import Views
+from kdcache.core.config import DumpConfig, StudentConfig, TrainConfig
+from kdcache.core.run_dir import RunFolder
+from kdcache.data.batch_sampler import ShardBatches
+from kdcache.data.dataset import IndexedDataset
+from kdcache.data.loader import batch_loader
+from kdcache.data.preprocess import Preprocessor
+from kdcache.data.registry import open_dataset
+from kdcache.data.views import Views
+from kdcache.distill.objective import distillation_objective, label_objective
+from kdcache.distill.student.soft_targets import CachedTargets
+from kdcache.distill.teacher.dump import dump_teacher
+from kdcache.distill.trainer import train
+from kdcache.models.checkpoints import load_weights
+from kdcache.models.evaluate import evaluate_model
+from kdcache.models.registry import build_model
+from kdcache.store.cache import Cache, open_cache
+from kdcache.store.manifest import Preprocess, ViewRecipe
+from kdcache.store.row_source import open_feed
+from kdcache.store.sampler import ExactOrder, Schedule, always, view_schedule
 
 VIEWS, EPOCHS, SEEDS, TEACHER_EPOCHS = 8, 40, 3, 12
 CPU = "cpu"

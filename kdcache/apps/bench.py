@@ -1,0 +1,226 @@
+"""What a cache saves with one's own teacher, student, data and device, measured side by side."""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from kdcache.core.command_result import Report
+from kdcache.core.config import Bench, DumpConfig, Execution, Input, StudentConfig
+from kdcache.core.errors import UsageError
+from kdcache.core.json_records import to_json
+from kdcache.core.options import narrow
+from kdcache.core.progress import log, muted
+from kdcache.data.dataset import IndexedDataset, Indices
+from kdcache.data.loader import Fetcher
+from kdcache.data.raw_input import Inputs
+from kdcache.data.views import as_views
+from kdcache.distill.objective import Join, distillation_objective, label_objective
+from kdcache.distill.student.soft_targets import CachedTargets
+from kdcache.distill.teacher.dump import dump_teacher
+from kdcache.distill.teacher.live_teacher import LiveTargets
+from kdcache.distill.trainer import train
+from kdcache.models.build import build, dataset_preprocess, load_teacher, open_data
+from kdcache.models.checkpoints import read_checkpoint
+from kdcache.models.device import resolve_device
+from kdcache.models.registry import BuiltModel, count_parameters
+from kdcache.store.cache import open_cache
+from kdcache.store.layout import predicted_bytes
+from kdcache.store.manifest import ViewRecipe
+from kdcache.store.row_source import open_feed
+
+LABELS, CACHE, LIVE = "labels only", "from the cache", "with the live teacher"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """Epochs of one student, timed in turn, and the dump that the cached ones need once.
+
+    Attributes:
+        epoch_seconds: by way of training, one a round.
+        dump_seconds: of the dump.
+        bytes: of the cache.
+    """
+
+    epoch_seconds: dict[str, list[float]]
+    dump_seconds: float
+    bytes: int
+
+    def median(self, way: str) -> float:
+        """Seconds an epoch."""
+        return statistics.median(self.epoch_seconds[way])
+
+    def ratios(self, way: str, to: str = LABELS) -> list[float]:
+        """Of each round, so that what slows the machine down for a while slows both sides."""
+        return [a / b for a, b in zip(self.epoch_seconds[way], self.epoch_seconds[to], strict=True)]
+
+    @property
+    def break_even_epochs(self) -> float | None:
+        """Student epochs after which the dump has paid; None where an epoch with the live teacher is no dearer."""
+        saved = self.median(LIVE) - self.median(CACHE)
+        return self.dump_seconds / saved if saved > 0 else None
+
+
+def bench(settings: Bench) -> Report:
+    """Measure, and say after how many epochs the cache has paid.
+
+    Raises:
+        UsageError: an option that the measurement would not follow.
+    """
+    if settings.objective or not settings.distill or settings.views:
+        raise UsageError(
+            "--objective, --no-distill or --views is given",
+            "alpha · kd + (1 − alpha) · cross entropy on one view, which bench measures beside labels only",
+            "leave it out",
+        )
+    dataset = open_data(settings, settings.dataset, "train")
+    if settings.samples is not None and settings.samples < len(dataset):
+        dataset = _First(dataset, settings.samples)
+    teacher, student = build_pair(settings, dataset)
+    config = narrow(StudentConfig, settings)
+    measured = measure(teacher, student, dataset, config, rounds=settings.rounds)
+    data: dict[str, Any] = {
+        "dataset": settings.dataset,
+        "samples": len(dataset),
+        "batch_size": settings.batch_size,
+        "device": str(resolve_device(settings.device)),
+        "teacher": {"model": teacher.spec, "parameters": count_parameters(teacher.module)},
+        "student": {"model": student.spec, "parameters": count_parameters(student.module)},
+        "rounds": settings.rounds,
+        "epoch_seconds": measured.epoch_seconds,
+        "dump_seconds": measured.dump_seconds,
+        "bytes": measured.bytes,
+        "break_even_epochs": measured.break_even_epochs,
+    }
+    return Report(data, _text(data, measured))
+
+
+def build_pair(settings: Bench, dataset: IndexedDataset) -> tuple[BuiltModel, BuiltModel]:
+    """Teacher and student; a teacher without weights is as fast as one with them."""
+    default = dataset_preprocess(dataset)
+    if settings.checkpoint:
+        own = teacher_input(settings, settings.checkpoint)
+        teacher = load_teacher(own, settings.teacher, settings.checkpoint, dataset, ViewRecipe())
+    else:
+        log(f"the teacher {settings.teacher} is timed as it is built, without a checkpoint")
+        teacher = build(settings.teacher, dataset, settings, 0, default, training=True)
+    return teacher, build(settings.student, dataset, settings, settings.seed, default, training=True)
+
+
+def teacher_input(settings: Input, checkpoint: str | None) -> Input:
+    """Of a teacher beside a student: the settings are the student's, unless the checkpoint records none of its own."""
+    return settings if checkpoint and "kdcache" not in read_checkpoint(checkpoint) else Input()
+
+
+def measure(
+    teacher: BuiltModel, student: BuiltModel, dataset: IndexedDataset, config: StudentConfig, *, rounds: int
+) -> Measured:
+    """Dump once, then train an epoch in each way, in turn; a first round does not count.
+
+    Args:
+        config: of the student; its number of epochs is not looked at.
+    """
+    device = resolve_device(config.device)
+    with tempfile.TemporaryDirectory(prefix="kdcache-bench-") as folder:
+        path = Path(folder) / "cache.zarr"
+        execution = to_json(narrow(Execution, config))
+        result = dump_teacher(
+            teacher.module, dataset, out=path, preprocess=teacher.preprocessor, config=DumpConfig(**execution)
+        )
+        cache = open_cache(path)
+        feed = open_feed(cache.reader, indices=cache.samples(), seed=config.seed)[0]
+        ways: dict[str, Callable[[], Join | None]] = {
+            LABELS: lambda: None,
+            CACHE: lambda: CachedTargets([cache], [feed]),
+            LIVE: lambda: live_targets(teacher, student, dataset, config),
+        }
+        seconds: dict[str, list[float]] = {way: [] for way in ways}
+        joins = {way: make() for way, make in ways.items()}
+        teacher.module.to(device)
+        for turn in range(rounds + 1):
+            for way, join in joins.items():
+                objective = label_objective(0.0) if join is None else distillation_objective(config)
+                with muted():
+                    trained = train(
+                        student.module,
+                        dataset,
+                        objective=objective,
+                        preprocess=student.preprocessor,
+                        config=replace(config, epochs=1, val_fraction=0.0),
+                        join=join,
+                    )
+                if turn:
+                    seconds[way].append(trained.epoch_seconds[0])
+            log(f"round {turn} of {rounds}" + ("" if turn else ", which does not count"))
+    return Measured(epoch_seconds=seconds, dump_seconds=result.seconds, bytes=predicted_bytes(result.manifest))
+
+
+def live_targets(
+    teacher: BuiltModel, student: BuiltModel, dataset: IndexedDataset, config: StudentConfig
+) -> LiveTargets:
+    """The teacher at every step; where it takes other inputs than the student, they are made for it as well."""
+    same = geometry_of(teacher) == geometry_of(student)
+    return LiveTargets(
+        teacher.module,
+        teacher.preprocessor,
+        classes=len(dataset.classes),
+        fetcher=None if same else Fetcher(as_views(dataset), teacher.preprocessor),
+        amp=config.amp,
+    )
+
+
+def geometry_of(built: BuiltModel) -> tuple[Any, ...]:
+    """What a loader does to a sample for a network: where two networks agree in it, they can share a batch."""
+    record = built.preprocess
+    tokens = (record.max_tokens, record.tokenizer_sha256, record.pad_id)
+    return (record.resize, record.crop, record.interpolation, record.antialias, *tokens)
+
+
+def _text(data: dict[str, Any], measured: Measured) -> str:
+    lines = [
+        f"{data['dataset']}, {data['samples']:,} samples, batch {data['batch_size']}, {data['device']}; teacher "
+        f"{data['teacher']['model']} ({data['teacher']['parameters']:,} parameters), student "
+        f"{data['student']['model']} ({data['student']['parameters']:,}); median of {data['rounds']} "
+        f"round{'s' if data['rounds'] > 1 else ''}"
+    ]
+    for way in measured.epoch_seconds:
+        ratios = measured.ratios(way)
+        spread = f"× {LABELS}: {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+        lines.append(f"  {way:<22} {measured.median(way):9.3f} s an epoch   {'' if way == LABELS else spread}".rstrip())
+    lines.append(f"  dump, once             {measured.dump_seconds:9.3f} s, {measured.bytes:,} bytes")
+    epochs = measured.break_even_epochs
+    lines.append(
+        "the live teacher costs no more than the cache here: a cache saves no time"
+        if epochs is None
+        else f"the cache has paid after {epochs:.1f} student epochs, all students together"
+    )
+    return "\n".join(lines)
+
+
+class _First(IndexedDataset):
+    """The first samples of a dataset."""
+
+    def __init__(self, whole: IndexedDataset, count: int) -> None:
+        super().__init__(name=whole.name, split=whole.split, classes=whole.classes)
+        self.input_dtype, self.input_shape, self.data_root = whole.input_dtype, whole.input_shape, whole.data_root
+        self.default_mean, self.default_std = whole.default_mean, whole.default_std
+        self.in_memory, self.is_text, self.vocabulary_size = whole.in_memory, whole.is_text, whole.vocabulary_size
+        self._whole, self._count = whole, count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def labels(self) -> NDArray[np.int64] | None:
+        labels = self._whole.labels()
+        return None if labels is None else labels[: self._count]
+
+    def fetch(self, indices: Indices) -> tuple[Inputs, Tensor]:
+        return self._whole.fetch(indices)

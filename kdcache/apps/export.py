@@ -1,0 +1,223 @@
+"""A run's network as a program that needs no kdcache, written only if it answers as the network does."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn.functional import pad
+
+from kdcache.apps.export_formats import FORMATS, Runnable, foreign_errors, quiet
+from kdcache.apps.export_module import Deployable, geometry_inside, metadata, trace
+from kdcache.core import rng
+from kdcache.core.atomic_files import write_durable
+from kdcache.core.command_result import Report
+from kdcache.core.config import Export
+from kdcache.core.errors import DatasetError, ModelError, UsageError
+from kdcache.core.plugins import require_extra
+from kdcache.core.progress import log
+from kdcache.data.dataset import IndexedDataset
+from kdcache.data.loader import BatchRequest, batch_loader
+from kdcache.models.build import check_classes, open_data
+from kdcache.models.device import evaluation_mode
+from kdcache.models.forward import answer
+from kdcache.models.from_run import TrainedNetwork, load_trained
+
+# Of the comparison, after one batch of a single sample. Small, so that texts come in several lengths.
+COMPARED_BATCH = 16
+
+
+class Compared(NamedTuple):
+    """A batch that the artefact is compared on.
+
+    Attributes:
+        inputs: (B, ...), what the artefact takes.
+        logits: (B, classes) float32, what the network answers in PyTorch.
+        indices: of the samples, (B,).
+    """
+
+    inputs: Tensor
+    logits: Tensor
+    indices: NDArray[np.int64]
+
+
+def export(settings: Export) -> Report:
+    """Write the best checkpoint of a run as an artefact, and compare its answers with the network's.
+
+    Its bytes are loaded again and compared before anything is written.
+
+    Raises:
+        UsageError: there is no such run, or the file's suffix is another format's.
+        MissingExtra: what the format needs is not installed.
+        CheckpointError: the run's checkpoint is missing or damaged.
+        DatasetError: there are no samples to compare on, or others than the network was trained on.
+        ModelError: the network cannot be exported, or the artefact answers otherwise. What stood at `out` is kept.
+        StorageError: the disk refuses it.
+    """
+    format_, out = FORMATS[settings.format], Path(settings.out)
+    _check_out(out, settings.format)
+    for module in format_.modules:
+        require_extra(module, settings.format, f"--format {settings.format}")
+    trained = load_trained(Path(settings.run))
+    dataset = open_data(settings, settings.dataset or trained.dataset, settings.split, hint=trained.data_root)
+    check_classes(str(trained.checkpoint), trained.classes, dataset)
+    batches = _compared(trained, dataset, settings.samples)
+    example = _example(trained, batches[1].inputs)
+    facts = metadata(trained, example)
+    log(f"exporting {trained.spec} as {settings.format}")
+    with quiet():
+        program = trace(
+            Deployable(trained, geometry_inside(trained)),
+            example,
+            max_tokens=trained.preprocessor.record.max_tokens,
+            spec=trained.spec,
+        )
+        with foreign_errors(f"{trained.spec} cannot be written as {settings.format}"):
+            content = format_.make(program, facts)
+        with foreign_errors("the artefact does not run"):
+            found, sample = _largest_difference(format_.load(content), batches)
+    if not found <= settings.tolerance:  # a NaN too
+        raise ModelError(
+            f"the artefact's logits differ from the network's by {found:.2g} of 1 + |x| at sample {sample} of "
+            f"{dataset.name}",
+            f"at most {settings.tolerance:g}",
+            f"nothing was written to {out}; try the other --format, or give a larger --tolerance if that will do",
+        )
+    write_durable(out, content)
+    sizes = sorted({len(batch.inputs) for batch in batches})
+    data = {
+        "run": settings.run,
+        "format": settings.format,
+        "out": str(out),
+        "bytes": len(content),
+        "model": trained.spec,
+        "input": facts["input"],
+        "output": facts["output"],
+        "geometry": facts["geometry"],
+        "split": dataset.split,
+        "samples": len(np.unique(np.concatenate([batch.indices for batch in batches]))),
+        "batch_sizes": sizes,
+        "largest_difference": found,
+        "tolerance": settings.tolerance,
+    }
+    shapes = [f"{facts[end]['dtype']} ({', '.join(map(str, facts[end]['shape']))})" for end in ("input", "output")]
+    return Report(
+        data,
+        f"{out}: {trained.spec} as {settings.format}, {data['bytes']:,} bytes, {shapes[0]} → logits {shapes[1]}\n"
+        f"largest difference from the network on {data['samples']} samples of {dataset.split}, in batches of "
+        f"{', '.join(map(str, sizes[:-1]))} and {sizes[-1]}: {found:.2g} of 1 + |x|, tolerance {settings.tolerance:g}",
+    )
+
+
+def _check_out(out: Path, name: str) -> None:
+    suffix = FORMATS[name].suffix
+    if os.path.isdir(out):
+        raise UsageError(
+            f"--out is {out}, a folder", f"a file that ends in {suffix}", f"write --out {out / f'student{suffix}'}"
+        )
+    if out.suffix != suffix:
+        meant = [f", or --format {other}" for other, each in FORMATS.items() if each.suffix == out.suffix]
+        raise UsageError(
+            f"--out is {out}, and --format is {name}",
+            f"a file that ends in {suffix}",
+            f"write --out {out.with_suffix(suffix)}{''.join(meant)}",
+        )
+
+
+def _compared(trained: TrainedNetwork, dataset: IndexedDataset, samples: int) -> list[Compared]:
+    """The network's answers to keyed samples: first to one alone, then to all of them in batches."""
+    _check_inputs(trained, dataset)
+    indices = rng.keyed_sample(len(dataset), samples, 0, "export")
+    if len(indices) == 1:
+        indices = indices.repeat(2)  # two batch sizes need two rows
+    parts = np.split(indices, range(COMPARED_BATCH, len(indices), COMPARED_BATCH))
+    requests = [BatchRequest(part) for part in (indices[:1], *parts)]
+    device, preprocessor, found = torch.device("cpu"), trained.preprocessor, []
+    with evaluation_mode(trained.module):
+        for batch in batch_loader(dataset, requests, preprocessor=preprocessor, device=device):
+            logits = answer(
+                trained.module,
+                batch.inputs,
+                preprocessor=preprocessor,
+                device=device,
+                amp="off",
+                classes=len(trained.classes),
+            ).float()
+            if not torch.isfinite(logits).all():
+                raise ModelError(
+                    f"the network itself answers a sample of {dataset.name} with a logit that is not finite",
+                    "finite logits",
+                    "see in its metrics.jsonl whether the training diverged",
+                )
+            inputs = batch.inputs.long() if preprocessor.makes_tokens else batch.inputs
+            if geometry_inside(trained) is not None:
+                inputs = _stacked(dataset, batch.indices.numpy(), trained.input_shape)
+            found.append(Compared(inputs, logits, batch.indices.numpy()))
+    return found
+
+
+def _check_inputs(trained: TrainedNetwork, dataset: IndexedDataset) -> None:
+    """Refuse a split of other inputs than the artefact will take."""
+    any_shape = trained.input_shape is None or trained.preprocessor.makes_tokens
+    here, there = (
+        f"{'texts' if each.is_text else each.input_dtype}{'' if any_shape else f' {each.input_shape}'}"
+        for each in (dataset, trained)
+    )
+    if here != there:
+        raise DatasetError(
+            f"the inputs of {dataset.name}, split {dataset.split}, are {here}",
+            f"{there}, as the network was trained on",
+            "compare on another --split, or name the network's own --dataset",
+        )
+
+
+def _stacked(dataset: IndexedDataset, indices: NDArray[np.int64], shape: tuple[int, ...] | None) -> Tensor:
+    """Shared inputs as one batch."""
+    inputs = dataset.shared_inputs(indices)
+    for index, value in zip(indices, inputs, strict=True):
+        if tuple(value.shape) != shape:
+            raise DatasetError(
+                f"sample {index} of {dataset.name} has shape {tuple(value.shape)}",
+                f"{shape}, which the network was trained on and the artefact will take",
+                "compare on another --split, or on fewer --samples",
+            )
+    return torch.stack(list(inputs))
+
+
+def _example(trained: TrainedNetwork, inputs: Tensor) -> Tensor:
+    """A batch to trace with: of two, and of two tokens at least, because torch takes a size of 1 for a constant."""
+    record, rows = trained.preprocessor.record, inputs[:2]
+    if record.max_tokens is None:
+        return rows
+    missing = min(2, record.max_tokens) - rows.shape[1]
+    return pad(rows, (0, max(0, missing)), value=record.pad_id)
+
+
+def _largest_difference(run: Runnable, batches: list[Compared]) -> tuple[float, int]:
+    """The largest difference of a logit x as a part of 1 + |x|, NaN where there is one, and its sample.
+
+    Raises:
+        ModelError: an answer has another shape or dtype.
+    """
+    largest, at = -1.0, -1
+    for inputs, wanted_bc, indices in batches:
+        with torch.inference_mode():
+            found_bc = run(inputs)
+        if found_bc.shape != wanted_bc.shape or found_bc.dtype != torch.float32:
+            raise ModelError(
+                f"the artefact answers {found_bc.dtype} {tuple(found_bc.shape)} to a batch of {len(inputs)}",
+                f"torch.float32 {tuple(wanted_bc.shape)}",
+                "try the other --format",
+            )
+        rows_b = ((found_bc - wanted_bc).abs() / (1 + wanted_bc.abs())).amax(dim=1)
+        worst = int(rows_b.argmax())  # NaN counts as the largest
+        if not rows_b[worst] <= largest:
+            largest, at = float(rows_b[worst]), int(indices[worst])
+        if np.isnan(largest):
+            break
+    return largest, at

@@ -1,0 +1,292 @@
+"""What the commands do: specs and settings in, library calls, and what to print out."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from kdcache.analysis.matrix_plots import plot_confusion
+from kdcache.core.command_result import Report
+from kdcache.core.config import (
+    DumpConfig,
+    DumpTeacher,
+    Evaluate,
+    Execution,
+    StudentConfig,
+    TrainConfig,
+    TrainStudent,
+    TrainTeacher,
+    Verify,
+)
+from kdcache.core.errors import CacheDamaged
+from kdcache.core.json_records import to_json
+from kdcache.core.options import narrow
+from kdcache.core.plugins import require_extra
+from kdcache.core.run_dir import RunFolder
+from kdcache.data.dataset import IndexedDataset
+from kdcache.data.loader import BatchRequest, batch_loader
+from kdcache.data.views import Views
+from kdcache.distill.objective import label_objective
+from kdcache.distill.student.join_checks import check_join, check_recorded
+from kdcache.distill.student.train_student import train_student as learn_from_cache
+from kdcache.distill.teacher.dump import dump_teacher as dump
+from kdcache.distill.teacher.dump import plan_dump
+from kdcache.distill.teacher.spot_check import recompute_rows
+from kdcache.distill.trainer import TrainResult, train
+from kdcache.models.build import build, check_classes, dataset_preprocess, describe, load_teacher, open_data, open_test
+from kdcache.models.checkpoints import load_weights
+from kdcache.models.device import evaluation_mode, floating_dtype
+from kdcache.models.evaluate import Evaluation, evaluate_model
+from kdcache.models.feature_hooks import list_layers
+from kdcache.models.from_run import load_trained
+from kdcache.models.registry import BuiltModel, count_parameters
+from kdcache.store.cache import open_cache
+from kdcache.store.inspect import verify_cache
+from kdcache.store.layout import predicted_bytes
+from kdcache.store.manifest import ViewRecipe
+
+
+def train_teacher(settings: TrainTeacher) -> Report:
+    """Train a network on the labels of a dataset's training split."""
+    _check_plots(settings.plots)
+    dataset = open_data(settings, settings.dataset, "train")
+    recipe = ViewRecipe(augment=settings.augment, mix=settings.mix, seed=settings.seed)
+    default = dataset_preprocess(dataset)
+    built = build(settings.model, dataset, settings, settings.seed, default, training=True, recipe=recipe)
+    test = open_test(settings, settings.dataset)
+    run = _run_folder("train-teacher", settings, built)
+    description = describe(built, dataset)
+    config = narrow(TrainConfig, settings)
+    result = train(
+        built.module,
+        Views(dataset, recipe),
+        schedule=lambda epoch: epoch,  # a new view of every sample in each epoch
+        objective=label_objective(config.label_smoothing),
+        preprocess=built.preprocessor,
+        config=config,
+        run=run,
+        description=description,
+    )
+    return _conclude("teacher", built, result, test, config, run, plots=settings.plots)
+
+
+def dump_teacher(settings: DumpTeacher) -> Report:
+    """Run a teacher over one or more splits and keep its logits."""
+    if settings.list_layers:
+        return _list_layers(settings)
+    reports = [_dump_split(settings, split) for split in dict.fromkeys(settings.split)]
+    splits = {report.data["split"]: report.data for report in reports}
+    data = {"cache": settings.out, "dry_run": settings.dry_run, "splits": splits}
+    return Report(data, "\n".join(report.text for report in reports))
+
+
+def _list_layers(settings: DumpTeacher) -> Report:
+    dataset = open_data(settings, settings.dataset, settings.split[0])
+    built = load_teacher(settings, settings.teacher, settings.checkpoint, dataset, ViewRecipe())
+    preprocessor, device = built.preprocessor, torch.device("cpu")
+    (batch,) = batch_loader(dataset, [BatchRequest(np.arange(1))], preprocessor=preprocessor, device=device)
+    with evaluation_mode(built.module):
+        layers = list_layers(built.module, preprocessor.per_batch(batch.inputs, floating_dtype(built.module)))
+    width = max((len(name) for name, _, _ in layers), default=0)
+    lines = [f"{name:<{width}}  {shape}  {kind}" for name, kind, shape in layers]
+    data = {"layers": [{"layer": name, "type": kind, "shape": shape} for name, kind, shape in layers]}
+    return Report(data, "\n".join([*lines, "penultimate is the input of the last linear layer"]))
+
+
+def _dump_split(settings: DumpTeacher, split: str) -> Report:
+    dataset = open_data(settings, settings.dataset, split)
+    recipe = ViewRecipe(augment=settings.augment, mix=settings.mix, seed=settings.view_seed)
+    built = load_teacher(settings, settings.teacher, settings.checkpoint, dataset, recipe)
+    arguments: dict[str, Any] = {
+        "out": settings.out,
+        "split": split,
+        "teacher_name": settings.teacher,
+        "preprocess": built.preprocessor,
+        "config": narrow(DumpConfig, settings),
+        "add_views": settings.add_views,
+    }
+    if settings.dry_run:
+        plan = plan_dump(built.module, dataset, **arguments)
+        data = {
+            "split": split,
+            "rows": plan.rows,
+            "shards": plan.shards,
+            "bytes": plan.bytes,
+            "free_bytes": plan.free_bytes,
+            "complete": plan.existing is not None and plan.existing.complete and not plan.existing.extending,
+        }
+        fits = "fits" if plan.bytes <= plan.free_bytes else "DOES NOT FIT"
+        state = "; already complete" if data["complete"] else ""
+        return Report(
+            data,
+            f"{split}: {plan.rows:,} rows, {plan.bytes:,} bytes in {plan.shards} shards; "
+            f"{plan.free_bytes:,} bytes are free: it {fits}{state}",
+        )
+    result = dump(built.module, dataset, **arguments, repair=settings.repair)
+    accuracy = result.manifest.teacher.accuracy
+    data = {
+        "split": split,
+        "rows": result.rows,
+        "computed_rows": result.computed_rows,
+        "seconds": result.seconds,
+        "bytes": predicted_bytes(result.manifest),
+        "teacher_accuracy": accuracy,
+        "complete": result.manifest.complete,
+    }
+    return Report(
+        data,
+        f"{settings.out}/{split}: {result.rows:,} rows ({result.computed_rows:,} now, {result.seconds:.1f} s), "
+        f"teacher accuracy {'not known: view 0 is mixed' if accuracy is None else f'{accuracy:.2%}'}",
+    )
+
+
+def verify_with_teacher(settings: Verify) -> Report:
+    """Check every byte, and let the teacher answer once more for a sample of rows."""
+    report = verify_cache(settings.cache, settings.split)
+    if report.exit_code:
+        return report
+    lines, data, exit_code = [report.text], report.data, 0
+    for split in data["splits"]:
+        cache = open_cache(settings.cache, split)
+        record = cache.manifest.dataset
+        dataset = open_data(settings, settings.dataset or record.name, split, hint=record.data_root)
+        recipe = cache.manifest.recipe
+        built = load_teacher(settings, str(settings.teacher), settings.checkpoint, dataset, recipe)
+        views = Views(dataset, recipe)
+        check_join(cache, views)
+        found = recompute_rows(
+            built.module,
+            views,
+            cache,
+            rows=settings.rows,
+            execution=narrow(Execution, settings),
+            tokenizer=built.preprocessor.tokenizer,
+        )
+        data["splits"][split]["recomputed"] = dataclasses.asdict(found)
+        same = found.same_weights and found.largest_difference <= settings.tolerance
+        exit_code = exit_code if same else CacheDamaged.exit_code
+        lines.append(
+            f"{split}: {found.rows} rows recomputed; difference up to {found.largest_difference:.2g} of 1 + |x| in "
+            f"{found.array} at sample {found.sample} in view {found.view}, tolerance {settings.tolerance:g}"
+            + ("" if found.same_weights else "; the teacher's weights are not those of the manifest")
+        )
+    data["whole"] = exit_code == 0
+    return Report(data, "\n".join(lines), exit_code)
+
+
+def train_student(settings: TrainStudent) -> Report:
+    """Train a student from a cache's training split; dataset, classes and preprocessing come from its manifest."""
+    _check_plots(settings.plots)
+    caches = [open_cache(path, "train", allow_partial=settings.allow_partial) for path in settings.cache]
+    manifest = caches[0].manifest
+    record = manifest.dataset
+    spec = settings.dataset or record.name
+    dataset = open_data(settings, spec, record.split, hint=record.data_root)
+    default, recipe = manifest.teacher.preprocess, manifest.recipe
+    check_recorded(caches[0], Views(dataset, recipe))  # before the student sees an input
+    built = build(settings.student, dataset, settings, settings.seed, default, training=True, recipe=recipe)
+    test = open_test(settings, spec, hint=record.data_root)
+    config = narrow(StudentConfig, settings)
+    run = _run_folder("train-student", settings, built)
+    result = learn_from_cache(
+        built.module,
+        dataset,
+        caches,
+        preprocess=built.preprocessor,
+        config=config,
+        run=run,
+        description=describe(built, dataset),
+    )
+    role = "student distilled" if config.distill else "student alone"
+    return _conclude(role, built, result, test, config, run, plots=settings.plots)
+
+
+def evaluate(settings: Evaluate) -> Report:
+    """Judge a run's best checkpoint on a split of the dataset it was trained on."""
+    folder = Path(settings.run)
+    trained = load_trained(folder)
+    dataset = open_data(settings, settings.dataset or trained.dataset, settings.split, hint=trained.data_root)
+    check_classes(str(trained.checkpoint), trained.classes, dataset)
+    evaluation = evaluate_model(
+        trained.module, dataset, preprocess=trained.preprocessor, config=narrow(Execution, settings)
+    )
+    data = {
+        "run": settings.run,
+        "split": settings.split,
+        "samples": len(dataset),
+        f"{settings.split}_accuracy": evaluation.accuracy,
+        "checkpoint": str(trained.checkpoint),
+        "first": _first(evaluation),
+    }
+    if settings.plots:
+        data |= _plot(evaluation, dataset, folder)
+    return Report(data, _judgement(evaluation, dataset))
+
+
+def _run_folder(command: str, settings: TrainTeacher | TrainStudent, built: BuiltModel) -> RunFolder:
+    tokenizer = built.preprocessor.tokenizer
+    return RunFolder(
+        Path(settings.out),
+        {"command": command, **to_json(settings)},
+        resume=settings.resume,
+        tokenizer=None if tokenizer is None else tokenizer.document,
+    )
+
+
+def _conclude(
+    role: str,
+    built: BuiltModel,
+    result: TrainResult,
+    test: IndexedDataset | None,
+    config: TrainConfig,
+    run: RunFolder,
+    *,
+    plots: bool,
+) -> Report:
+    """Judge the best checkpoint of a finished run on the test split, and keep what there is to say."""
+    data: dict[str, Any] = {
+        "role": role,
+        "model": built.spec,
+        "parameters": count_parameters(built.module),
+        "test_accuracy": None,
+        "epoch_seconds": result.epoch_seconds,
+        "checkpoint": str(run.best),
+    }
+    text = f"{role} {built.spec}: {data['parameters']:,} parameters, checkpoint {run.best}"
+    if test is not None:
+        load_weights(built.module, run.best)
+        evaluation = evaluate_model(built.module, test, preprocess=built.preprocessor, config=config)
+        data |= {"test_accuracy": evaluation.accuracy, "first": _first(evaluation)}
+        text = f"{text}\n{_judgement(evaluation, test)}"
+        if plots:
+            data |= _plot(evaluation, test, run.path)
+    run.save_result(data)
+    return Report(data, text)
+
+
+def _check_plots(wanted: bool) -> None:
+    """Know before the training that nothing could be drawn after it."""
+    if wanted:
+        require_extra("matplotlib", "plots", "--plots")
+
+
+def _plot(evaluation: Evaluation, dataset: IndexedDataset, folder: Path) -> dict[str, str]:
+    path = folder / f"confusion-{dataset.split}.png"
+    plot_confusion(evaluation, dataset.classes, path)
+    return {"confusion": str(path)}
+
+
+def _first(evaluation: Evaluation) -> list[dict[str, int]]:
+    return [{"true": true, "predicted": predicted} for true, predicted in evaluation.first]
+
+
+def _judgement(evaluation: Evaluation, dataset: IndexedDataset) -> str:
+    answers = [f"{dataset.classes[true]} → {dataset.classes[predicted]}" for true, predicted in evaluation.first]
+    return (
+        f"{dataset.split} accuracy {evaluation.accuracy:.2%} on {len(dataset):,} samples\n"
+        f"first {len(answers)}, true → predicted: {', '.join(answers)}"
+    )

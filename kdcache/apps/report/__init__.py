@@ -1,0 +1,1 @@
+"""One HTML page of finished runs: `build` collects, `template.html` shows."""

@@ -1,0 +1,149 @@
+"""Making a report: a study of runs becomes a page, and the page is written."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kdcache.apps.report import overview, sections
+from kdcache.apps.report.html import Page, Section, percent, render
+from kdcache.apps.report.metrics import Answers, MeasuredRun, shown_run
+from kdcache.apps.report.samples import cards
+from kdcache.apps.report.study import Study
+from kdcache.core.atomic_files import write_durable
+from kdcache.core.command_result import Report
+from kdcache.core.config import MakeReport
+from kdcache.core.errors import UsageError
+from kdcache.core.plugins import require_extra
+from kdcache.core.progress import log
+from kdcache.models.device import resolve_device
+from kdcache.store.inspect import inspect_cache
+from kdcache.store.manifest import manifest_sha256, read_manifest
+
+
+def make_report(settings: MakeReport) -> Report:
+    """One HTML page of finished runs, and its pictures in a folder beside it.
+
+    Raises:
+        UsageError: no finished run, runs of several datasets, or an output that is no .html.
+        CacheMismatch, CacheIncomplete, CacheDamaged: a cache that is there and must not be compared with.
+        MissingExtra: matplotlib is not installed.
+        StorageError: the disk refuses what is written.
+    """
+    require_extra("matplotlib", "plots", "a report")
+    out = Path(settings.out)
+    if out.suffix.lower() not in (".html", ".htm"):
+        raise UsageError(f"--out is {settings.out!r}", "a file that ends with .html", "name it as report.html")
+    study = Study(settings)
+    log("drawing")
+    page = _page(study, settings)
+    folder = out.with_name(f"{out.stem}_files")
+    for name, content in page.files.items():
+        write_durable(folder / name, content)
+    html = render(page).encode()
+    write_durable(out, html)
+    data = {
+        "report": str(out),
+        "bytes": len(html),
+        "pictures": [str(folder / name) for name in page.files],
+        "runs": [_run_data(each) for each in study.runs],
+        "cached": [
+            {"caches": list(teacher.paths), **_answers_data(study.cached_answers.get(teacher.key))}
+            for teacher in study.unseen
+        ],
+        "missing": study.missing,
+    }
+    lines = [_line(each) for each in study.runs]
+    lines += [f"missing: {sentence}" for sentence in study.missing]
+    lines.append(f"{out}: {len(html):,} bytes, {len(page.files)} pictures in {folder}")
+    return Report(data, "\n".join(lines))
+
+
+def _page(study: Study, settings: MakeReport) -> Page:
+    trained = study.runs[0].run.trained
+    device = resolve_device(settings.device)
+    where = f"on {torch.cuda.get_device_name(device)}" if device.type == "cuda" else f"on this machine's {device.type}"
+    if device.type == "cpu":
+        where += f" with torch's {torch.get_num_threads()} thread{'s' if torch.get_num_threads() > 1 else ''}"
+    parts: list[Section] = [overview.summary(study.runs, study.unseen, where), overview.training(study.runs)]
+    if study.answers:
+        parts.append(sections.errors(study.answers, trained.classes))
+    if any(each.calibration is not None for each in study.answers):
+        parts.append(sections.calibration(study.answers))
+    if any(each.agreements for each in study.runs):
+        parts.append(sections.agreement(study.runs))
+    shown = shown_run(study.runs)
+    if study.test is not None and shown.answers is not None:
+        teacher = study.cached_logits(shown.teacher) if shown.run.caches else None
+        found = cards(study.test, shown.answers.logits_nc, teacher, study.labels_n, settings.shown)
+        parts.append(sections.samples(found, shown.run.name, has_teacher=teacher is not None))
+    if study.caches:
+        parts.append(sections.cached({path: _inspected(path) for path in study.caches}))
+    count = len(study.runs)
+    test = "no test split" if study.test is None else f"{len(study.test):,} test samples"
+    now = datetime.datetime.now().astimezone()
+    return Page(
+        title=f"Distillation on {settings.dataset or trained.dataset}",
+        subtitle=f"{count} run{'s' if count > 1 else ''}, {len(trained.classes)} classes, {test}",
+        sections=parts,
+        missing=study.missing,
+        footer=f"Made by kdcache {importlib.metadata.version('kdcache')} on {now:%Y-%m-%d %H:%M %Z}.",
+    )
+
+
+def _inspected(path: str) -> dict[str, Any]:
+    """What `inspect_cache` tells of each split, with the sha256 of its manifest."""
+    splits = inspect_cache(path).data["splits"]
+    return {
+        name: {**found, "sha256": manifest_sha256(read_manifest(Path(path) / name))} for name, found in splits.items()
+    }
+
+
+def _run_data(each: MeasuredRun) -> dict[str, Any]:
+    run, cost = each.run, each.cost
+    return {
+        "run": str(run.folder),
+        "role": run.role,
+        "model": run.result["model"],
+        "parameters": run.result["parameters"],
+        "epoch_seconds": run.epoch_seconds,
+        "multiply_adds": None if cost is None else cost.multiply_adds,
+        "checkpoint_bytes": run.checkpoint_bytes,
+        "latency_ms": None if cost is None else cost.latency_ms,
+        **_answers_data(each.answers),
+        "agreement": {
+            found.split: {"samples": found.samples, "same_top_class": found.same, "kl": found.kl}
+            for found in each.agreements
+        },
+    }
+
+
+def _answers_data(answers: Answers | None) -> dict[str, Any]:
+    found = None if answers is None else answers.calibration
+    return {
+        "test_accuracy": None if answers is None else answers.accuracy,
+        "confusion": None if answers is None else answers.confusion_cc.tolist(),
+        "calibration": None
+        if found is None
+        else {
+            "temperature": found.temperature,
+            "fitted_on": found.fitted,
+            "judged_on": found.judged,
+            "ece_before": found.before.ece,
+            "ece_after": found.after.ece,
+            "nll_before": found.nll_before,
+            "nll_after": found.nll_after,
+        },
+    }
+
+
+def _line(each: MeasuredRun) -> str:
+    parts = [f"{each.run.name} ({each.run.role}): test accuracy {percent(each.accuracy, 2)}"]
+    if each.answers is not None and each.answers.calibration is not None:
+        parts.append(f"ECE {each.answers.calibration.before.ece:.2%}")
+    parts += [f"agreement on {found.split} {found.same:.2%}, KL {found.kl:.3g}" for found in each.agreements]
+    return ", ".join(parts)

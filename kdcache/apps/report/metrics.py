@@ -1,0 +1,123 @@
+"""What runs and cached teachers answered, and what follows from it: the numbers of a report."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kdcache.analysis.calibration import Calibration, calibrate
+from kdcache.analysis.distributions import kl_divergence
+from kdcache.apps.report.cost import Cost
+from kdcache.apps.report.runs import ALONE, DISTILLED, CachedTeacher, Run
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answers:
+    """Somebody's answers to all test samples, judged.
+
+    Attributes:
+        logits_nc: (samples, classes).
+        confusion_cc: (classes, classes), int64; rows are true classes, columns are answers.
+        calibration: None where there are too few samples for two halves.
+    """
+
+    name: str
+    logits_nc: NDArray[Any]
+    confusion_cc: NDArray[np.int64]
+    calibration: Calibration | None
+
+    @property
+    def samples(self) -> int:
+        return int(self.confusion_cc.sum())
+
+    @property
+    def accuracy(self) -> float:
+        return float(self.confusion_cc.trace() / self.confusion_cc.sum())
+
+    @property
+    def standard_error(self) -> float:
+        """Of the accuracy, as a share of this many samples that were drawn at random."""
+        return math.sqrt(self.accuracy * (1 - self.accuracy) / self.samples)
+
+    @property
+    def class_accuracy_c(self) -> NDArray[np.float64]:
+        """Accuracy of each true class, (classes,); NaN where it has no samples."""
+        with np.errstate(invalid="ignore"):
+            return np.asarray(self.confusion_cc.diagonal() / self.confusion_cc.sum(axis=1))
+
+
+def judge(name: str, logits_nc: NDArray[Any], labels_n: NDArray[np.int64], seed: int) -> Answers:
+    """Answers against the true labels.
+
+    Args:
+        labels_n: true classes, (n,).
+        seed: that draws the samples which the temperature is fitted on.
+    """
+    classes = logits_nc.shape[1]
+    confusion = np.zeros((classes, classes), np.int64)
+    np.add.at(confusion, (labels_n, logits_nc.argmax(axis=1)), 1)
+    calibration = calibrate(logits_nc, labels_n, seed) if len(labels_n) > 1 else None
+    return Answers(name=name, logits_nc=logits_nc, confusion_cc=confusion, calibration=calibration)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Agreement:
+    """How a run agrees with a cached teacher on some samples of a split.
+
+    Attributes:
+        same: share of samples with the same top class.
+        kl: mean KL(teacher ‖ student) at temperature 1, in nats.
+    """
+
+    split: str
+    samples: int
+    same: float
+    kl: float
+
+
+def agree(split: str, student_nc: NDArray[Any], teacher_nc: NDArray[Any]) -> Agreement:
+    """Compare logits of the same samples, (n, classes) each."""
+    return Agreement(
+        split=split,
+        samples=len(student_nc),
+        same=float((student_nc.argmax(axis=1) == teacher_nc.argmax(axis=1)).mean()),
+        kl=float(kl_divergence(teacher_nc, student_nc).mean()),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasuredRun:
+    """A run with all that was measured of it.
+
+    Attributes:
+        teacher: the cached teacher that it is compared with; None where there is none.
+        cost: None where there is no sample to measure it with.
+        answers: to the test samples; None where there are none.
+    """
+
+    run: Run
+    teacher: CachedTeacher | None
+    cost: Cost | None
+    answers: Answers | None
+    agreements: Sequence[Agreement]
+
+    @property
+    def accuracy(self) -> float | None:
+        """On the test split: measured now, or else as the run recorded it."""
+        if self.answers is not None:
+            return self.answers.accuracy
+        recorded: float | None = self.run.result["test_accuracy"]
+        return recorded
+
+
+def shown_run(runs: Sequence[MeasuredRun]) -> MeasuredRun:
+    """The run whose samples are shown: the last distilled student, else the last student, else the last run."""
+    for role in (DISTILLED, ALONE):
+        if found := [each for each in runs if each.run.role == role]:
+            return found[-1]
+    return runs[-1]

@@ -1,0 +1,175 @@
+"""The whole of what a report tells, measured: first what can be refused, then what takes time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kdcache.apps.report.cost import logits_of, measure_cost
+from kdcache.apps.report.metrics import Agreement, Answers, MeasuredRun, agree, judge
+from kdcache.apps.report.runs import CachedTeacher, Run, open_runs, teacher_of
+from kdcache.core.config import MakeReport
+from kdcache.core.errors import CacheNotFound, DatasetError
+from kdcache.core.progress import log
+from kdcache.core.rng import keyed_sample
+from kdcache.data.dataset import IndexedDataset
+from kdcache.models.build import check_classes, open_data
+from kdcache.models.device import resolve_device
+from kdcache.models.registry import weights_sha256
+
+# A run's recorded accuracy and the one measured now may differ by what another device's arithmetic does.
+ACCURACY_TOLERANCE = 0.002
+
+TEST, TRAIN = "test", "train"
+
+
+class Study:
+    """Runs, judged on one dataset and compared with their cached teachers.
+
+    Attributes:
+        runs: in the order given.
+        caches: the paths of all caches that are there.
+        unseen: cached teachers of which there is no run.
+        cached_answers: of the unseen teachers to the test samples, by the key of the teacher.
+        answers: of the runs, then those of the unseen teachers; none without a test split.
+        labels_n: of the test samples, (n,).
+        test: the test split; None where there is none.
+        missing: what could not be measured and why, a sentence each.
+
+    Raises:
+        UsageError: no finished run, runs of several datasets, or one cache given for a run of several.
+        CacheMismatch, CacheIncomplete, CacheDamaged: a cache that is there and must not be compared with.
+        CacheNotFound: the cache that the settings name is not there.
+        ModelError: a run's network is of other classes than the dataset's.
+    """
+
+    def __init__(self, settings: MakeReport) -> None:
+        self._settings = settings
+        self.missing: list[str] = []
+        opened = open_runs(settings.runs)
+        resolve_device(settings.device)
+        self._teachers = self._open_teachers(opened)
+        self._data = self._open_data(opened)
+        self._indices = {split: self._chosen(dataset) for split, dataset in self._data.items()}
+        self.test = self._data.get(TEST)
+        self._cached = {
+            (teacher.key, split): teacher.answers(dataset, self._indices[split])
+            for teacher in self._distinct
+            for split, dataset in self._data.items()
+            if self._comparable(teacher, split)
+        }
+        self.labels_n = np.empty(0, np.int64)
+        self.runs = [self._measure(run, f"{at} of {len(opened)}, {run.name}") for at, run in enumerate(opened, 1)]
+        self.caches = list(dict.fromkeys(path for teacher in self._distinct for path in teacher.paths))
+        self.unseen = self._without_run()
+        self.cached_answers = self._judge_cached()
+        of_runs = [each.answers for each in self.runs if each.answers is not None]
+        self.answers = [*of_runs, *self.cached_answers.values()]
+
+    def cached_logits(self, teacher: CachedTeacher | None, split: str = TEST) -> NDArray[np.float32] | None:
+        """A cached teacher's logits for the samples of a split that are looked at; None where there are none."""
+        return None if teacher is None else self._cached.get((teacher.key, split))
+
+    @property
+    def _distinct(self) -> list[CachedTeacher]:
+        teachers = (teacher for teacher in self._teachers.values() if teacher is not None)
+        return list({teacher.key: teacher for teacher in teachers}.values())
+
+    def _miss(self, sentence: str) -> None:
+        if sentence not in self.missing:
+            self.missing.append(sentence)
+            log(f"the report will lack something: {sentence}")
+
+    def _open_teachers(self, opened: Sequence[Run]) -> dict[str, CachedTeacher | None]:
+        """The cached teacher of each run, by the run's name; a teacher's own run is compared with the first one."""
+        teachers: dict[str, CachedTeacher | None] = {}
+        override = self._settings.cache
+        for run in opened:
+            try:
+                teachers[run.name] = teacher = teacher_of(run, override)
+            except CacheNotFound as problem:
+                if override is not None:  # what was asked for by name must be there
+                    raise
+                teachers[run.name] = None
+                self._miss(
+                    f"{run.name} is not compared with its teacher, and what was cached is not shown: {problem.found}. "
+                    "Give its place by --cache."
+                )
+                continue
+            if teacher is not None and not teacher.taught(run):
+                self._miss(f"{run.name} learnt from other answers than {override} holds: it is compared with these.")
+        first = next((teacher for teacher in teachers.values() if teacher is not None), None)
+        return {run.name: teachers[run.name] if run.caches else first for run in opened}
+
+    def _open_data(self, opened: Sequence[Run]) -> dict[str, IndexedDataset]:
+        """The splits that can be opened."""
+        trained, data = opened[0].trained, {}
+        for split in (TEST, TRAIN):
+            try:
+                data[split] = open_data(
+                    self._settings, self._settings.dataset or trained.dataset, split, hint=trained.data_root
+                )
+            except DatasetError as problem:
+                self._miss(f"Nothing is measured on the {split} split: {problem.found}.")
+                continue
+            for run in opened:
+                check_classes(str(run.trained.checkpoint), run.trained.classes, data[split])
+        return data
+
+    def _chosen(self, dataset: IndexedDataset) -> NDArray[np.int64]:
+        """The samples of a split that are looked at: all of the test split, some of the training split."""
+        if dataset.split == TEST:
+            return np.arange(len(dataset))
+        return keyed_sample(len(dataset), self._settings.train_samples, self._settings.seed, "report")
+
+    def _comparable(self, teacher: CachedTeacher, split: str) -> bool:
+        if (reason := teacher.why_not(split)) is None:
+            return True
+        self._miss(f"There is no comparison with the teacher on the {split} split: {reason}")
+        return False
+
+    def _measure(self, run: Run, what: str) -> MeasuredRun:
+        log(f"measuring run {what}")
+        settings, trained, teacher = self._settings, run.trained, self._teachers[run.name]
+        answers: Answers | None = None
+        agreements: list[Agreement] = []
+        for split, dataset in self._data.items():
+            cached = self.cached_logits(teacher, split)
+            if split != TEST and cached is None:
+                continue
+            logits, labels = logits_of(trained, dataset, self._indices[split], settings, f"{run.name} {split}")
+            if split == TEST:
+                self.labels_n = labels
+                answers = judge(run.name, logits, labels, settings.seed)
+                self._check_recorded(run, answers.accuracy)
+            if cached is not None:
+                agreements.append(agree(split, logits, cached))
+        measured_with = next(iter(self._data.values()), None)
+        cost = None if measured_with is None else measure_cost(trained, measured_with, settings)
+        return MeasuredRun(run=run, teacher=teacher, cost=cost, answers=answers, agreements=agreements)
+
+    def _check_recorded(self, run: Run, accuracy: float) -> None:
+        recorded = run.result["test_accuracy"]
+        if recorded is not None and abs(recorded - accuracy) > ACCURACY_TOLERANCE:
+            self._miss(
+                f"{run.name} recorded a test accuracy of {recorded:.2%} and has {accuracy:.2%} now: data, versions or "
+                "precision are not what they were. The page shows what was measured now."
+            )
+
+    def _without_run(self) -> list[CachedTeacher]:
+        hashes = {weights_sha256(each.run.trained.module) for each in self.runs}
+        return [
+            teacher for teacher in self._distinct if not {record.weights_sha256 for record in teacher.records} <= hashes
+        ]
+
+    def _judge_cached(self) -> dict[Any, Answers]:
+        several = len(self.unseen) > 1
+        found = {}
+        for teacher in self.unseen:
+            if (logits := self.cached_logits(teacher)) is not None:
+                name = f"{teacher.name}, {' and '.join(teacher.paths)}" if several else teacher.name
+                found[teacher.key] = judge(name, logits, self.labels_n, self._settings.seed)
+        return found

@@ -1,0 +1,240 @@
+"""Many students from one cache: a grid of settings, several at once, each in a run folder of its own."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import re
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from kdcache.analysis.matrix_plots import draw_heat_map
+from kdcache.apps.bench import CACHE, LIVE, Measured, measure, teacher_input
+from kdcache.apps.sweep_workers import Job, Outcome, available_slots, run_all
+from kdcache.core.atomic_files import make_folder, storage_errors, write_durable
+from kdcache.core.command_result import Report
+from kdcache.core.config import StudentConfig, Sweep, TrainStudent
+from kdcache.core.errors import UsageError
+from kdcache.core.file_lock import PathLock
+from kdcache.core.json_records import to_json
+from kdcache.core.options import merge, narrow
+from kdcache.core.progress import log
+from kdcache.models.build import build, load_teacher, open_data
+from kdcache.store.cache import open_cache
+
+RESULT, HEAT_MAP = "sweep.json", "sweep.png"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """One point of the grid, of which there is a student for each seed.
+
+    Attributes:
+        objective: parts joined by `+`; empty for alpha · kd + (1 − alpha) · cross entropy.
+        alpha: None where an objective is given, which has its own weights.
+    """
+
+    temperature: float
+    alpha: float | None
+    objective: str
+
+    @property
+    def name(self) -> str:
+        """For people, and for the heat map's rows."""
+        return self.objective or f"alpha {self.alpha:g}"
+
+    @property
+    def folder(self) -> str:
+        """For the run's folder; what a file name cannot hold is replaced, and told apart by a hash."""
+        if not self.objective:
+            return f"T{self.temperature:g}-a{self.alpha:g}"
+        plain = re.sub(r"[^A-Za-z0-9_+=.-]", "_", self.objective)[:60]
+        mark = "" if plain == self.objective else "-" + hashlib.sha256(self.objective.encode()).hexdigest()[:8]
+        return f"T{self.temperature:g}-{plain}{mark}"
+
+
+def grid_of(settings: Sweep) -> list[Setting]:
+    """Every combination, each once; an objective has no alpha."""
+    found = [
+        Setting(temperature=temperature, alpha=None, objective=objective)
+        for objective, temperature in itertools.product(settings.objective, settings.temperature)
+    ] or [
+        Setting(temperature=temperature, alpha=alpha, objective="")
+        for temperature, alpha in itertools.product(settings.temperature, settings.alpha)
+    ]
+    return list(dict.fromkeys(found))
+
+
+def sweep(settings: Sweep) -> Report:
+    """Train what is not trained yet, and put all students into one table, best first.
+
+    A student that fails is named, and does not stop the others; the same command tries it again.
+
+    Raises:
+        KdcacheError: what no student could be trained with: a cache that cannot be read, a teacher without weights.
+        CacheBusy: another sweep trains into the same folder.
+    """
+    out = Path(settings.out)
+    _check(settings)
+    for path in settings.cache:
+        open_cache(path, allow_partial=settings.allow_partial)
+    with storage_errors("create", out):
+        make_folder(out)
+    with PathLock(out, "sweep"):
+        return _sweep(settings, out)
+
+
+def _check(settings: Sweep) -> None:
+    """What needs no cache to be refused."""
+    if settings.checkpoint and not settings.teacher:
+        raise UsageError(
+            "--checkpoint is given without --teacher", "both, to measure the live teacher", "add --teacher"
+        )
+    if not all(settings.objective) or not grid_of(settings):
+        raise UsageError(
+            "there is an empty --objective, --temperature or --alpha",
+            "at least one setting to train with",
+            "leave it out for the default",
+        )
+
+
+def _sweep(settings: Sweep, out: Path) -> Report:
+    grid = grid_of(settings)
+    seeds = range(settings.seed, settings.seed + settings.seeds)
+    jobs = [
+        Job(name=f"{setting.folder}-seed{seed}", settings=_run_settings(settings, setting, seed))
+        for setting, seed in itertools.product(grid, seeds)
+    ]
+    slots = available_slots(settings.device, settings.jobs, len(jobs))
+    # First, because what it refuses should not be known only after hours of training.
+    live = None if settings.teacher is None else _live_cost(settings, threads=slots[0].threads)
+    log(f"students: {len(jobs)}, settings: {len(grid)}, at once: {len(slots)}; each logs to {out}/NAME.log")
+    outcomes = run_all(jobs, out, slots)
+    rows = _rows(grid, seeds, outcomes, chosen_by_validation=settings.val_fraction > 0)
+    data: dict[str, Any] = {
+        "settings": rows,
+        "failed": {name: outcome.error for name, outcome in outcomes.items() if outcome.error is not None},
+        "train_seconds": sum(sum(each.result["epoch_seconds"]) for each in outcomes.values() if each.result),
+    }
+    if live is not None:
+        data["live"] = live | {"train_seconds": data["train_seconds"] * live["ratio"]}
+    lines = _lines(rows, data, out)
+    if any(row["score"] is not None for row in rows):
+        lines += draw_heat_map(rows, out / HEAT_MAP)
+    write_durable(out / RESULT, (json.dumps(data, indent=2) + "\n").encode())
+    return Report(data | {"out": str(out)}, "\n".join(lines), exit_code=1 if data["failed"] else 0)
+
+
+def _run_settings(settings: Sweep, setting: Setting, seed: int) -> dict[str, Any]:
+    """Those of `train-student` for one student."""
+    names = {each.name for each in fields(TrainStudent)}
+    shared = {name: value for name, value in to_json(settings).items() if name in names}
+    own: dict[str, Any] = {
+        "temperature": setting.temperature,
+        "objective": setting.objective.split("+") if setting.objective else [],
+        "seed": seed,
+        "out": str(Path(settings.out) / f"{setting.folder}-seed{seed}"),
+    }
+    own["alpha"] = StudentConfig().alpha if setting.alpha is None else setting.alpha
+    return dict(to_json(merge(TrainStudent, shared | own, where="sweep")))
+
+
+def _rows(
+    grid: Sequence[Setting], seeds: Sequence[int], outcomes: dict[str, Outcome], *, chosen_by_validation: bool
+) -> list[dict[str, Any]]:
+    """A row for each setting, best first, those without a finished student last."""
+    rows = []
+    for setting in grid:
+        runs = [f"{setting.folder}-seed{seed}" for seed in seeds]
+        done = [outcomes[run] for run in runs if outcomes[run].result]
+        judged = [each.result["test_accuracy"] for each in done if each.result]
+        tests = [accuracy for accuracy in judged if accuracy is not None]
+        validations = [each.val_accuracy for each in done if each.val_accuracy is not None]
+        scores = validations if chosen_by_validation else tests
+        rows.append(
+            {
+                "name": setting.name,
+                "temperature": setting.temperature,
+                "alpha": setting.alpha,
+                "objective": setting.objective,
+                "runs": runs,
+                "finished": len(done),
+                "test_accuracy": tests,
+                "val_accuracy": validations,
+                "score": statistics.mean(scores) if scores else None,
+            }
+        )
+    return sorted(rows, key=lambda row: -1.0 if row["score"] is None else row["score"], reverse=True)
+
+
+def _live_cost(settings: Sweep, *, threads: int) -> dict[str, Any]:
+    """What an epoch costs with the live teacher, as a ratio to one from the cache: measured in turn."""
+    import torch
+
+    manifest = open_cache(settings.cache[0], allow_partial=settings.allow_partial).manifest
+    record = manifest.dataset
+    dataset = open_data(settings, settings.dataset or record.name, record.split, hint=record.data_root)
+    own = teacher_input(settings, settings.checkpoint)
+    teacher = load_teacher(own, str(settings.teacher), settings.checkpoint, dataset, manifest.recipe)
+    student = build(settings.student, dataset, settings, 0, manifest.teacher.preprocess, training=True)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        log("measuring the live teacher: labels only, cache and live teacher in turn")
+        measured: Measured = measure(teacher, student, dataset, narrow(StudentConfig, _plain(settings)), rounds=3)
+    finally:
+        torch.set_num_threads(before)
+    ratio = statistics.median(measured.ratios(LIVE, to=CACHE))
+    return {
+        "ratio": ratio,
+        "cached_epoch_seconds": measured.median(CACHE),
+        "live_epoch_seconds": measured.median(LIVE),
+        "dump_seconds": measured.dump_seconds * manifest.views,
+        "on_plain_samples": not all(map(manifest.recipe.is_plain, range(manifest.views))),
+    }
+
+
+def _plain(settings: Sweep) -> StudentConfig:
+    """The sweep's way of training, with one temperature and alpha: neither changes what a step costs."""
+    shared = to_json(settings)
+    names = {each.name for each in fields(StudentConfig)} - {"temperature", "alpha", "objective", "views"}
+    return merge(StudentConfig, {name: shared[name] for name in names if name in shared}, where="sweep")
+
+
+def _lines(rows: list[dict[str, Any]], data: dict[str, Any], out: Path) -> list[str]:
+    by_validation = any(row["val_accuracy"] for row in rows)
+    header = ["setting", "T", *(["validation"] if by_validation else []), "test", "students"]
+    table = [header]
+    for row in rows:
+        cells = [row["name"], f"{row['temperature']:g}"]
+        cells += [_mean(row["val_accuracy"])] if by_validation else []
+        table.append([*cells, _mean(row["test_accuracy"]), f"{row['finished']} of {len(row['runs'])}"])
+    widths = [max(len(line[column]) for line in table) for column in range(len(header))]
+    lines = ["  ".join(f"{cell:<{width}}" for cell, width in zip(line, widths, strict=True)).rstrip() for line in table]
+    lines.insert(1, "  ".join("-" * width for width in widths))
+    if not by_validation:
+        lines.append("sorted by the test split; to choose a setting without looking at it, give --val-fraction 0.1")
+    lines.append(
+        f"training took {data['train_seconds']:,.1f} s of all students together; {out / RESULT} has every number"
+    )
+    if live := data.get("live"):
+        lines.append(
+            f"with the live teacher these epochs cost × {live['ratio']:.2f} (measured: "
+            f"{live['live_epoch_seconds']:.3f} s an epoch against {live['cached_epoch_seconds']:.3f} s): "
+            f"{live['train_seconds']:,.1f} s, against "
+            f"{data['train_seconds']:,.1f} s and one dump of {live['dump_seconds']:,.1f} s"
+            + ("; measured on plain samples, and making views costs both ways more" if live["on_plain_samples"] else "")
+        )
+    lines += [f"failed: {name}: {error}" for name, error in data["failed"].items()]
+    return lines
+
+
+def _mean(values: list[float]) -> str:
+    if not values:
+        return "-"
+    spread = f" ± {statistics.stdev(values):.2%}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.2%}{spread}"

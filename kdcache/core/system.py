@@ -1,0 +1,20 @@
+"""How much of the machine's processor there is for this process. Needs no torch."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+
+def core_count() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def free_bytes(path: Path) -> int:
+    """Room on the disk that holds, or would hold, a path."""
+    path = path.absolute()
+    while not path.exists():
+        path = path.parent
+    return shutil.disk_usage(path).free

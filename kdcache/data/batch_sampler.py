@@ -1,0 +1,80 @@
+"""Which samples are read, in which order and in which batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kdcache.core import rng
+from kdcache.data.loader import BatchRequest
+from kdcache.store.manifest import Manifest
+from kdcache.store.sampler import EpochOrder, Schedule, always, batch_count, batches_of
+
+# Of the batches after an epoch's first one, how many have their inputs compared when a sample of them is asked for.
+ONE_CHECKED_OF = 16
+
+
+class EpochBatches:
+    """The batches of one epoch of an order; set `epoch`, counted from 0, before each pass.
+
+    Args:
+        schedule: the view of each epoch.
+        verify_inputs: which batches come with checksums: `all`, `off`, or `sample`, the first and every sixteenth.
+    """
+
+    def __init__(
+        self, order: EpochOrder, batch_size: int, *, schedule: Schedule | None = None, verify_inputs: str = "off"
+    ) -> None:
+        self._order, self._batch_size, self._schedule = order, batch_size, schedule or always(0)
+        self._every = {"all": 1, "sample": ONE_CHECKED_OF, "off": 0}[verify_inputs]
+        self.epoch = -1
+
+    @property
+    def view(self) -> int:
+        """That the epoch uses."""
+        return self._schedule(self.epoch)
+
+    def __iter__(self) -> Iterator[BatchRequest]:
+        view = self.view
+        for number, indices in enumerate(batches_of(self._order, self.epoch, self._batch_size)):
+            yield BatchRequest(indices, view, checksums=self._every > 0 and number % self._every == 0)
+
+    def __len__(self) -> int:
+        return batch_count(len(self._order), self._batch_size)
+
+
+def split_validation(
+    indices: NDArray[np.int64], fraction: float, seed: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Indices to train on and indices to validate on, ascending; the second is empty for a fraction of 0."""
+    order = indices[rng.permutation(len(indices), seed, "validation split")]
+    held_out = round(len(indices) * fraction)
+    return np.sort(order[held_out:]), np.sort(order[:held_out])
+
+
+class ShardBatches:
+    """Batches of consecutive samples of (view, shard) places, which never straddle a shard.
+
+    A shard is thus computed from the same batches whenever it is computed, so that a continued dump equals an
+    uninterrupted one to the bit: a teacher's answers vary by about 1e-6 with the size of the batch.
+    """
+
+    def __init__(self, manifest: Manifest, places: Sequence[tuple[int, int]], batch_size: int) -> None:
+        self._manifest, self._places, self._batch_size = manifest, places, batch_size
+
+    def sizes(self, shard: int) -> Iterator[int]:
+        rows = len(self._manifest.rows_of(shard))
+        for start in range(0, rows, self._batch_size):
+            yield min(self._batch_size, rows - start)
+
+    def __iter__(self) -> Iterator[BatchRequest]:
+        for view, shard in self._places:
+            start = self._manifest.rows_of(shard).start
+            for size in self.sizes(shard):
+                yield BatchRequest(np.arange(start, start + size), view, checksums=True)
+                start += size
+
+    def __len__(self) -> int:
+        return sum(-(-len(self._manifest.rows_of(shard)) // self._batch_size) for _, shard in self._places)

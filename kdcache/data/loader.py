@@ -1,0 +1,201 @@
+"""Views of datasets to batches: whole batches are fetched, checked, resized and stacked, in workers or here."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Iterator
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, get_worker_info
+
+from kdcache.core.errors import DatasetError, KdcacheError
+from kdcache.data.dataset import IndexedDataset
+from kdcache.data.preprocess import Preprocessor
+from kdcache.data.raw_input import batch_crc32c
+from kdcache.data.token_cache import Sequences
+from kdcache.data.views import Views, as_views
+
+
+class BatchRequest(NamedTuple):
+    """What a loader is asked for.
+
+    Attributes:
+        indices: of the samples, (B,) int64.
+        checksums: fill `Batch.input_crc32c`, at about 0.3 µs a small sample.
+    """
+
+    indices: NDArray[np.int64]
+    view: int = 0
+    checksums: bool = False
+
+
+class Batch(NamedTuple):
+    """Samples as a loader yields them. A named tuple, because the loader pins the memory of those by itself.
+
+    Attributes:
+        inputs: (B, ...), after `Preprocessor.per_sample`; where a network takes token ids, these: (B, longest).
+        labels: (B,) int64, of the samples.
+        indices: (B,) int64, of the samples.
+        input_crc32c: (B,) int64 holding uint32, of the shared inputs before any preprocessing; None unless asked for.
+        partner_labels: (B,) int64, of the samples that were mixed in; None where nothing was.
+        shares: (B,) float32, 0 to 1: the part of an input that is the sample's own; None where nothing was mixed.
+        soft_targets: (B, classes), the teacher's logits, where a cache was joined.
+        features: the teacher's features, (B, ...), by name of their array, where an objective asked for them.
+        negatives: the teacher's features of other samples, (negatives, ...), by name of their array, likewise.
+    """
+
+    inputs: Tensor
+    labels: Tensor
+    indices: Tensor
+    input_crc32c: Tensor | None = None
+    partner_labels: Tensor | None = None
+    shares: Tensor | None = None
+    soft_targets: Tensor | None = None
+    features: dict[str, Tensor] | None = None
+    negatives: dict[str, Tensor] | None = None
+
+    @property
+    def main_labels(self) -> Tensor:
+        """(B,) int64: of each input the label that has the larger part of it."""
+        if self.partner_labels is None or self.shares is None:
+            return self.labels
+        return torch.where(self.shares >= 0.5, self.labels, self.partner_labels)
+
+    def to(self, device: torch.device) -> Batch:
+        """The batch with what a step computes with on a device; the indices stay on the host."""
+        moved: dict[str, Any] = {}
+        for name in ("inputs", "labels", "partner_labels", "shares", "soft_targets"):
+            if (value := getattr(self, name)) is not None:
+                moved[name] = value.to(device, non_blocking=True)
+        for name in ("features", "negatives"):
+            if (values := getattr(self, name)) is not None:
+                moved[name] = {key: value.to(device, non_blocking=True) for key, value in values.items()}
+        return self._replace(**moved)
+
+
+class Batches(Protocol):
+    """The batches of one epoch: a list of requests, or an object that orders each epoch anew."""
+
+    def __iter__(self) -> Iterator[BatchRequest]: ...
+
+    def __len__(self) -> int: ...
+
+
+def consecutive_batches(indices: NDArray[np.int64], batch_size: int) -> list[BatchRequest]:
+    """Plain samples in the order given."""
+    return [BatchRequest(part) for part in np.split(indices, range(batch_size, len(indices), batch_size))]
+
+
+def batch_loader(
+    dataset: IndexedDataset | Views,
+    batches: Batches,
+    *,
+    preprocessor: Preprocessor,
+    workers: int = 0,
+    device: torch.device,
+) -> BatchLoader:
+    """A loader of the given batches, in their order. Each `iter` of it asks `batches` for an epoch.
+
+    Args:
+        dataset: its views, or itself, which has the plain one only.
+        workers: processes that read ahead, kept from epoch to epoch; 0 reads here, best for data in memory.
+        device: that the batches go to; for CUDA they come in pinned memory.
+
+    Raises:
+        DatasetError: while iterating, a sample cannot be read or stacked, or a worker died.
+        ModelError: while iterating, the preprocessing does not suit the samples.
+    """
+    return BatchLoader(
+        # A fresh preprocessor: workers have no use for constants that sit on a device.
+        Fetcher(as_views(dataset), Preprocessor(preprocessor.record, preprocessor.tokenizer)),
+        batch_sampler=batches,  # type: ignore[arg-type]  # torch asks for lists, and only passes them on
+        num_workers=workers,
+        collate_fn=_as_it_is,
+        pin_memory=device.type == "cuda",
+        persistent_workers=workers > 0,
+        # Without one, each epoch draws a number from the global generator.
+        generator=torch.Generator().manual_seed(0),
+    )
+
+
+class BatchLoader(DataLoader[Batch]):
+    """A DataLoader that raises a worker's KdcacheError as it was, instead of one whose text is a traceback."""
+
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+        iterator = super().__iter__()
+        while True:
+            try:
+                batch: Any = next(iterator)
+            except StopIteration:
+                return
+            except RuntimeError as problem:
+                if self.num_workers == 0 or "DataLoader worker" not in str(problem):
+                    raise
+                raise DatasetError(
+                    f"a process that reads samples died: {problem}",
+                    "workers that live as long as the run",
+                    "see whether memory (or shared memory, /dev/shm) ran out, and try --workers 0",
+                ) from problem
+            if isinstance(batch, KdcacheError):
+                raise batch
+            yield batch
+
+
+class Fetcher(Dataset[Batch]):
+    """What a loader sees of a dataset: batches, or in a worker the error that prevented one."""
+
+    def __init__(self, views: Views, preprocessor: Preprocessor) -> None:
+        self.views = views
+        self.preprocessor = preprocessor
+        self.sequences = Sequences(preprocessor, len(views), views.dataset.name) if preprocessor.makes_tokens else None
+
+    def __getitems__(self, request: BatchRequest) -> Batch | KdcacheError:
+        try:
+            return self.batch(request)
+        except KdcacheError as error:
+            if get_worker_info() is None:
+                raise
+            # The worker's own traceback does not survive the way; as a note it is shown where tracebacks are.
+            error.add_note(traceback.format_exc())
+            return error
+
+    def batch(self, request: BatchRequest) -> Batch:
+        """Some samples of a view, as one network takes them.
+
+        Raises:
+            DatasetError: a sample cannot be read or stacked.
+            ModelError: the preprocessing does not suit it.
+        """
+        indices = request.indices.astype(np.int64)
+        inputs, labels, partner_labels, shares = self.views.fetch(request.view, indices)
+        checksums = torch.tensor(batch_crc32c(inputs), dtype=torch.int64) if request.checksums else None
+        if self.sequences is not None:
+            plain = self.views.recipe.is_plain(request.view)
+            inputs = self.sequences.batch(indices, inputs, plain=plain)
+        elif isinstance(inputs, Tensor):
+            inputs = self.preprocessor.per_sample(inputs)
+        else:
+            name = self.views.dataset.name
+            inputs = _stack([self.preprocessor.per_sample(value) for value in inputs], indices, name)
+        return Batch(inputs, labels, torch.from_numpy(indices), checksums, partner_labels, shares)
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+def _stack(inputs: list[Tensor], indices: NDArray[np.int64], name: str) -> Tensor:
+    first = inputs[0].shape
+    for index, value in zip(indices, inputs, strict=True):
+        if value.shape != first:
+            same_channels = value.ndim == 3 and len(first) == 3 and value.shape[0] == first[0]
+            raise DatasetError(
+                f"sample {indices[0]} of {name} has shape {tuple(first)}, sample {index} has {tuple(value.shape)}",
+                "one shape for all inputs of a network",
+                "give --size PIXELS" if same_channels else "make the dataset return inputs of one kind",
+            )
+    return torch.stack(inputs)

@@ -1,0 +1,147 @@
+"""Texts with labels: the IMDB reviews as they are published, and folders of text files."""
+
+from __future__ import annotations
+
+import tarfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torchvision.datasets.utils import download_url  # type: ignore[import-untyped]
+
+from kdcache.core.errors import DatasetError
+from kdcache.data.dataset import IndexedDataset, Indices
+
+# Maas et al., Learning word vectors for sentiment analysis, 2011.
+IMDB_FOLDER, IMDB_ARCHIVE = "aclImdb", "aclImdb_v1.tar.gz"
+IMDB_URL = f"https://ai.stanford.edu/~amaas/data/sentiment/{IMDB_ARCHIVE}"
+IMDB_MD5 = "7c2ac02c03563afcf9b574c7e56c153a"
+IMDB_CLASSES = ("neg", "pos")
+
+
+class TextDataset(IndexedDataset):
+    """Texts in memory, as UTF-8.
+
+    Args:
+        texts: by class and within it in a stable order; each of them is UTF-8.
+        labels: (N,), integers.
+    """
+
+    in_memory = True
+    is_text = True
+
+    def __init__(
+        self, texts: list[bytes], labels: NDArray[np.int64], *, name: str, split: str, classes: tuple[str, ...]
+    ) -> None:
+        super().__init__(name=name, split=split, classes=classes)
+        self._bytes = np.frombuffer(b"".join(texts), np.uint8)
+        self._ends = np.cumsum([0, *map(len, texts)])
+        self._labels = labels
+        self.input_dtype = "uint8"
+
+    def __len__(self) -> int:
+        return len(self._labels)
+
+    def labels(self) -> NDArray[np.int64]:
+        return self._labels
+
+    def fetch(self, indices: Indices) -> tuple[list[Tensor], Tensor]:
+        positions = np.asarray(indices, dtype=np.int64)
+        starts, ends = self._ends[:-1][positions], self._ends[1:][positions]
+        inputs = [torch.from_numpy(self._bytes[start:end].copy()) for start, end in zip(starts, ends, strict=True)]
+        return inputs, torch.from_numpy(self._labels[positions])
+
+
+def open_imdb(split: str, data_root: str, download: bool) -> TextDataset:
+    """The labelled IMDB reviews, from the folder or else the archive in the data root.
+
+    Raises:
+        DatasetError: neither is there, or what is there is damaged or cannot be downloaded.
+    """
+    root = Path(data_root)
+    folder, archive = root / IMDB_FOLDER, root / IMDB_ARCHIVE
+    if not folder.is_dir() and not archive.is_file():
+        if not download:
+            raise DatasetError(
+                f"imdb could not be read from {root}: it holds neither {IMDB_FOLDER}/ nor {IMDB_ARCHIVE}",
+                "the reviews as they are published",
+                "--download fetches them; --data-root names the folder that has them",
+            )
+        try:
+            download_url(IMDB_URL, str(root), IMDB_ARCHIVE, IMDB_MD5)
+        except Exception as problem:  # of connections, of disks, and RuntimeError for a wrong checksum
+            raise DatasetError(
+                f"imdb could not be downloaded to {root}: {type(problem).__name__}: {problem}",
+                "a connection, and room on the disk",
+                f"check the connection, or copy {IMDB_ARCHIVE} to {root}",
+            ) from problem
+    if folder.is_dir():
+        return _of_files("imdb", split, IMDB_CLASSES, _files(folder / split, IMDB_CLASSES))
+    return _of_files("imdb", split, IMDB_CLASSES, _members(archive, split))
+
+
+def open_text_folder(spec: str, split: str, folder: Path, classes: tuple[str, ...]) -> TextDataset:
+    """The files `CLASS/NAME.txt` in a folder, ordered by class and name.
+
+    Raises:
+        DatasetError: a class has no texts, or a file is not UTF-8.
+    """
+    return _of_files(spec, split, classes, _files(folder, classes))
+
+
+def _files(folder: Path, classes: tuple[str, ...]) -> Iterator[tuple[str, str, bytes]]:
+    """Class, place and content of text files."""
+    try:
+        for name in classes:
+            for path in (folder / name).glob("*.txt"):
+                yield name, str(path), path.read_bytes()
+    except OSError as problem:
+        raise DatasetError(
+            f"{folder} cannot be read: {problem}", "readable text files", "copy the files again"
+        ) from problem
+
+
+def _members(archive: Path, split: str) -> Iterator[tuple[str, str, bytes]]:
+    """The same of the archive's files, read without unpacking it."""
+    try:
+        with tarfile.open(archive) as tar:
+            for member in tar:
+                parts = member.name.split("/")
+                ours = parts[:2] == [IMDB_FOLDER, split] and len(parts) == 4 and parts[2] in IMDB_CLASSES
+                if ours and parts[3].endswith(".txt") and (file := tar.extractfile(member)) is not None:
+                    yield parts[2], f"{archive}, {member.name}", file.read()
+            # Behind the last file, so that gzip compares its checksum of the whole.
+            while tar.fileobj is not None and tar.fileobj.read(2**20):
+                pass
+    except (OSError, EOFError, tarfile.TarError, zlib.error) as problem:
+        raise DatasetError(
+            f"{archive} cannot be read: {type(problem).__name__}: {problem}",
+            "the whole archive, as it is published",
+            "copy or download it again",
+        ) from problem
+
+
+def _of_files(name: str, split: str, classes: tuple[str, ...], files: Iterator[tuple[str, str, bytes]]) -> TextDataset:
+    # By name within a class, so that folder and archive, whose orders are any, give one dataset.
+    found = sorted(files, key=lambda each: (classes.index(each[0]), each[1].rpartition("/")[2]))
+    counts = dict.fromkeys(classes, 0)
+    for class_name, place, content in found:
+        counts[class_name] += 1
+        try:
+            content.decode()
+        except UnicodeDecodeError as problem:
+            raise DatasetError(
+                f"{place} is not UTF-8: {problem}", "text files in UTF-8", "convert it, with iconv for example"
+            ) from problem
+    if empty := [class_name for class_name, count in counts.items() if not count]:
+        raise DatasetError(
+            f"{name} has no texts of {', '.join(empty)} in its split {split!r}",
+            f"{split}/{empty[0]}/NAME.txt",
+            "add texts, or remove the empty folder",
+        )
+    labels = np.repeat(np.arange(len(classes)), list(counts.values()))
+    return TextDataset([content for _, _, content in found], labels, name=name, split=split, classes=classes)

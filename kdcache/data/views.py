@@ -1,0 +1,241 @@
+"""Views: the shared input of (view, sample), made again whenever it is asked for, the same to the bit."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from kdcache.core import rng
+from kdcache.core.errors import DatasetError, KdcacheError
+from kdcache.core.plugins import describe
+from kdcache.data.augment import OBJECT, Transform, build_transform, describe_transform, draws_from_torch_only
+from kdcache.data.dataset import IndexedDataset
+from kdcache.data.mixup import Mix, parse_mix
+from kdcache.data.raw_input import Inputs, as_input, batch_crc32c, dtype_name
+from kdcache.data.replay import generators_kept, seed_generators
+from kdcache.data.shared_memo import RememberedRows
+from kdcache.store.manifest import NONE, ViewRecipe
+
+PROBES = 4
+
+
+class Shared(NamedTuple):
+    """What every network sees of some samples in one view, and what it is worth.
+
+    Attributes:
+        inputs: (B, ...) or B tensors, before any network's preprocessing.
+        labels: (B,) int64, of the samples.
+        partner_labels: (B,) int64, of the samples that were mixed in; None where nothing was.
+        shares: (B,) float32, 0 to 1: the part of an input that is the sample's own; None where nothing was mixed.
+    """
+
+    inputs: Inputs
+    labels: Tensor
+    partner_labels: Tensor | None = None
+    shares: Tensor | None = None
+
+
+class Views:
+    """The views of one dataset. Goes to forked and spawned workers, if its transform does.
+
+    Args:
+        recipe: `augment`, `mix`, `seed` and `plain_view` are followed; the rest is found out.
+        transform: instead of the one that `recipe.augment` means.
+
+    Attributes:
+        recipe: with the parameters of the transform and, after `probe`, the shape of what it gives.
+        input_shape: of one shared input after `probe`, channels first; None where they differ in size.
+
+    Raises:
+        UsageError: there is no such augmentation or mixing.
+    """
+
+    def __init__(self, dataset: IndexedDataset, recipe: ViewRecipe, *, transform: Transform | None = None) -> None:
+        self.dataset = dataset
+        self._transform = build_transform(recipe.augment, dataset.input_shape) if transform is None else transform
+        self._torch_only = draws_from_torch_only(self._transform)
+        self._dtype: torch.dtype = getattr(torch, dataset.input_dtype)
+        self._mix: Mix | None = parse_mix(recipe.mix)
+        self.recipe = ViewRecipe(
+            augment=recipe.augment if transform is None else f"{OBJECT}{type(transform).__qualname__}",
+            parameters=describe_transform(self._transform),
+            mix=NONE if self._mix is None else str(self._mix),
+            seed=recipe.seed,
+            plain_view=recipe.plain_view,
+        )
+        self.input_shape = dataset.input_shape
+        self._remembered: RememberedRows | None = None
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def remember(self, views: Sequence[int], limit_bytes: int) -> str:
+        """Keep the inputs of some views in memory, if they fit; a line that says what was decided.
+
+        Args:
+            limit_bytes: what they may take; 0 keeps none.
+        """
+        if not limit_bytes:
+            return "augmented inputs are made at every use; --input-memory keeps them"
+        views = [view for view in views if not self.recipe.is_plain(view)]
+        shape, count = self.input_shape, len(views)
+        if shape is None or self.dataset.labels() is None:
+            what = "differ in size" if shape is None else "are of a dataset without a list of labels"
+            return f"augmented inputs {what}, and are made at every use"
+        row_bytes = math.prod(shape) * self._dtype.itemsize
+        needed = RememberedRows.bytes_needed(count, len(self), row_bytes)
+        if needed > limit_bytes:
+            return f"augmented inputs are made at every use: those of {count} views would take {needed:,} bytes"
+        self._remembered = RememberedRows(list(views), len(self), row_bytes)
+        return f"augmented inputs are kept in memory once they are made: {needed:,} bytes for {count} views"
+
+    def fetch(self, view: int, indices: NDArray[np.int64]) -> Shared:
+        """Some samples as a view shows them. The same for the same view and index, whatever else is asked for.
+
+        Args:
+            indices: of the samples, (B,).
+
+        Raises:
+            DatasetError: a sample cannot be read, or the transform fails on it.
+        """
+        if self.recipe.is_plain(view):
+            return Shared(*self.dataset.fetch(indices))
+        augmented, labels = self._augmented(view, indices)
+        if self._mix is None:
+            return Shared(augmented, labels)
+        mix_key = rng.key_series(self.recipe.seed, "mix", view)
+        draws = [self._mix.draw(mix_key(index), index, len(self.dataset)) for index in indices.tolist()]
+        partners = np.array([draw.partner for draw in draws], np.int64)
+        others, partner_labels = self._augmented(view, partners)
+        mixed, shares = [], []
+        for at, (image, other, draw) in enumerate(zip(augmented, others, draws, strict=True)):
+            if image.dtype != torch.uint8 or image.ndim != 3 or image.shape != other.shape:
+                raise DatasetError(
+                    f"samples {indices[at]} and {partners[at]} of {self.dataset.name} are {dtype_name(image)} "
+                    f"{tuple(image.shape)} and {dtype_name(other)} {tuple(other.shape)} in view {view}",
+                    "uint8 images of one shape, to be mixed",
+                    "let --augment give them one, as resized-crop-flip does, or leave out --mix",
+                )
+            result, share = self._mix.apply(image, other, draw)
+            mixed.append(result)
+            shares.append(share)
+        alike = len({image.shape for image in mixed}) == 1
+        return Shared(
+            torch.stack(mixed) if alike else mixed, labels, partner_labels, torch.tensor(shares, dtype=torch.float32)
+        )
+
+    def _augmented(self, view: int, indices: NDArray[np.int64]) -> tuple[Inputs, Tensor]:
+        """Augmented inputs and labels, before any mixing; from memory, where they are kept."""
+        remembered, labels = self._remembered, self.dataset.labels()
+        if remembered is None or labels is None or view not in remembered:
+            inputs, found = self.dataset.fetch(indices)
+            return self._augment(view, indices, inputs), found
+        missing = remembered.missing(view, indices)
+        if missing.any():
+            wanted = np.unique(indices[missing])
+            images = self._augment(view, wanted, self.dataset.fetch(wanted)[0])
+            for index, image in zip(wanted, images, strict=True):
+                if image.shape != self.input_shape:
+                    raise DatasetError(
+                        f"sample {index} of {self.dataset.name} has shape {tuple(image.shape)} in view {view}",
+                        f"{self.input_shape}, as the first ones have, to be kept in memory",
+                        "leave out --input-memory",
+                    )
+            made = torch.stack(images)
+            remembered.put(view, wanted, made.view(torch.uint8).reshape(len(wanted), -1).numpy())
+        rows = torch.from_numpy(remembered.take(view, indices)).view(self._dtype)
+        assert self.input_shape is not None, "only inputs of one shape are kept"
+        return rows.reshape(len(indices), *self.input_shape), torch.from_numpy(labels[indices])
+
+    def _augment(self, view: int, indices: NDArray[np.int64], inputs: Inputs) -> list[Tensor]:
+        if self._transform is None:
+            return list(inputs)
+        view_key = rng.key_series(self.recipe.seed, "view", view)
+        results = []
+        # Copies, because a transform that writes into its input would write into the dataset; a tensor of them is one.
+        plains = inputs if isinstance(inputs, Tensor) else [plain.clone() for plain in inputs]
+        with generators_kept(torch_only=self._torch_only):
+            for index, plain in zip(indices.tolist(), plains, strict=True):
+                seed_generators(view_key(index), torch_only=self._torch_only)
+                try:
+                    results.append(self._transform(plain))
+                except KdcacheError:
+                    raise
+                except Exception as problem:
+                    raise DatasetError(
+                        f"--augment {self.recipe.augment} fails on sample {index} of {self.dataset.name}, which is "
+                        f"{dtype_name(plain)} {tuple(plain.shape)}, with {describe(problem)}",
+                        "a transform of the dataset's plain inputs",
+                        "choose an augmentation that suits them",
+                    ) from problem
+        return [self._checked(value, view, index) for value, index in zip(results, indices.tolist(), strict=True)]
+
+    def _checked(self, value: Any, view: int, index: int) -> Tensor:
+        if type(value) is Tensor and value.dtype == self._dtype and value.device.type == "cpu":
+            return value.detach().contiguous() if value.requires_grad or not value.is_contiguous() else value
+        try:
+            image = as_input(value, f"sample {index} of {self.dataset.name} in view {view}")
+        except DatasetError as problem:
+            raise self._not_shared(problem.found) from problem
+        if image.dtype != self._dtype or image.device.type != "cpu":
+            where = "" if image.device.type == "cpu" else f" on {image.device.type}"
+            raise self._not_shared(f"--augment {self.recipe.augment} gives {dtype_name(image)}{where}")
+        return image
+
+    def _not_shared(self, found: str) -> DatasetError:
+        return DatasetError(
+            f"{found} (--augment {self.recipe.augment})",
+            f"{self.dataset.input_dtype} on the CPU, as the plain sample is",
+            "let the transform return its image, and leave scaling and normalising (ToDtype, ToTensor, Normalize) to "
+            "each network's own --mean and --std",
+        )
+
+    def probe(self) -> None:
+        """Find the shape of an augmented input, and whether it can be made again.
+
+        Raises:
+            DatasetError: the transform fails, does not replay, gives one tensor again and again, or something else than
+                a tensor of the dataset's dtype.
+        """
+        if self.recipe.is_plain(1):
+            return
+        indices = rng.keyed_sample(len(self.dataset), PROBES, 0, "determinism")
+        shapes = set()
+        for view in (1, 2):
+            first, second = self.fetch(view, indices).inputs, self.fetch(view, indices[::-1].copy()).inputs
+            before, after = batch_crc32c(first), batch_crc32c(second)[::-1]
+            for at, (index, one, other) in enumerate(zip(indices, first, reversed(list(second)), strict=True)):
+                if one.shape != other.shape or before[at] != after[at]:
+                    raise unreplayable(self, view, int(index))
+            if len({image.data_ptr() for image in first}) < len(first):
+                raise DatasetError(
+                    f"--augment {self.recipe.augment} gives one and the same tensor for several samples",
+                    "a tensor of its own for each",
+                    "let it return a clone",
+                )
+            shapes |= {tuple(image.shape) for image in first}
+        shape = shapes.pop() if len(shapes) == 1 else None
+        self.recipe = replace(self.recipe, input_shape=shape)
+        self.input_shape = shape
+
+
+def as_views(dataset: IndexedDataset | Views) -> Views:
+    """The views of a dataset that was given none: the plain one."""
+    return dataset if isinstance(dataset, Views) else Views(dataset, ViewRecipe())
+
+
+def unreplayable(views: Views, view: int, sample: int) -> DatasetError:
+    """The error for a sample that a view shows otherwise at a second look."""
+    return DatasetError(
+        f"two looks at sample {sample} of {views.dataset.name} in view {view} differ: --augment {views.recipe.augment} "
+        "keeps a state, or draws from a generator of its own",
+        "a transform that draws from torch's, Python's or numpy's global generator, which are seeded for each look",
+        "let it draw from one of them: torch.rand, random.random, numpy.random.rand",
+    )

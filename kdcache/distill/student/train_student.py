@@ -1,0 +1,261 @@
+"""Stage two: a student learns from the cache. The join of inputs and soft targets, and what is minimised."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import math
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import reduce
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from kdcache.core.config import StudentConfig
+from kdcache.core.errors import CacheIncomplete, UsageError
+from kdcache.core.json_records import canonical_json, to_json
+from kdcache.core.progress import log
+from kdcache.core.run_dir import RunFolder
+from kdcache.data.augment import Transform
+from kdcache.data.batch_sampler import split_validation
+from kdcache.data.dataset import as_indexed
+from kdcache.data.loader import BatchRequest, batch_loader
+from kdcache.data.preprocess import Preprocessor, as_preprocessor
+from kdcache.data.views import Views
+from kdcache.distill.objective import distillation_objective, label_objective, parse_objectives
+from kdcache.distill.student.composite_objective import Composition
+from kdcache.distill.student.join_checks import check_ensemble, check_join, inputs_all_checked
+from kdcache.distill.student.soft_targets import CachedTargets
+from kdcache.distill.trainer import TrainResult, train
+from kdcache.models.device import floating_dtype, resolve_device
+from kdcache.store.cache import Cache, open_cache
+from kdcache.store.manifest import Preprocess
+from kdcache.store.row_source import Feed, FeedChoice, open_feeds, parse_bytes
+from kdcache.store.sampler import EpochOrder, ExactOrder, Schedule, view_schedule
+from kdcache.store.stream_source import window_rows
+
+CachePath = Cache | str | os.PathLike[str]
+
+
+def train_student(
+    student: nn.Module,
+    dataset: Any,
+    cache: CachePath | Sequence[CachePath],
+    *,
+    preprocess: Preprocess | Preprocessor | None = None,
+    config: StudentConfig | None = None,
+    augment: Transform | None = None,
+    out: str | os.PathLike[str] | None = None,
+    resume: bool = False,
+    run: RunFolder | None = None,
+    description: dict[str, Any] | None = None,
+    on_step: Callable[[int, dict[str, Tensor]], None] | None = None,
+) -> TrainResult:
+    """Train a student in place from a cache. No teacher is needed or looked for.
+
+    Args:
+        student: takes (batch, …) and returns logits (batch, classes).
+        dataset: the samples that the cache is of: an indexed dataset, or any map-style dataset of (input, label) pairs.
+        cache: a finished split, or the path of a cache whose `train` split is used; or several of these, whose logits
+            are averaged.
+        preprocess: from the shared inputs to what the student takes; None takes the teacher's.
+        augment: the transform that the views were made with, where it was given to the dump as an object.
+        out: a folder for `config.json`, `metrics.jsonl`, `last.pt` and `best.pt`; None keeps nothing.
+        resume: continue the run in `out`.
+        run: an open run folder, instead of `out`.
+        description: plain values put into every checkpoint.
+        on_step: called after each step with its number, from 0, and the loss and its parts.
+
+    Raises:
+        CacheNotFound, CacheIncomplete, CacheDamaged: the cache cannot be read.
+        CacheMismatch: the cache is of another dataset, split, length, order, class list or augmentation.
+        TrainingDiverged: a loss is not finite.
+    """
+    config = config or StudentConfig()
+    input_memory = parse_bytes(config.input_memory)
+    caches = _open_caches(cache, config)
+    manifest = caches[0].manifest
+    indexed = as_indexed(dataset, name=manifest.dataset.name, split=manifest.dataset.split)
+    if out is not None:
+        paths = [str(each.path.parent) for each in caches]
+        run = RunFolder(Path(out), {"cache": paths, **to_json(config)}, resume=resume)
+    available = min(each.views for each in caches)
+    named = view_schedule(config.view_schedule, config.views, available=available, seed=config.seed)
+    last = config.epochs - 1
+
+    def schedule(epoch: int) -> int:
+        return named(min(epoch, last))  # no view is read ahead for an epoch that does not come
+
+    used = list(dict.fromkeys(map(schedule, range(config.epochs))))
+    check_ensemble(caches, used)
+    views = Views(indexed, manifest.recipe, transform=augment)
+    check_join(caches[0], views, used=used, verify_inputs=config.verify_inputs)
+    if not views.recipe.is_plain(1):
+        log(f"{config.epochs} epochs over {len(used)} of {available} views: {', '.join(map(str, used[:12]))}")
+        log(views.remember(used, input_memory))
+    train_indices, validation_indices = split_validation(_samples(caches, used), config.val_fraction, config.seed)
+    order: EpochOrder = ExactOrder(train_indices, config.seed)
+    join: CachedTargets | None = None
+    preprocessor = as_preprocessor(preprocess or manifest.teacher.preprocess)
+    objective = distillation_objective(config) if config.distill else label_objective(config.label_smoothing)
+    with contextlib.ExitStack() as stack:
+        composed: Composition | None = None
+        if config.distill and config.objective:
+            objective = composed = _compose(student, views, caches, preprocessor, schedule(0), config)
+            stack.callback(composed.close)
+        if config.distill:
+            order, join = _open_targets(caches, train_indices, schedule, config, composed)
+        return train(
+            student,
+            views,
+            objective=objective,
+            preprocess=preprocessor,
+            config=config,
+            order=order,
+            validation_indices=validation_indices,
+            schedule=schedule,
+            join=join,
+            verify_inputs="off" if join is None or inputs_all_checked(views) else config.verify_inputs,
+            run=run,
+            description={**(description or {}), **_taught_by(caches, used)},
+            on_step=on_step,
+        )
+
+
+def _compose(
+    student: nn.Module,
+    views: Views,
+    caches: Sequence[Cache],
+    preprocessor: Preprocessor,
+    view: int,
+    config: StudentConfig,
+) -> Composition:
+    """What `config.objective` names, listening to the student.
+
+    Raises:
+        CacheMismatch: the cache does not hold what an objective needs.
+    """
+    device = resolve_device(config.device)
+    student.to(device)
+    request = BatchRequest(np.arange(min(2, len(views))), view)
+    (batch,) = batch_loader(views, [request], preprocessor=preprocessor, device=device)
+    inputs = preprocessor.per_batch(batch.inputs.to(device), floating_dtype(student))
+    specs = parse_objectives(config.objective, config)
+    if len(caches) > 1 and any("features" in spec.kind.needs for spec in specs):
+        raise UsageError(
+            f"{len(caches)} caches are given, and features are compared", "one cache: features of two have no mean"
+        )
+    return Composition(specs, student, inputs, caches[0].manifest, seed=config.seed)
+
+
+def _taught_by(caches: Sequence[Cache], used: Sequence[int]) -> dict[str, Any]:
+    """What a run must be continued with: the views in their order, and of each cache the identity and those rows.
+
+    Views that are added to a cache meanwhile change nothing, unless the run would use them.
+    """
+    digests = [
+        hashlib.sha256(canonical_json(to_json(replace(cache.manifest, views=1, view_sha256=())))).hexdigest()
+        for cache in caches
+    ]
+    rows = [[cache.manifest.view_sha256[view] for view in used] if cache.complete else [] for cache in caches]
+    return {"cache": digests, "rows": rows, "views": list(used)}
+
+
+def _open_caches(given: CachePath | Sequence[CachePath], config: StudentConfig) -> list[Cache]:
+    several = [given] if isinstance(given, Cache | str | os.PathLike) else given
+    if not len(several):
+        raise UsageError("there is no cache", "at least one", "name the folder that dump-teacher wrote")
+    caches = [
+        each if isinstance(each, Cache) else open_cache(each, allow_partial=config.allow_partial) for each in several
+    ]
+    if config.cache_weights and len(config.cache_weights) != len(caches):
+        raise UsageError(
+            f"there are {len(config.cache_weights)} --cache-weights for {len(caches)} caches", "one a cache"
+        )
+    if not math.isfinite(sum(config.cache_weights)):
+        raise UsageError(f"--cache-weights is {config.cache_weights}", "finite numbers with a finite sum")
+    return caches
+
+
+def _open_targets(
+    caches: Sequence[Cache],
+    indices: NDArray[np.int64],
+    schedule: Schedule,
+    config: StudentConfig,
+    composed: Composition | None,
+) -> tuple[EpochOrder, CachedTargets]:
+    """The order of the samples, and the join of their soft targets and features."""
+    memory = config.cache_memory if len(caches) == 1 else str(parse_bytes(config.cache_memory) // len(caches))
+    names = ("logits", *(composed.arrays if composed else ()))
+    window = min(window_rows(cache.reader, names) for cache in caches)
+
+    def open_all(choice: FeedChoice) -> list[tuple[dict[str, Feed], EpochOrder, str]]:
+        return [
+            open_feeds(
+                cache.reader,
+                names,
+                indices=indices,
+                seed=config.seed,
+                schedule=schedule,
+                choice=choice,
+                window_rows=window,
+            )
+            for cache in caches
+        ]
+
+    choice = FeedChoice(memory=memory, feed=config.feed, shuffle=config.shuffle)
+    opened = open_all(choice)
+    if len({order.layout for _, order, _ in opened}) > 1:
+        # One has to be streamed, so all visit the samples in the order of a stream.
+        opened = open_all(replace(choice, feed="streamed", shuffle="window"))
+    feeds, orders, lines = zip(*opened, strict=True)
+    for line in lines:
+        log(line)
+    if len({order.layout for order in orders}) > 1:
+        raise UsageError(
+            "the caches would be read in different orders: they are streamed, in chunks of different sizes",
+            "caches that are held in memory, or have chunks of one size",
+            "raise --cache-memory, or use --feed mapped",
+        )
+    negatives = composed.negatives if composed else {}
+    if negatives and feeds[0]["logits"].kind == "streamed":
+        raise UsageError(
+            "contrastive draws from the whole cache, which is to be streamed",
+            "features in memory or mapped",
+            "raise --cache-memory, or use --feed mapped",
+        )
+    targets = CachedTargets(
+        caches,
+        [each["logits"] for each in feeds],
+        weights=config.cache_weights,
+        features={name: feeds[0][name] for name in names[1:]},
+        negatives=negatives,
+        seed=config.seed,
+        schedule=schedule,
+        device=resolve_device(config.device) if config.cache_on_device else None,
+    )
+    return orders[0], targets
+
+
+def _samples(caches: Sequence[Cache], used: Sequence[int]) -> NDArray[np.int64]:
+    """The samples that every cache has in every view that is used; all of them, unless one is partial.
+
+    Raises:
+        CacheIncomplete: there are none.
+    """
+    # View 0 too, because what all views share, such as labels, is written with it.
+    samples = reduce(np.intersect1d, [cache.samples(view) for cache in caches for view in (0, *used)])
+    if not len(samples):
+        raise CacheIncomplete(
+            f"of {caches[0].path} no sample is committed in all of the views {', '.join(map(str, used))}",
+            "at least one",
+            "choose views that are there, --views 0 for example, or let the dump go on",
+        )
+    if len(samples) < len(caches[0]):
+        log(f"the cache is partial: training on {len(samples):,} of {len(caches[0]):,} samples")
+    return samples

@@ -1,0 +1,330 @@
+"""Stage one: the teacher answers once for every sample, and the answers go to the store, shard by shard."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from kdcache.core.config import DumpConfig
+from kdcache.core.errors import ModelError, TeacherOutputError, UsageError
+from kdcache.core.file_lock import PathLock
+from kdcache.core.progress import Progress, log
+from kdcache.core.system import free_bytes
+from kdcache.data.augment import Transform
+from kdcache.data.batch_sampler import ShardBatches
+from kdcache.data.dataset import IndexedDataset, as_indexed
+from kdcache.data.determinism import check_deterministic, check_rows, sampled_crc32c
+from kdcache.data.loader import Batch, BatchRequest, batch_loader
+from kdcache.data.preprocess import Preprocessor, as_preprocessor
+from kdcache.data.views import Views
+from kdcache.distill.teacher.dump_manifest import build_manifest
+from kdcache.models.device import evaluation_mode, floating_dtype, memory_errors, resolve_device, to_host
+from kdcache.models.feature_hooks import Taps, pool_features
+from kdcache.models.forward import answer
+from kdcache.store.cache import check_complete
+from kdcache.store.encoding import encode_answers
+from kdcache.store.layout import predicted_bytes
+from kdcache.store.ledger import Ledger
+from kdcache.store.manifest import NONE, Manifest, Preprocess, ViewRecipe
+from kdcache.store.repair import prepare_repair
+from kdcache.store.resume import check_target
+from kdcache.store.tally import Tally
+from kdcache.store.writer import SplitWriter
+
+# Shards that wait for the disk while the teacher computes the next one; more would only cost memory.
+SHARDS_IN_FLIGHT = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class DumpPlan:
+    """What a dump would write.
+
+    Attributes:
+        existing: the manifest of the same dump that already stands there, finished or not.
+        bytes: of the arrays' files, without compression; where views are added, of those alone.
+        free_bytes: on the disk that would take them.
+    """
+
+    manifest: Manifest
+    existing: Manifest | None
+    rows: int
+    shards: int
+    bytes: int
+    free_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class DumpResult:
+    """What a dump left.
+
+    Attributes:
+        rows: of the split.
+        computed_rows: by this call; 0 where the split was already complete.
+        seconds: of this call's computing and writing.
+    """
+
+    path: Path
+    split: str
+    manifest: Manifest
+    rows: int
+    computed_rows: int
+    seconds: float
+
+
+def plan_dump(
+    teacher: nn.Module,
+    dataset: Any,
+    *,
+    out: str | os.PathLike[str],
+    split: str | None = None,
+    teacher_name: str = "",
+    preprocess: Preprocess | Preprocessor | None = None,
+    config: DumpConfig | None = None,
+    augment: Transform | None = None,
+    add_views: int = 0,
+) -> DumpPlan:
+    """Check that a dump can begin and tell what it would write; writes nothing. Arguments as for `dump_teacher`."""
+    return _Dump(teacher, dataset, Path(out), split, teacher_name, preprocess, config, augment, add_views).plan
+
+
+def dump_teacher(
+    teacher: nn.Module,
+    dataset: Any,
+    *,
+    out: str | os.PathLike[str],
+    split: str | None = None,
+    teacher_name: str = "",
+    preprocess: Preprocess | Preprocessor | None = None,
+    config: DumpConfig | None = None,
+    augment: Transform | None = None,
+    add_views: int = 0,
+    repair: bool = False,
+) -> DumpResult:
+    """Run a teacher once over a dataset and keep its logits.
+
+    Called again with the same arguments it continues where it was stopped; a finished split is left as it is.
+
+    Args:
+        teacher: takes (batch, …) and returns logits (batch, classes); is put in eval mode for the time of the call and
+            moved to the device.
+        dataset: an indexed dataset, or any map-style dataset of (input, label) pairs with a `classes` attribute.
+        out: the cache, a folder.
+        split: name of the subgroup that is written; None takes an indexed dataset's own, and `train` for others.
+        teacher_name: recorded in the manifest; the class's name where empty.
+        preprocess: from the shared inputs to what the teacher takes; None scales uint8 to [0, 1] and no more.
+        augment: a transform of one plain input, instead of the one that `config.augment` names.
+        add_views: extend a finished split by so many views; its views can be read meanwhile.
+        repair: check everything that stands there, and compute again what is broken or missing.
+
+    Raises:
+        DatasetError: a stream without an index, a dataset or a transform that gives another input at a second look,
+            wrong labels.
+        TeacherOutputError: logits of the wrong shape, not finite, or beyond the encoding's range.
+        TargetExists: something else stands at `out`.
+        StorageError: the disk refused; what is committed stays, and the same call continues.
+    """
+    dump = _Dump(teacher, dataset, Path(out), split, teacher_name, preprocess, config, augment, add_views, repair)
+    return dump.run()
+
+
+class _Dump:
+    def __init__(
+        self,
+        teacher: nn.Module,
+        dataset: Any,
+        out: Path,
+        split: str | None,
+        teacher_name: str,
+        preprocess: Preprocess | Preprocessor | None,
+        config: DumpConfig | None,
+        augment: Transform | None,
+        add_views: int,
+        repair: bool = False,
+    ) -> None:
+        config = config or DumpConfig()
+        self.out, self.config, self.repair, self.add_views = out, config, repair, add_views
+        split = split or (dataset.split if isinstance(dataset, IndexedDataset) else "train")
+        self.dataset = as_indexed(dataset, name=type(dataset).__name__, split=split)
+        self.device = resolve_device(config.device)
+        self.teacher = teacher.to(self.device)
+        self.preprocessor = as_preprocessor(preprocess or Preprocess())
+        check_deterministic(self.dataset)
+        if augment is not None and config.augment != NONE:
+            raise UsageError(f"augment is given twice, as an object and as {config.augment!r}", "one of the two")
+        recipe = ViewRecipe(augment=config.augment, mix=config.mix, seed=config.view_seed, plain_view=config.plain_view)
+        self.views = Views(self.dataset, recipe, transform=augment)
+        self.views.probe()
+        if config.views + add_views > 1 and self.views.recipe.is_plain(1):
+            raise UsageError(
+                f"{config.views + add_views} views are asked for, with neither --augment nor --mix",
+                "views that differ: the teacher would say the same of each",
+                "give --augment or --mix, or leave out --views",
+            )
+        self.layers = list(dict.fromkeys(config.features))
+        with Taps(teacher, self.layers) as taps:
+            shapes = self._probe(taps)
+        name = teacher_name or type(teacher).__name__
+        record = self.preprocessor.record
+        self.manifest = build_manifest(teacher, self.views, split, name, record, self.device, config, shapes)
+        existing = check_target(out, self.manifest, repair=repair, add_views=add_views)
+        target = existing or self.manifest
+        finished = predicted_bytes(replace(target, views=target.readable_views)) if target.extending else 0
+        self.plan = DumpPlan(
+            manifest=target,
+            existing=existing,
+            rows=target.dataset.length * target.views,
+            shards=target.shards * target.views,
+            bytes=predicted_bytes(target) - finished,
+            free_bytes=free_bytes(out),
+        )
+
+    def run(self) -> DumpResult:
+        existing, split = self.plan.existing, self.manifest.dataset.split
+        done = existing is not None and existing.complete and not (self.add_views and existing.extending)
+        if existing is not None and done and not self.repair:
+            check_complete(self.out / split, existing, Ledger(self.out / split, existing))
+            PathLock.sweep(self.out)
+            more = existing.views - existing.readable_views
+            adding = f"; {more} more views are being added: --add-views {more} goes on" if more else ""
+            log(f"{self.out / split} is already complete; nothing was computed{adding}")
+            return self._result(existing, 0, 0.0)
+        began = time.perf_counter()
+        with SplitWriter(self.out, self.manifest, repair=self.repair, add_views=self.add_views) as writer:
+            if self.repair:
+                found = prepare_repair(writer)
+                for line in found or ["nothing is broken"]:
+                    log(f"repair: {line}")
+            return self._run(writer, began)
+
+    def _run(self, writer: SplitWriter, began: float) -> DumpResult:
+        manifest, split = self.plan.manifest, self.plan.manifest.dataset.split
+        pending = writer.pending()
+        computed = sum(len(manifest.rows_of(shard)) for _, shard in pending)
+        if computed < self.plan.rows:
+            log(f"{self.out / split}: {self.plan.rows - computed:,} of {self.plan.rows:,} rows stand; continuing")
+        tally = Tally(writer)
+        with (
+            evaluation_mode(self.teacher),
+            Taps(self.teacher, self.layers) as taps,
+            memory_errors(self.config.batch_size),
+            Progress(f"dump {split}", self.plan.rows, "rows", self.plan.rows - computed) as progress,
+        ):
+            self._write(tally, pending, taps, progress)
+        return self._result(tally.finish(), computed, time.perf_counter() - began)
+
+    def _result(self, manifest: Manifest, computed_rows: int, seconds: float) -> DumpResult:
+        return DumpResult(
+            path=self.out,
+            split=manifest.dataset.split,
+            manifest=manifest,
+            rows=manifest.dataset.length * manifest.readable_views,
+            computed_rows=computed_rows,
+            seconds=seconds,
+        )
+
+    def _forward(self, batch: Batch, taps: Taps) -> Callable[[], dict[str, NDArray[Any]]]:
+        """Queue the teacher's answer to a batch; calling the result waits for it and gives logits and features."""
+        logits = answer(
+            self.teacher,
+            batch.inputs,
+            preprocessor=self.preprocessor,
+            device=self.device,
+            amp=self.config.amp,
+            classes=len(self.dataset.classes),
+            error=TeacherOutputError,
+        )
+        answers = {"logits": logits} | {
+            f"features.{layer}": pool_features(features, self.config.pool) for layer, features in taps.take().items()
+        }
+        waits = {
+            name: to_host(answer if answer.dtype == torch.float64 else answer.float())
+            for name, answer in answers.items()
+        }
+        return lambda: {name: wait() for name, wait in waits.items()}
+
+    def _probe(self, taps: Taps) -> dict[str, tuple[int, ...]]:
+        """Let the teacher answer for one small batch, so that a wrong teacher is refused before anything is written.
+
+        Returns:
+            The shape of one row of the features of each layer.
+        """
+        shapes: dict[str, tuple[int, ...]] = {}
+        indices = np.arange(min(2, len(self.dataset)))
+        requests = [BatchRequest(indices, view) for view in (0, 1)[: 1 if self.views.recipe.is_plain(1) else 2]]
+        with evaluation_mode(self.teacher):
+            for batch in batch_loader(self.views, requests, preprocessor=self.preprocessor, device=self.device):
+                for name, answers in self._forward(batch, taps)().items():
+                    encode_answers(answers, self.config.encoding, first_sample=0, name=name)
+                    shapes[name] = answers.shape[1:]
+                    if len(answers) != len(indices):
+                        raise ModelError(
+                            f"{name} has shape {answers.shape} for a batch of {len(indices)}",
+                            "a layer whose output has a row for each sample",
+                            "choose another; see --list-layers",
+                        )
+        return {layer: shapes[f"features.{layer}"] for layer in self.layers}
+
+    def _answers(self, loader: Iterable[Batch], taps: Taps) -> Iterator[tuple[Batch, dict[str, NDArray[Any]]]]:
+        """Batches with the teacher's answers, one behind, so that the device computes while the host stores."""
+        waiting: tuple[Batch, Callable[[], dict[str, NDArray[Any]]]] | None = None
+        for batch in loader:
+            queued = batch, self._forward(batch, taps)
+            if waiting is not None:
+                yield waiting[0], waiting[1]()
+            waiting = queued
+        if waiting is not None:
+            yield waiting[0], waiting[1]()
+
+    def _write(self, tally: Tally, pending: list[tuple[int, int]], taps: Taps, progress: Progress) -> None:
+        manifest = self.plan.manifest
+        batches = ShardBatches(manifest, pending, self.config.batch_size)
+        loader = batch_loader(
+            self.views, batches, preprocessor=self.preprocessor, workers=self.config.workers, device=self.device
+        )
+        sampled = lru_cache(maxsize=1)(partial(sampled_crc32c, self.views))
+        answers = self._answers(loader, taps)
+        in_flight: deque[Future[None]] = deque()
+        with ThreadPoolExecutor(1, thread_name_prefix="kdcache-writer") as pool:
+            for view, shard in pending:
+                rows = manifest.rows_of(shard)
+                buffers = self._buffers(len(rows))
+                filled = 0
+                for size in batches.sizes(shard):
+                    batch, given = next(answers)
+                    here = slice(filled, filled + size)
+                    for name, rows_given in given.items():
+                        buffers[name][here] = rows_given
+                    buffers["labels"][here] = batch.labels.numpy()
+                    assert batch.input_crc32c is not None, "the loader was asked for checksums"
+                    buffers["input_crc32c"][here] = batch.input_crc32c.numpy()
+                    filled += size
+                    progress.advance(size)
+                    if in_flight and in_flight[0].done():
+                        in_flight.popleft().result()
+                check_rows(self.views, view, rows, buffers["labels"], buffers["input_crc32c"], sampled(view))
+                while len(in_flight) >= SHARDS_IN_FLIGHT:
+                    in_flight.popleft().result()
+                in_flight.append(pool.submit(tally.commit, view, shard, buffers, self.config.encoding))
+            while in_flight:
+                in_flight.popleft().result()
+
+    def _buffers(self, rows: int) -> dict[str, NDArray[Any]]:
+        precise = np.float64 if floating_dtype(self.teacher) == torch.float64 else np.float32
+        return {
+            array.name: np.empty(
+                (rows, *array.row_shape), precise if np.dtype(array.dtype).kind == "f" else np.dtype(array.dtype)
+            )
+            for array in self.plan.manifest.arrays
+        }

@@ -1,0 +1,124 @@
+"""Letting a teacher answer again for rows that a cache holds, to see whether it is the cache of this teacher."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from kdcache.core.config import Execution
+from kdcache.core.errors import TeacherOutputError
+from kdcache.core.rng import keyed_sample
+from kdcache.data.loader import batch_loader, consecutive_batches
+from kdcache.data.preprocess import Preprocessor
+from kdcache.data.tokenizer import Tokenizer
+from kdcache.data.views import Views
+from kdcache.models.device import evaluation_mode, resolve_device
+from kdcache.models.feature_hooks import Taps, pool_features
+from kdcache.models.forward import answer
+from kdcache.models.registry import weights_sha256
+from kdcache.store.cache import Cache
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recomputed:
+    """How a teacher's answers compare with the stored ones.
+
+    Attributes:
+        largest_difference: of all logits and features x, as a part of 1 + |x|.
+        array: where it was met, `logits` or that of a feature.
+        sample: of it.
+        view: of it.
+        same_weights: whether the teacher's weights have the manifest's hash.
+    """
+
+    rows: int
+    largest_difference: float
+    array: str
+    sample: int
+    view: int
+    same_weights: bool
+
+
+def recompute_rows(
+    teacher: nn.Module,
+    views: Views,
+    cache: Cache,
+    *,
+    rows: int,
+    execution: Execution,
+    tokenizer: Tokenizer | None = None,
+) -> Recomputed:
+    """Let the teacher answer for a keyed sample of a cache's rows, as it did for the dump.
+
+    Args:
+        teacher: with its weights.
+        views: of the dataset, checked to be those of the cache.
+        rows: how many, of all views together; all of them where there are fewer.
+        execution: device, batch size, workers, and the seed that draws the sample.
+        tokenizer: of the teacher, if it reads text.
+    """
+    manifest = cache.manifest
+    stored_features = {feature.array: feature for feature in manifest.features}
+    drawn = keyed_sample(len(cache) * cache.views, rows, execution.seed, "recompute")
+    device = resolve_device(execution.device)
+    module = teacher.to(device)
+    preprocessor = Preprocessor(manifest.teacher.preprocess, tokenizer)
+    requests = [
+        request._replace(view=view)
+        for view in range(cache.views)
+        for request in consecutive_batches(drawn[drawn // len(cache) == view] % len(cache), execution.batch_size)
+        if len(request.indices)
+    ]
+    worst = Recomputed(
+        rows=len(drawn),
+        largest_difference=0.0,
+        array="logits",
+        sample=0,
+        view=0,
+        same_weights=weights_sha256(module) == manifest.teacher.weights_sha256,
+    )
+    loader = batch_loader(views, requests, preprocessor=preprocessor, workers=execution.workers, device=device)
+    with evaluation_mode(module), Taps(module, [each.layer for each in stored_features.values()]) as taps:
+        for request, batch in zip(requests, loader, strict=True):
+            logits = answer(
+                module,
+                batch.inputs,
+                preprocessor=preprocessor,
+                device=device,
+                amp=manifest.amp,
+                classes=len(cache.classes),
+                error=TeacherOutputError,
+            )
+            caught = taps.take()
+            answers = {"logits": logits} | {
+                array: pool_features(caught[feature.layer], feature.pool) for array, feature in stored_features.items()
+            }
+            for array, answers_now in answers.items():
+                differences = _differences(answers_now, cache.reader.rows(array, request.view, request.indices), array)
+                if not differences.max() <= worst.largest_difference:  # a NaN too
+                    worst = replace(
+                        worst,
+                        largest_difference=float(differences.max()),
+                        array=array,
+                        sample=int(request.indices[differences.argmax()]),
+                        view=request.view,
+                    )
+    return worst
+
+
+def _differences(answers: Tensor, stored: NDArray[Any], array: str) -> NDArray[np.float64]:
+    """The largest of each row, as a part of 1 + |x|."""
+    if answers.shape != stored.shape:
+        raise TeacherOutputError(
+            f"the teacher gives {array} of shape {tuple(answers.shape)}",
+            f"{stored.shape}, as stored",
+            "give the teacher that the cache was made with",
+        )
+    wanted = stored.astype(np.float64)
+    found = np.abs(answers.double().cpu().numpy() - wanted) / (1 + np.abs(wanted))
+    largest: NDArray[np.float64] = found.reshape(len(found), -1).max(axis=1)
+    return largest

@@ -1,0 +1,323 @@
+"""The loop that teacher and student share: optimiser, schedule, precision, averaging, checkpoints, resume."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from kdcache.core import rng
+from kdcache.core.config import TrainConfig
+from kdcache.core.errors import TrainingDiverged, UsageError
+from kdcache.core.json_records import brief, differences
+from kdcache.core.progress import Progress, log
+from kdcache.core.run_dir import BOARD, RunFolder
+from kdcache.data.batch_sampler import EpochBatches, split_validation
+from kdcache.data.dataset import IndexedDataset
+from kdcache.data.loader import Batch, batch_loader
+from kdcache.data.preprocess import Preprocessor, as_preprocessor
+from kdcache.data.views import Views, as_views
+from kdcache.distill.board import Board
+from kdcache.distill.objective import Join, Objective, trained_parts
+from kdcache.distill.optim import build_optimizer, learning_rate_factor
+from kdcache.models.checkpoints import read_checkpoint, save_checkpoint
+from kdcache.models.device import autocast, floating_dtype, memory_errors, resolve_device, seeded, synchronize
+from kdcache.models.evaluate import evaluate_model
+from kdcache.models.forward import output_logits
+from kdcache.store.manifest import NONE, Preprocess
+from kdcache.store.sampler import EpochOrder, ExactOrder, Schedule
+
+# How many steps may pass before a loss that is not finite is noticed: looking at every one would stall a GPU.
+CHECK_EVERY_STEPS = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainResult:
+    """What a training run left.
+
+    Attributes:
+        epochs: one entry an epoch, as in `metrics.jsonl`.
+        module: the trained network, with averaged weights where asked, on the device.
+    """
+
+    module: nn.Module
+    epochs: list[dict[str, Any]]
+
+    @property
+    def epoch_seconds(self) -> list[float]:
+        """Seconds of training in each epoch, evaluation and checkpoints aside."""
+        return [entry["seconds"] for entry in self.epochs]
+
+
+def train(
+    module: nn.Module,
+    dataset: IndexedDataset | Views,
+    *,
+    objective: Objective,
+    preprocess: Preprocess | Preprocessor,
+    config: TrainConfig,
+    order: EpochOrder | None = None,
+    validation_indices: NDArray[np.int64] | None = None,
+    schedule: Schedule | None = None,
+    join: Join | None = None,
+    verify_inputs: str = "off",
+    run: RunFolder | None = None,
+    description: dict[str, Any] | None = None,
+    on_step: Callable[[int, dict[str, Tensor]], None] | None = None,
+) -> TrainResult:
+    """Train a network in place.
+
+    Args:
+        dataset: its views, or itself, of which the plain one is used.
+        order: of the samples in each epoch; None shuffles exactly what `config.val_fraction` leaves of the dataset.
+        validation_indices: samples that choose the best epoch, (n,); given together with `order`.
+        schedule: the view of each epoch; None always takes view 0.
+        join: puts soft targets to each batch.
+        verify_inputs: which batches come to the join with the checksums of their inputs: `all`, `sample` or `off`.
+        run: where metrics and checkpoints go, and where a state to continue from may lie; None keeps nothing.
+        description: plain values put into every checkpoint, so that it can be rebuilt and judged alone.
+        on_step: called after each step with its number, from 0, and the objective's scalars.
+
+    Raises:
+        TrainingDiverged: a loss is not finite; the checkpoints of finished epochs stay.
+    """
+    if order is None:
+        train_indices, validation_indices = split_validation(np.arange(len(dataset)), config.val_fraction, config.seed)
+        order = ExactOrder(train_indices, config.seed)
+    views = as_views(dataset)
+    views.probe()
+    if views.recipe.mix != NONE and validation_indices is not None and len(validation_indices):
+        raise UsageError(
+            f"--val-fraction is {config.val_fraction:g}, and inputs are mixed ({views.recipe.mix}) with any sample, "
+            "also with those held out",
+            "--val-fraction 0 with mixed inputs",
+            "leave out --val-fraction; the last epoch is then the result",
+        )
+    batches = EpochBatches(order, config.batch_size, schedule=schedule, verify_inputs=verify_inputs)
+    loop = _Loop(
+        module, views, objective, as_preprocessor(preprocess), config, batches, join, run, description or {}, on_step
+    )
+    if validation_indices is not None:
+        loop.validation_indices = validation_indices
+    return loop.run()
+
+
+class _Loop:
+    def __init__(
+        self,
+        module: nn.Module,
+        views: Views,
+        objective: Objective,
+        preprocessor: Preprocessor,
+        config: TrainConfig,
+        batches: EpochBatches,
+        join: Join | None,
+        run: RunFolder | None,
+        description: dict[str, Any],
+        on_step: Callable[[int, dict[str, Tensor]], None] | None,
+    ) -> None:
+        self.config, self.objective, self.folder, self.description = config, objective, run, description
+        self.views, self.batches, self.join, self.on_step = views, batches, join, on_step
+        self.device = resolve_device(config.device)
+        self.module = module.to(self.device)
+        self.dtype = floating_dtype(module)
+        self.preprocessor = preprocessor
+        self.validation_indices = np.empty(0, np.int64)
+        self.loader = batch_loader(
+            views, batches, preprocessor=self.preprocessor, workers=config.workers, device=self.device
+        )
+        self.optimizer = build_optimizer([*module.parameters(), *trained_parts(objective)], config)
+        # The schedule must not hold the loop: in a cycle of references the workers of the loader would outlive the run.
+        steps = len(self.batches)
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(
+            self.optimizer, lambda step: learning_rate_factor(config, step, steps)
+        )
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.amp == "fp16")
+        self.average = (
+            AveragedModel(module, multi_avg_fn=get_ema_multi_avg_fn(config.ema), use_buffers=True)
+            if config.ema
+            else None
+        )
+        self.board = Board(run.path / BOARD) if config.tensorboard and run is not None else None
+        self.learning_rate = 0.0
+        self.history: list[dict[str, Any]] = []
+        self.best = -1.0
+
+    @property
+    def result_module(self) -> nn.Module:
+        return self.average.module if self.average is not None else self.module
+
+    def run(self) -> TrainResult:
+        if self.folder and self.folder.last.exists():
+            self._restore(read_checkpoint(self.folder.last))
+            log(f"continuing after epoch {len(self.history)} of {self.config.epochs}")
+        if len(self.history) < self.config.epochs:
+            self._start(len(self.history))  # what cannot be joined is known before anything is written
+        if self.folder:
+            self.folder.begin(self.history)
+        if self.board is not None:
+            self.board.begin(len(self.history))
+        for epoch in range(len(self.history), self.config.epochs):
+            with seeded(rng.generator_seed(self.config.seed, "epoch", epoch), self.device):
+                entry = self._epoch(epoch)
+            improved = self._validate(entry, last=epoch + 1 == self.config.epochs)
+            self.history.append(entry)
+            self._keep(entry, improved)
+            log(_line(entry, self.config.epochs))
+        return TrainResult(module=self.result_module, epochs=self.history)
+
+    def _epoch(self, epoch: int) -> dict[str, Any]:
+        self._start(epoch)
+        self.module.train()
+        # One table, because a small tensor kept from each step would leave the heap of the C library in pieces.
+        seen: dict[str, Tensor] = {}
+        correct = torch.zeros((), dtype=torch.int64, device=self.device)
+        samples = 0
+        first_step = epoch * len(self.batches)
+        with (
+            memory_errors(self.config.batch_size),
+            Progress(f"epoch {epoch + 1}/{self.config.epochs}", len(self.batches), "steps") as progress,
+        ):
+            synchronize(self.device)
+            began = time.perf_counter()
+            for step, batch in enumerate(self.loader):
+                hits, parts = self._step(batch, epoch + step / len(self.batches))
+                if not step:
+                    seen = {name: part.new_empty(len(self.batches)) for name, part in parts.items()}
+                for name, part in parts.items():
+                    seen[name][step] = part
+                correct += hits
+                samples += len(batch.labels)
+                if self.on_step is not None:
+                    self.on_step(first_step + step, parts)
+                done = step + 1
+                if done % CHECK_EVERY_STEPS == 0 or done == len(self.batches):
+                    first = step // CHECK_EVERY_STEPS * CHECK_EVERY_STEPS
+                    self._check_finite(seen, epoch, range(first, done))
+                    progress.advance(done - first)
+            synchronize(self.device)
+            seconds = time.perf_counter() - began
+        means = {name: float(values.mean()) for name, values in seen.items()}
+        return {
+            "epoch": epoch + 1,
+            **({} if self.views.recipe.is_plain(1) else {"view": self.batches.view}),
+            **means,
+            "train_accuracy": int(correct) / samples,
+            "learning_rate": self.learning_rate,
+            "seconds": seconds,
+        }
+
+    def _start(self, epoch: int) -> None:
+        if epoch == self.batches.epoch:
+            return
+        self.batches.epoch = epoch
+        if self.join is not None:
+            self.join.start_epoch(epoch)
+
+    def _step(self, batch: Batch, epochs_done: float) -> tuple[Tensor, dict[str, Tensor]]:
+        """One step; returns how many samples of the batch were right, and the objective's scalars."""
+        batch = (self.join(batch) if self.join else batch).to(self.device)
+        inputs = self.preprocessor.per_batch(batch.inputs, self.dtype)
+        with autocast(self.device, self.config.amp):
+            logits = output_logits(self.module(inputs))
+        parts = self.objective(logits, batch, epochs_done)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scaler.scale(parts["loss"]).backward()
+        if self.config.clip_norm is not None:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_([*self.module.parameters(), *trained_parts(self.objective)], self.config.clip_norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.learning_rate = self.optimizer.param_groups[0]["lr"]
+        self.schedule.step()
+        if self.average is not None:
+            self.average.update_parameters(self.module)
+        hits = (logits.detach().argmax(dim=1) == batch.main_labels).sum()
+        return hits, {name: part.detach() for name, part in parts.items()}
+
+    def _check_finite(self, seen: dict[str, Tensor], epoch: int, steps: range) -> None:
+        finite = torch.isfinite(seen["loss"][steps.start : steps.stop])
+        if bool(finite.all()):
+            return
+        at = steps[int((~finite).nonzero()[0])]
+        values = ", ".join(f"{name} {float(each[at]):g}" for name, each in seen.items())
+        raise TrainingDiverged(
+            f"the loss is not finite at epoch {epoch + 1}, step {at + 1} of {len(self.batches)}: {values}",
+            "a finite loss",
+            "try a lower --learning-rate, --warmup-epochs 1, --clip-norm 1, or --amp off; finished epochs are kept",
+        )
+
+    def _validate(self, entry: dict[str, Any], *, last: bool) -> bool:
+        """Whether this epoch's weights are the best so far; without a validation part the last epoch's are."""
+        if not len(self.validation_indices):
+            return last
+        entry["val_accuracy"] = evaluate_model(
+            self.result_module,
+            self.views.dataset,
+            preprocess=self.preprocessor,
+            config=self.config,
+            indices=self.validation_indices,
+        ).accuracy
+        improved = bool(entry["val_accuracy"] > self.best)
+        self.best = max(self.best, entry["val_accuracy"])
+        return improved
+
+    def _keep(self, entry: dict[str, Any], improved: bool) -> None:
+        if self.folder is None:
+            return
+        if improved:
+            save_checkpoint(
+                self.folder.best,
+                {**self.description, "epoch": entry["epoch"], "state_dict": self.result_module.state_dict()},
+            )
+        save_checkpoint(
+            self.folder.last,
+            {
+                **self.description,
+                "state_dict": self.module.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "schedule": self.schedule.state_dict(),
+                "scaler": self.scaler.state_dict(),
+                "objective": self.objective.state_dict() if isinstance(self.objective, nn.Module) else {},
+                "average": self.average.state_dict() if self.average is not None else None,
+                "best": self.best,
+                "history": self.history,
+            },
+        )
+        self.folder.add_metrics(entry)
+        if self.board is not None:
+            self.board.add(entry)
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        changed = [name for name, value in self.description.items() if state.get(name) != value]
+        if changed:
+            before = {name: state.get(name) for name in changed}
+            now = {name: self.description[name] for name in changed}
+            apart = [f"{place} was {brief(old)} and is {brief(new)}" for place, old, new in differences(before, now)]
+            raise UsageError(
+                f"the run cannot be continued: {'; '.join(apart)}",
+                "what it was begun with",
+                "continue with the data, the cache and the model that it was begun with, or start a new run",
+            )
+        self.module.load_state_dict(state["state_dict"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        self.scaler.load_state_dict(state["scaler"])
+        if isinstance(self.objective, nn.Module):
+            self.objective.load_state_dict(state["objective"])
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
+        self.best = state["best"]
+        self.history = list(state["history"])
+
+
+def _line(entry: dict[str, Any], epochs: int) -> str:
+    scalars = [f"{name} {value:.4g}" for name, value in entry.items() if name not in ("epoch", "seconds")]
+    return f"epoch {entry['epoch']}/{epochs}: {', '.join(scalars)}, {entry['seconds']:.2f} s"

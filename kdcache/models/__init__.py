@@ -1,0 +1,4 @@
+"""Networks by name, pretrained networks, checkpoints, device and precision, the forward pass, evaluation.
+
+May import `data`, `store` and `core`.
+"""

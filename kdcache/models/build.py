@@ -1,0 +1,226 @@
+"""From specs and settings to datasets and networks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from kdcache.core.config import DatasetSource, Input
+from kdcache.core.errors import CheckpointError, DatasetError, ModelError, UsageError
+from kdcache.core.json_records import from_json, to_json
+from kdcache.core.progress import log
+from kdcache.data.dataset import IndexedDataset
+from kdcache.data.loader import BatchRequest, batch_loader
+from kdcache.data.preprocess import Preprocessor
+from kdcache.data.registry import open_dataset
+from kdcache.data.text_preprocess import is_sequences, recorded_tokenizer, sequence_preprocessor
+from kdcache.data.views import Views, as_views
+from kdcache.models.checkpoints import fit_weights, read_checkpoint
+from kdcache.models.device import evaluation_mode
+from kdcache.models.forward import answer
+from kdcache.models.registry import (
+    BuiltModel,
+    build_model,
+    build_text_model,
+    check_reader,
+    has_own_tokenizer,
+    reads_sequences,
+)
+from kdcache.store.manifest import Preprocess, ViewRecipe
+
+DATA_ROOT = "data"
+
+
+def load_teacher(
+    settings: Input, spec: str, checkpoint_path: str | None, dataset: IndexedDataset, recipe: ViewRecipe
+) -> BuiltModel:
+    checkpoint = read_checkpoint(checkpoint_path) if checkpoint_path else {}
+    built = build(spec, dataset, settings, 0, dataset_preprocess(dataset), checkpoint=checkpoint, recipe=recipe)
+    if checkpoint_path:
+        if isinstance(description := checkpoint.get("kdcache"), dict):
+            check_classes(checkpoint_path, description["classes"], dataset)
+        fit_weights(built.module, checkpoint, checkpoint_path)
+    elif not built.has_weights:
+        raise UsageError(
+            f"the teacher {spec} has random weights",
+            "a trained teacher",
+            "give --checkpoint FILE; kdcache train-teacher makes one (best.pt)",
+        )
+    return built
+
+
+def open_data(settings: DatasetSource, spec: str, split: str, hint: str | None = None) -> IndexedDataset:
+    """A split of the dataset of this spec.
+
+    Args:
+        hint: the data root that a cache or a run recorded.
+    """
+    root = settings.data_root or hint or DATA_ROOT
+    try:
+        return open_dataset(spec, split=split, data_root=root, download=settings.download)
+    except DatasetError as problem:
+        if settings.dataset or settings.data_root:
+            raise
+        where = "--dataset and --data-root say where it is, if not where it was"
+        raise DatasetError(problem.found, problem.needed, "; ".join(filter(None, (problem.remedy, where)))) from problem
+
+
+def open_test(settings: DatasetSource, spec: str, hint: str | None = None) -> IndexedDataset | None:
+    """The test split; None, and said so, where there is none. Opened before training, so that it is known early."""
+    try:
+        return open_data(settings, spec, "test", hint)
+    except DatasetError as problem:
+        log(f"no accuracy on a test split will be given: {problem}")
+        return None
+
+
+def dataset_preprocess(dataset: IndexedDataset) -> Preprocess:
+    return Preprocess(mean=dataset.default_mean, std=dataset.default_std)
+
+
+def build(
+    spec: str,
+    dataset: IndexedDataset,
+    settings: Input,
+    seed: int,
+    default: Preprocess,
+    *,
+    training: bool = False,
+    checkpoint: dict[str, Any] | None = None,
+    recipe: ViewRecipe | None = None,
+) -> BuiltModel:
+    """A network for a dataset; what a kdcache checkpoint recorded of its preprocessing goes before the default.
+
+    Args:
+        recipe: of the views that the network will see beside the plain samples.
+    """
+    if checkpoint and "kdcache" in checkpoint:
+        default = recorded_preprocess(checkpoint, Path(spec))
+    if is_sequences(dataset):
+        built = _build_reader(spec, dataset, settings, seed, default, training=training, checkpoint=checkpoint or {})
+    elif reads_sequences(spec):
+        raise ModelError(
+            f"{spec} reads texts or token ids, and an input of {dataset.name} is {dataset.input_dtype} "
+            f"{dataset.input_shape or 'of varying size'}",
+            "a dataset of texts, or of token ids that tells its vocabulary_size",
+            "take imdb or text-folder:PATH, or give the dataset an attribute vocabulary_size, its largest id plus one",
+        )
+    else:
+        if settings.tokenizer or settings.vocabulary_size or settings.max_tokens:
+            raise ModelError(
+                "--tokenizer, --vocabulary-size or --max-tokens is given, and "
+                f"an input of {dataset.name} is {dataset.input_dtype} {dataset.input_shape or 'of varying size'}",
+                "texts, or token ids of a dataset that tells its vocabulary_size",
+                "leave it out",
+            )
+        built = build_model(
+            spec,
+            num_classes=len(dataset.classes),
+            input_shape=dataset.input_shape,
+            seed=seed,
+            mean=settings.mean,
+            std=settings.std,
+            size=settings.size,
+            default=default,
+            replace_head=training,
+        )
+    _probe(built, Views(dataset, recipe or ViewRecipe()))
+    return built
+
+
+def _build_reader(
+    spec: str,
+    dataset: IndexedDataset,
+    settings: Input,
+    seed: int,
+    default: Preprocess,
+    *,
+    training: bool,
+    checkpoint: dict[str, Any],
+) -> BuiltModel:
+    """A network for texts or token ids."""
+    if settings.mean or settings.size:
+        raise ModelError(
+            f"--mean, --std or --size is given, and {dataset.name} has no images",
+            "images",
+            "leave it out; --max-tokens and --vocabulary-size are for texts",
+        )
+    check_reader(spec, is_text=dataset.is_text)
+    recorded = None
+    if "kdcache" in checkpoint and not settings.tokenizer:
+        recorded = recorded_tokenizer(checkpoint["kdcache"], default)
+    preprocessor = None
+    if not has_own_tokenizer(spec):
+        preprocessor = sequence_preprocessor(settings, dataset, default=default, recorded=recorded, may_build=training)
+    elif settings.tokenizer or settings.vocabulary_size:
+        raise ModelError(
+            f"--tokenizer or --vocabulary-size is given, and {spec} brings its tokenizer", "neither", "leave it out"
+        )
+    elif recorded is not None:
+        record = replace(default, max_tokens=settings.max_tokens or default.max_tokens)
+        preprocessor = Preprocessor(record, recorded)
+    return build_text_model(
+        spec,
+        classes=dataset.classes,
+        seed=seed,
+        preprocessor=preprocessor,
+        max_tokens=settings.max_tokens or (default.max_tokens if checkpoint else None),
+        # A checkpoint brings its own head, whose number of classes the weights of the hub need not have.
+        replace_head=training or "kdcache" in checkpoint,
+    )
+
+
+def _probe(built: BuiltModel, views: Views) -> None:
+    """Let a network answer for two samples, so that one that does not suit the dataset is refused at once."""
+    preprocessor, device = built.preprocessor, torch.device("cpu")
+    indices = np.arange(min(2, len(views)))
+    # The plain sample too, because networks are judged on it.
+    looks = [(as_views(views.dataset), 0)] + ([] if views.recipe.is_plain(1) else [(views, 1)])
+    classes = len(views.dataset.classes)
+    with evaluation_mode(built.module):
+        for source, view in looks:
+            request = BatchRequest(indices, view)
+            (batch,) = batch_loader(source, [request], preprocessor=preprocessor, device=device)
+            try:
+                answer(built.module, batch.inputs, preprocessor=preprocessor, device=device, amp="off", classes=classes)
+            except RuntimeError as problem:
+                raise ModelError(
+                    f"{built.spec} fails on a batch of {tuple(batch.inputs.shape)}: {problem}",
+                    "a network that takes the dataset's inputs",
+                    "give --size, --mean and --std as the network needs them, or take another network",
+                ) from problem
+
+
+def recorded_preprocess(checkpoint: dict[str, Any], path: Path) -> Preprocess:
+    return from_json(Preprocess, checkpoint["kdcache"]["preprocess"], where=str(path), error=CheckpointError)
+
+
+def describe(built: BuiltModel, dataset: IndexedDataset) -> dict[str, Any]:
+    return {
+        "kdcache": {
+            "model": built.spec,
+            "classes": list(dataset.classes),
+            "preprocess": to_json(built.preprocess),
+            "tokenizer": built.preprocessor.tokenizer.document if built.preprocessor.tokenizer else None,
+            "dataset": dataset.name,
+            "data_root": dataset.data_root,
+            "input_shape": None if dataset.input_shape is None else list(dataset.input_shape),
+            "input_dtype": dataset.input_dtype,
+            "is_text": dataset.is_text,
+        }
+    }
+
+
+def check_classes(path: str, classes: Sequence[str], dataset: IndexedDataset) -> None:
+    """Refuse a checkpoint whose outputs mean other classes than the dataset's."""
+    if tuple(classes) != dataset.classes:
+        raise ModelError(
+            f"{path} was trained for the {len(classes)} classes {list(classes[:5])} …",
+            f"the {len(dataset.classes)} classes {list(dataset.classes[:5])} … of {dataset.name}, in that order",
+            "use a checkpoint trained on this dataset's classes",
+        )

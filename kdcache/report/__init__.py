@@ -1,1 +1,0 @@
-"""One page of finished runs: `build` collects, `template.html` shows."""

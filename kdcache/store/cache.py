@@ -1,0 +1,195 @@
+"""Reading one split of a cache. Needs numpy, numcodecs and crc32c; no torch, no teacher and not even zarr.
+
+Nothing is returned unchecked: manifest against its sha256, ledger against manifest, chunk against ledger.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kdcache.core.errors import CacheDamaged, CacheIncomplete, CacheNotFound
+from kdcache.store.chunk_reader import REPAIR, ChunkReader, sample_indices
+from kdcache.store.ledger import Ledger
+from kdcache.store.manifest import Manifest, is_cache, read_manifest
+from kdcache.store.row_source import FeedChoice, open_feed
+from kdcache.store.sampler import always, batches_of
+
+
+def cache_splits(path: str | os.PathLike[str]) -> list[str]:
+    """Names of the splits in a cache, sorted.
+
+    Raises:
+        CacheNotFound: there is no cache at the path.
+    """
+    root = Path(path)
+    if not is_cache(root):
+        found = "nothing is there" if not root.exists() else "what is there is something else"
+        raise CacheNotFound(
+            f"no cache at {root}: {found}",
+            "a folder written by dump-teacher",
+            "check the path, or make one with kdcache dump-teacher --out PATH",
+        )
+    return sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+
+
+def open_cache(path: str | os.PathLike[str], split: str = "train", *, allow_partial: bool = False) -> Cache:
+    """Open one split of a cache for reading.
+
+    Args:
+        allow_partial: open a split whose dump has not finished, too; only its committed samples can be read.
+
+    Raises:
+        CacheNotFound: no cache there, or not this split.
+        CacheIncomplete: its dump has not finished.
+        CacheDamaged: manifest or ledger fail their checksums.
+    """
+    splits = cache_splits(path)
+    if split not in splits:
+        raise CacheNotFound(
+            f"the cache {path} has no split {split!r}",
+            f"one of {', '.join(splits) or '(none yet)'}",
+            f"add it: the dump-teacher command that made the cache, with --split {split}",
+        )
+    return Cache(Path(path) / split, allow_partial=allow_partial)
+
+
+class Cache:
+    """One split of a cache: soft targets by sample index.
+
+    May be used from several threads, and goes to forked and spawned processes, where it opens itself anew.
+
+    Attributes:
+        manifest: what the split is of.
+        path: folder of the split.
+    """
+
+    def __init__(self, split_path: Path, *, allow_partial: bool = False) -> None:
+        self.path = split_path
+        self.manifest: Manifest = read_manifest(split_path)
+        self._partial = allow_partial and not self.manifest.complete
+        ledger = Ledger(split_path, self.manifest, views=self.manifest.readable_views)
+        if not self._partial:
+            check_complete(split_path, self.manifest, ledger)
+        self.reader = ChunkReader(split_path, self.manifest, ledger)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _reopen, (self.path, self._partial)
+
+    def __len__(self) -> int:
+        """Number of samples."""
+        return self.manifest.dataset.length
+
+    @property
+    def views(self) -> int:
+        """Number of views of every sample that can be read."""
+        return self.manifest.readable_views
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Class names; a logit's position is its class."""
+        return self.manifest.dataset.classes
+
+    @property
+    def complete(self) -> bool:
+        """Whether every row is there; only a cache opened with `allow_partial` may lack some."""
+        return not self._partial
+
+    def samples(self, view: int = 0) -> NDArray[np.int64]:
+        """Indices of the samples that can be read, (n,), ascending: all of them, unless the cache is partial."""
+        if not 0 <= view < self.views:
+            raise IndexError(f"view is {view}; the cache has {self.views}")
+        if not self._partial:
+            return np.arange(len(self))
+        shards = np.flatnonzero(self.reader.ledger.committed(view))
+        return np.concatenate([np.empty(0, np.int64), *(np.array(self.manifest.rows_of(int(s))) for s in shards)])
+
+    def epoch(
+        self,
+        epoch: int = 0,
+        *,
+        batch_size: int = 256,
+        seed: int = 0,
+        view: int = 0,
+        choice: FeedChoice | None = None,
+    ) -> Iterator[tuple[NDArray[np.int64], NDArray[Any]]]:
+        """The samples of one epoch in shuffled order, each exactly once; the same order everywhere for the same seed.
+
+        Args:
+            choice: memory that may be held, and how rows are fed and shuffled.
+
+        Yields:
+            Sample indices (batch,) and their soft targets (batch, classes).
+
+        Raises:
+            ValueError: the batch size is not positive.
+            CacheDamaged: a chunk fails its checksum.
+        """
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}: it must be at least 1")
+        feed, order, _ = open_feed(
+            self.reader, indices=self.samples(view), seed=seed, schedule=always(view), choice=choice
+        )
+        feed.start_epoch(epoch)
+        for indices in batches_of(order, epoch, batch_size):
+            yield indices, feed.rows(indices)
+
+    def rows(self, indices: Sequence[int] | NDArray[np.integer[Any]], view: int = 0) -> NDArray[Any]:
+        """Soft targets of some samples: logits as the teacher gave them.
+
+        Args:
+            indices: sample indices, (n,), in any order, repeats allowed.
+
+        Returns:
+            (n, classes), in the stored dtype, in the order asked.
+
+        Raises:
+            IndexError: an index or the view is out of range.
+            TypeError: the indices are not integers in one dimension.
+            CacheDamaged: a chunk fails its checksum.
+        """
+        return self.reader.rows("logits", view, sample_indices(indices))
+
+    def column(self, name: str, view: int = 0) -> NDArray[Any]:
+        """One whole array of one view, such as `logits`, `labels` or `input_crc32c`: (samples, *row_shape).
+
+        Raises:
+            CacheIncomplete: the cache is partial.
+            KeyError: the cache does not hold it.
+            CacheDamaged: a chunk fails its checksum.
+        """
+        if self._partial:
+            check_complete(self.path, self.manifest, self.reader.ledger)
+        return self.reader.span(name, view, range(len(self)))
+
+
+def _reopen(split_path: Path, allow_partial: bool) -> Cache:
+    return Cache(split_path, allow_partial=allow_partial)
+
+
+def check_complete(split_path: Path, manifest: Manifest, ledger: Ledger) -> None:
+    """Refuse a split that lacks rows, or whose ledger is not the one that the manifest answers for.
+
+    Raises:
+        CacheIncomplete: its dump has not finished.
+        CacheDamaged: the ledger's digest is another.
+    """
+    if not manifest.complete:
+        done = sum(int(ledger.committed(view).sum()) for view in range(manifest.readable_views))
+        raise CacheIncomplete(
+            f"{split_path} is incomplete: {done} of {manifest.shards * manifest.views} shards are committed",
+            "a finished dump",
+            "run the same dump-teacher command again, which continues it; or give --allow-partial to use what is there",
+        )
+    for view, digest in enumerate(manifest.view_sha256):
+        if (found := ledger.digest(view)) != digest:
+            raise CacheDamaged(
+                f"the ledger of view {view} in {split_path} has sha256 {found}",
+                f"{digest}, as the manifest says",
+                REPAIR,
+            )

@@ -1,0 +1,136 @@
+"""What a cache is of and how runs compare, for a person and for a program; needs no torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from kdcache.core.command_result import Report
+from kdcache.core.errors import CacheDamaged, CacheIncomplete, CacheNotFound
+from kdcache.core.json_records import to_json
+from kdcache.core.progress import Progress
+from kdcache.store.cache import cache_splits
+from kdcache.store.chunk_reader import REPAIR
+from kdcache.store.ledger import Ledger
+from kdcache.store.manifest import Manifest, Preprocess, read_manifest
+from kdcache.store.verify import SplitReport, verify_split
+
+
+def inspect_cache(path: str | os.PathLike[str]) -> Report:
+    """The manifests of a cache's splits with what is committed of each: as data and as text.
+
+    Raises:
+        CacheNotFound, CacheDamaged: the cache cannot be read.
+        CacheIncomplete: not even one split was begun.
+    """
+    splits = {name: _inspect_split(Path(path) / name) for name in cache_splits(path)}
+    if not splits:
+        raise CacheIncomplete(f"the cache {path} has no split yet", "a dump", "run dump-teacher again")
+    data = {"cache": str(path), "splits": {name: split[0] for name, split in splits.items()}}
+    return Report(data, "\n\n".join(text for _, text in splits.values()))
+
+
+def verify_cache(path: str | os.PathLike[str], splits: Sequence[str] = ()) -> Report:
+    """Check every byte of some splits, or of all: as data and as text, with exit code 3 where something is wrong.
+
+    Raises:
+        CacheNotFound: no cache there, or not one of these splits.
+    """
+    names = cache_splits(path)
+    if missing := [name for name in splits if name not in names]:
+        raise CacheNotFound(f"the cache {path} has no split {missing[0]!r}", f"of {', '.join(names) or '(none yet)'}")
+    reports: dict[str, SplitReport] = {}
+    began = time.perf_counter()
+    for name in splits or names:
+        folder = Path(path) / name
+        total = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+        with Progress(f"verify {name}", total, "bytes") as progress:
+            reports[name] = verify_split(folder, on_read=progress.advance)
+    seconds = time.perf_counter() - began
+    whole = bool(reports) and not any(report.problems for report in reports.values())
+    lines = [] if reports else [f"{path} has no split yet"]
+    for name, report in reports.items():
+        state = f"{len(report.problems)} problems" if report.problems else "whole"
+        lines.append(f"{Path(path) / name}: {state}; {report.bytes:,} bytes of {report.shards} shards checked")
+        lines += [f"  damage: {problem}" for problem in report.problems] + [f"  note: {note}" for note in report.notes]
+    checked = sum(report.bytes for report in reports.values())
+    lines.append(f"{checked:,} bytes in {seconds:.2f} s ({checked / max(seconds, 1e-9) / 1e6:,.0f} MB/s)")
+    if not whole:
+        lines.append(f"to do: {REPAIR}")
+    data = {
+        "cache": str(path),
+        "whole": whole,
+        "seconds": seconds,
+        "splits": {name: dataclasses.asdict(report) for name, report in reports.items()},
+    }
+    return Report(data, "\n".join(lines), 0 if whole else CacheDamaged.exit_code)
+
+
+def _inspect_split(split_path: Path) -> tuple[dict[str, Any], str]:
+    manifest = read_manifest(split_path)
+    ledger = Ledger(split_path, manifest)
+    committed = sum(int(ledger.committed(view).sum()) for view in range(manifest.views))
+    stored = sum(file.stat().st_size for file in split_path.rglob("*") if file.is_file())
+    shards = manifest.shards * manifest.views
+    data = {
+        "complete": manifest.complete,
+        "committed_shards": committed,
+        "shards": shards,
+        "views": manifest.readable_views,
+        "views_being_added": manifest.views - manifest.readable_views,
+        "rows": manifest.dataset.length * manifest.readable_views,
+        "bytes": stored,
+        "manifest": to_json(manifest),
+    }
+    return data, _describe(split_path, manifest, committed, shards, stored)
+
+
+def _describe(split_path: Path, manifest: Manifest, committed: int, shards: int, stored: int) -> str:
+    dataset, teacher = manifest.dataset, manifest.teacher
+    logits = manifest.array("logits")
+    unknown = "not known: view 0 is mixed" if manifest.complete else "not known yet"
+    accuracy = unknown if teacher.accuracy is None else f"{teacher.accuracy:.2%} on this split"
+    state = "complete" if manifest.complete else f"incomplete: {committed} of {shards} shards committed"
+    if manifest.extending:
+        added = manifest.views - manifest.readable_views
+        state += f"; {added} more views are being added, {committed} of {shards} shards committed"
+    shape = "of varying size" if dataset.input_shape is None else "×".join(map(str, dataset.input_shape))
+    classes = ", ".join(dataset.classes[:10]) + (", …" if len(dataset.classes) > 10 else "")
+    plain = to_json(Preprocess())
+    steps = [f"{key} {value}" for key, value in to_json(teacher.preprocess).items() if value != plain[key]]
+    preprocess = ", ".join(steps) or "none but scaling to [0, 1]"
+    features = "; ".join(
+        f"{each.layer} ({'×'.join(map(str, manifest.array(each.array).row_shape))}), pool {each.pool}"
+        for each in manifest.features
+    )
+    lines = {
+        "state": state,
+        "dataset": f"{dataset.name}, split {dataset.split}, {dataset.length:,} samples, {dataset.input_dtype} {shape}",
+        "classes": f"{len(dataset.classes)}: {classes}",
+        "labels": f"sha256 {dataset.labels_sha256}",
+        "inputs": f"sha256 of a sample {dataset.sample_sha256}",
+        "teacher": f"{teacher.spec}, {teacher.parameters:,} parameters, accuracy {accuracy}",
+        "weights": f"sha256 {teacher.weights_sha256}",
+        "preprocessing": preprocess,
+        "views": _describe_views(manifest),
+        "features": features or "none",
+        "rows": f"{dataset.length * manifest.readable_views:,}",
+        "encoding": f"{logits.dtype}, compression {logits.compression}, amp {manifest.amp}",
+        "layout": f"chunks of {logits.chunk_rows} rows in shards of {manifest.shard_rows}, {stored:,} bytes in all",
+        "made with": ", ".join(f"{name} {version}" for name, version in manifest.versions.items())
+        + f" on {manifest.device}, seed {manifest.seed}",
+    }
+    width = max(map(len, lines))
+    return "\n".join([str(split_path), *(f"  {name:<{width}}  {value}" for name, value in lines.items())])
+
+
+def _describe_views(manifest: Manifest) -> str:
+    recipe, count = manifest.recipe, manifest.readable_views
+    if recipe.is_plain(1):
+        return f"{count}, the plain sample"
+    plain = "; view 0 is the plain sample" if recipe.plain_view else ""
+    return f"{count}, augment {recipe.augment}, mix {recipe.mix}, seed {recipe.seed}{plain}"

@@ -1,0 +1,166 @@
+"""Rows, chunks and shards: how a split's arrays are cut, where their files lie, and their Zarr metadata."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kdcache.core.errors import UsageError
+from kdcache.store.manifest import ArrayRecord, Manifest
+
+# A chunk is what is read, checked and decoded at once, a shard what is written and committed at once. Beyond these
+# sizes larger ones gain nothing in speed and cost memory: the reader holds several chunks, the writer several shards.
+CHUNK_ROWS, CHUNK_BYTES = 1024, 2 << 20
+SHARD_ROWS, SHARD_BYTES = 16384, 64 << 20
+
+LABEL_FILL = -1
+
+
+def row_bytes(dtype: str, row_shape: tuple[int, ...]) -> int:
+    """Bytes of one row before compression."""
+    return int(np.dtype(dtype).itemsize) * math.prod(row_shape)
+
+
+def _power_of_two_below(value: int) -> int:
+    return 1 << max(value.bit_length() - 1, 0)
+
+
+def choose_chunk_rows(length: int, bytes_a_row: int) -> int:
+    """Rows of one chunk: a power of two within the limits above, no more than the samples need."""
+    fits = _power_of_two_below(max(CHUNK_BYTES // max(bytes_a_row, 1), 1))
+    needed = 1 << (length - 1).bit_length()
+    return min(CHUNK_ROWS, fits, needed)
+
+
+def choose_shard_rows(length: int, bytes_a_row: int, requested: int | None = None) -> int:
+    """Rows of one shard: as requested or a power of two within the limits above, no more than the samples need.
+
+    Raises:
+        UsageError: the requested number is not a power of two.
+    """
+    if requested is None:
+        requested = min(SHARD_ROWS, _power_of_two_below(max(SHARD_BYTES // max(bytes_a_row, 1), 1)))
+    elif requested < 1 or requested & (requested - 1):
+        raise UsageError(
+            f"--shard-rows is {requested}", "a power of two", f"try {_power_of_two_below(max(requested, 1))}"
+        )
+    return min(requested, 1 << (length - 1).bit_length())
+
+
+def build_arrays(
+    *,
+    length: int,
+    logits_dtype: str,
+    classes: int,
+    features: Mapping[str, tuple[int, ...]] | None = None,
+    compression: str = "none",
+    shard_rows: int | None = None,
+) -> tuple[int, tuple[ArrayRecord, ...]]:
+    """Shard size and array records of a split: logits, features, the shared inputs' checksums, labels.
+
+    Args:
+        features: shapes of one row, by name of the array; stored in the dtype of the logits.
+
+    Raises:
+        UsageError: a compression or a shard size that there is not.
+    """
+    zstd_level(compression)
+    shapes = {"logits": (classes,)} | dict(features or {})
+    largest = max(row_bytes(logits_dtype, shape) for shape in shapes.values())
+    shard_rows = choose_shard_rows(length, largest, shard_rows)
+    answers = [
+        ArrayRecord(
+            name=name,
+            dtype=logits_dtype,
+            row_shape=shape,
+            row_names=("class",) if name == "logits" else tuple(f"feature {axis}" for axis in range(len(shape))),
+            chunk_rows=min(choose_chunk_rows(length, row_bytes(logits_dtype, shape)), shard_rows),
+            compression=compression,
+        )
+        for name, shape in shapes.items()
+    ]
+    checksums = ArrayRecord(name="input_crc32c", dtype="uint32", chunk_rows=shard_rows)
+    labels = ArrayRecord(name="labels", dtype="int64", chunk_rows=shard_rows, per_view=False)
+    return shard_rows, (*answers, checksums, labels)
+
+
+def chunks_per_shard(manifest: Manifest, array: ArrayRecord) -> int:
+    return manifest.shard_rows // array.chunk_rows
+
+
+def chunks_in_shard(manifest: Manifest, array: ArrayRecord, shard: int) -> int:
+    """Chunks of a shard that hold rows; the last shard may hold fewer than the others."""
+    return -(-len(manifest.rows_of(shard)) // array.chunk_rows)
+
+
+def shard_path(split_path: Path, array: ArrayRecord, view: int, shard: int) -> Path:
+    """The file of one shard under Zarr's default chunk keys."""
+    position = ([view] if array.per_view else []) + [shard] + [0] * len(array.row_shape)
+    return split_path.joinpath(array.name, "c", *map(str, position))
+
+
+def fill_value(dtype: str) -> float | int:
+    """What a missing row reads as in other Zarr readers: something that no row holds, where there is such a value."""
+    kind = np.dtype(dtype).kind
+    return math.nan if kind == "f" else LABEL_FILL if kind == "i" else 0
+
+
+def predicted_bytes(manifest: Manifest) -> int:
+    """Bytes of the data files of a finished split without compression, to the byte; metadata and ledger aside."""
+    total = 0
+    for array in manifest.arrays:
+        chunk = array.chunk_rows * row_bytes(array.dtype, array.row_shape) + 4
+        index = 16 * chunks_per_shard(manifest, array) + 4 if is_sharded(manifest, array) else 0
+        chunks = sum(chunks_in_shard(manifest, array, shard) for shard in range(manifest.shards))
+        total += (chunks * chunk + manifest.shards * index) * (manifest.views if array.per_view else 1)
+    return total
+
+
+def is_sharded(manifest: Manifest, array: ArrayRecord) -> bool:
+    """Whether a shard holds several chunks behind an index (Zarr's sharding codec), or is one plain chunk."""
+    return array.chunk_rows != manifest.shard_rows
+
+
+def zarr_array_options(manifest: Manifest, array: ArrayRecord) -> dict[str, Any]:
+    """Arguments of `zarr.Group.create_array` for one array."""
+    from zarr.codecs import BloscCodec, Crc32cCodec
+
+    outer = (1,) if array.per_view else ()
+    chunk = (*outer, array.chunk_rows, *array.row_shape)
+    shard = (*outer, manifest.shard_rows, *array.row_shape)
+    compressors: list[Any] = [Crc32cCodec()]
+    if (level := zstd_level(array.compression)) is not None:
+        itemsize = np.dtype(array.dtype).itemsize
+        blosc = BloscCodec(cname="zstd", clevel=level, shuffle="shuffle", typesize=itemsize, blocksize=0)
+        compressors.insert(0, blosc)
+    return {
+        "name": array.name,
+        "shape": (*((manifest.views,) if array.per_view else ()), manifest.dataset.length, *array.row_shape),
+        "dtype": array.dtype,
+        "chunks": chunk,
+        "shards": shard if is_sharded(manifest, array) else None,
+        "compressors": compressors,
+        "fill_value": fill_value(array.dtype),
+        "dimension_names": [*(["view"] if array.per_view else []), "sample", *array.row_names],
+    }
+
+
+def zstd_level(compression: str) -> int | None:
+    """The level in `zstd:LEVEL`; None for `none`.
+
+    zstd comes in Blosc's frame, the bytes of equal rank put together first: half of a logit's bytes compress and half
+    do not, and kept apart they take 7 % less room and half the time to decode.
+
+    Raises:
+        UsageError: neither.
+    """
+    if compression == "none":
+        return None
+    name, _, level = compression.partition(":")
+    if name == "zstd" and (not level or (level.isdecimal() and 1 <= int(level) <= 9)):
+        return int(level or 5)
+    raise UsageError(f"compression is {compression!r}", "none, zstd or zstd:LEVEL with a level of 1 to 9")

@@ -1,0 +1,171 @@
+"""Which shards are committed, and the checksums of what they hold. What the ledger does not name does not exist.
+
+The ledger is a Zarr array of its own: `ledger`, (view, shard, column), uint64, little-endian, crc32c behind each chunk.
+The columns of one entry are, for each of the manifest's arrays in order, the length of the shard's file in bytes and
+the crc32c of each of its chunks. An entry whose first length is 0 is not committed. One chunk holds up to 256 entries
+of one view and is replaced as a whole, so a commit needs no append and no lock shared between views.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from crc32c import crc32c
+from numpy.typing import NDArray
+
+from kdcache.core.atomic_files import storage_errors, write_durable
+from kdcache.core.errors import CacheDamaged
+from kdcache.store.layout import chunks_per_shard, zarr_array_options
+from kdcache.store.manifest import METADATA, ArrayRecord, Manifest
+from kdcache.store.shard_codec import CRC_BYTES
+
+NAME = "ledger"
+BLOCK_SHARDS = 256
+
+
+# For each array, the length of a shard's file and the crc32c of each of its chunks.
+Entry = dict[str, tuple[int, list[int]]]
+
+
+class Ledger:
+    """The ledger of one split, held in memory; every commit goes to disk before the call returns.
+
+    Args:
+        split_path: folder of the split's Zarr group.
+        salvage: take a damaged part as empty instead of raising, and name it in `damaged`.
+        views: how many are looked at; None takes all, those included that are being added.
+
+    Attributes:
+        damaged: (view, block) of the parts that could not be read.
+
+    Raises:
+        CacheDamaged: a ledger file fails its checksum or has the wrong length.
+    """
+
+    def __init__(
+        self, split_path: Path, manifest: Manifest, *, salvage: bool = False, views: int | None = None
+    ) -> None:
+        self._path = split_path / NAME
+        self._manifest = manifest
+        self.damaged: list[tuple[int, int]] = []
+        self._columns: dict[str, tuple[int, int]] = {}
+        width = 0
+        for array in manifest.arrays:
+            self._columns[array.name] = (width, width + 1 + chunks_per_shard(manifest, array))
+            width = self._columns[array.name][1]
+        self._block = min(manifest.shards, BLOCK_SHARDS)
+        blocks = -(-manifest.shards // self._block)
+        views = manifest.views if views is None else views
+        self._entries = np.zeros((views, blocks * self._block, width), "<u8")
+        for view in range(views):
+            for block in range(blocks):
+                try:
+                    self._load(view, block)
+                except CacheDamaged:
+                    if not salvage:
+                        raise
+                    self.damaged.append((view, block))
+
+    @staticmethod
+    def zarr_array_options(manifest: Manifest) -> dict[str, Any]:
+        """Arguments of `zarr.Group.create_array` for the ledger."""
+        from zarr.codecs import Crc32cCodec
+
+        width = sum(1 + chunks_per_shard(manifest, array) for array in manifest.arrays)
+        return {
+            "name": NAME,
+            "shape": (manifest.views, manifest.shards, width),
+            "dtype": "uint64",
+            "chunks": (1, min(manifest.shards, BLOCK_SHARDS), width),
+            "compressors": [Crc32cCodec()],
+            "fill_value": 0,
+            "dimension_names": ["view", "shard", "column"],
+        }
+
+    @property
+    def entries(self) -> NDArray[np.uint64]:
+        """(views, shards, columns), uint64."""
+        return self._entries[:, : self._manifest.shards]
+
+    def committed(self, view: int) -> NDArray[np.bool_]:
+        """(shards,): which shards of a view are committed."""
+        return np.asarray(self.entries[view, :, 0] != 0)
+
+    def lookup(self, array: ArrayRecord, view: int, shard: int) -> tuple[int, NDArray[np.uint64]]:
+        """Bytes of the shard's file and the crc32c of each of its chunks."""
+        start, stop = self._columns[array.name]
+        entry = self.entries[view if array.per_view else 0, shard, start:stop]
+        return int(entry[0]), entry[1:]
+
+    def digest(self, view: int) -> str:
+        """sha256 of a view's entries."""
+        return hashlib.sha256(self.entries[view].tobytes()).hexdigest()
+
+    def commit(self, view: int, shard: int, entry: Entry) -> None:
+        """Record a shard whose data is already durable."""
+        before = self._entries[view, shard].copy()
+        try:
+            self.set(view, shard, entry)
+            self._save_block(view, shard // self._block)
+        except BaseException:
+            self._entries[view, shard] = before
+            raise
+
+    def forget(self, view: int, shard: int) -> None:
+        """Record that a shard is not committed any more."""
+        self._entries[view, shard] = 0
+        self._save_block(view, shard // self._block)
+
+    def set(self, view: int, shard: int, entry: Entry) -> None:
+        """Enter a shard in memory only."""
+        for name, (length, crcs) in entry.items():
+            start, stop = self._columns[name]
+            self._entries[view, shard, start:stop] = [length, *crcs]
+
+    def save(self, view: int) -> None:
+        """Put all entries of a view to disk."""
+        for block in range(self._entries.shape[1] // self._block):
+            self._save_block(view, block)
+
+    def _save_block(self, view: int, block: int) -> None:
+        payload = self._entries[view, block * self._block : (block + 1) * self._block].tobytes()
+        write_durable(self._file(view, block), payload + crc32c(payload).to_bytes(CRC_BYTES, "little"))
+
+    def _file(self, view: int, block: int) -> Path:
+        return self._path / "c" / str(view) / str(block) / "0"
+
+    def _load(self, view: int, block: int) -> None:
+        path = self._file(view, block)
+        if not path.exists():
+            return
+        with storage_errors("read", path):
+            data = path.read_bytes()
+        target = self._entries[view, block * self._block : (block + 1) * self._block]
+        payload, stored = data[:-CRC_BYTES], data[-CRC_BYTES:]
+        if len(payload) != target.nbytes or crc32c(payload).to_bytes(CRC_BYTES, "little") != stored:
+            raise CacheDamaged(
+                f"the ledger file {self._file(view, block)} is damaged",
+                f"{target.nbytes + CRC_BYTES} bytes that match their crc32c",
+                "run the dump-teacher command that made it with --repair, or restore the file from a copy",
+            )
+        target[:] = np.frombuffer(payload, "<u8").reshape(target.shape)
+
+
+def create_arrays(group: Any, manifest: Manifest) -> None:
+    """Create a split's arrays and its ledger, without data, in a zarr group."""
+    for array in manifest.arrays:
+        group.create_array(**zarr_array_options(manifest, array))
+    group.create_array(**Ledger.zarr_array_options(manifest))
+
+
+def array_metadata(manifest: Manifest) -> dict[str, bytes]:
+    """The Zarr metadata of a split's arrays and of its ledger, by path within the split."""
+    import zarr
+    from zarr.storage import MemoryStore
+
+    files: dict[str, Any] = {}
+    create_arrays(zarr.create_group(MemoryStore(files), zarr_format=3), manifest)
+    return {path: buffer.to_bytes() for path, buffer in files.items() if path != METADATA}

@@ -1,0 +1,358 @@
+"""What a cache is of. One manifest a split, kept as JSON in the attributes of the split's Zarr group, with its sha256.
+
+The manifest is the root of trust: it carries the digest of each finished view's ledger, the ledger carries the crc32c
+of every chunk, and so one hash answers for every byte of a finished split.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from kdcache.core.atomic_files import storage_errors
+from kdcache.core.errors import CacheDamaged, UsageError
+from kdcache.core.json_records import canonical_json, from_json, to_json
+
+SCHEMA = 1
+ATTRIBUTE = "kdcache"
+METADATA = "zarr.json"
+ROOT_MARK = {"cache": 1}
+
+_REMEDY = "run the dump-teacher command that made it with --repair, or restore the file from a copy"
+_SPLIT_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+
+# What may differ between two runs of one dump: results, hints and circumstances, not settings.
+NOT_IDENTITY = frozenset(
+    {"views", "view_sha256", "dataset.data_root", "teacher.accuracy", "device", "batch_size"}
+    | {"versions.cpu", "versions.python"}
+)
+
+NONE = "none"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Preprocess:
+    """The deterministic way from a shared input to what one network takes.
+
+    Attributes:
+        resize: length of the shorter side after resizing, in pixels; None keeps the size.
+        crop: side of the centre square kept after resizing, in pixels; None keeps everything.
+        interpolation: how pixels are resampled: `nearest`, `bilinear` or `bicubic`.
+        antialias: whether resampling smooths first.
+        mean: per channel, subtracted after scaling uint8 to [0, 1]; empty subtracts nothing.
+        std: per channel, divided by; as long as `mean`.
+        max_tokens: of a sequence of token ids: longer ones are cut, shorter ones filled; None for what is no sequence.
+        pad_id: the token that fills them.
+        vocabulary_size: token ids are below it; given with `max_tokens`.
+        tokenizer_sha256: of the tokenizer that makes token ids of text; empty where samples are token ids already.
+    """
+
+    resize: int | None = None
+    crop: int | None = None
+    interpolation: str = "bilinear"
+    antialias: bool = True
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+    max_tokens: int | None = None
+    pad_id: int = 0
+    vocabulary_size: int | None = None
+    tokenizer_sha256: str = ""
+
+    def __post_init__(self) -> None:
+        if len(self.mean) != len(self.std):
+            raise ValueError(f"mean has {len(self.mean)} channels and std has {len(self.std)}: both must name the same")
+        if not all(value > 0 and math.isfinite(value) for value in self.std):
+            raise ValueError(f"std is {self.std}: every channel must be positive and finite")
+        if not all(map(math.isfinite, self.mean)):
+            raise ValueError(f"mean is {self.mean}: every channel must be finite")
+        for name in ("resize", "crop"):
+            if (size := getattr(self, name)) is not None and size < 1:
+                raise ValueError(f"{name} is {size}: it must be at least 1 pixel")
+        if (self.max_tokens is None) != (self.vocabulary_size is None):
+            raise ValueError(
+                f"max_tokens is {self.max_tokens}, vocabulary_size {self.vocabulary_size}: both or neither"
+            )
+        if self.max_tokens is not None and self.max_tokens < 1:
+            raise ValueError(f"max_tokens is {self.max_tokens}: a sequence needs at least one")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DatasetRecord:
+    """Which samples, in which order.
+
+    Attributes:
+        name: the dataset's spec, such as `mnist` or `folder:images`.
+        classes: class names; a label is a position in this tuple.
+        input_dtype: of the shared input, such as `uint8`.
+        input_shape: of one shared input, channels first; None where samples differ in size.
+        sample_sha256: fingerprint of a keyed sample of the shared inputs (indices, shapes and bytes).
+        labels_sha256: fingerprint of all labels as little-endian int64; None until all are known.
+        data_root: where the dump found the data; a hint for training on the same machine.
+    """
+
+    name: str
+    split: str
+    length: int
+    classes: tuple[str, ...]
+    input_dtype: str
+    input_shape: tuple[int, ...] | None
+    sample_sha256: str
+    labels_sha256: str | None = None
+    data_root: str | None = None
+
+    def __post_init__(self) -> None:
+        if not _SPLIT_NAME.fullmatch(self.split):
+            raise UsageError(f"the split is named {self.split!r}", "letters, digits, _, - and . (not in front)")
+        if self.length < 1:
+            raise ValueError(f"length is {self.length}: a cache needs at least one sample")
+        if not self.classes:
+            raise ValueError("classes is empty: a cache needs class names")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TeacherRecord:
+    """Who answered.
+
+    Attributes:
+        weights_sha256: hash of names, shapes, dtypes and bytes of the weights.
+        parameters: number of parameters.
+        accuracy: top-1 accuracy on the dumped split's view 0, 0 to 1; None until the dump is complete, and where view 0
+            is mixed and has no one label.
+    """
+
+    spec: str
+    weights_sha256: str
+    parameters: int
+    preprocess: Preprocess
+    accuracy: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ViewRecipe:
+    """How the shared input of (view, sample) is made of plain samples. By default it is the plain sample.
+
+    Attributes:
+        augment: spec of the augmentation, such as `affine`; `none` leaves samples as they are.
+        parameters: of the augmentation, by dotted name, as text; two that differ are two augmentations.
+        mix: `none`, `mixup:ALPHA`, `cutmix:ALPHA` or `uniform`.
+        seed: with view and index, all that the augmentation and the mixing are drawn from.
+        plain_view: whether view 0 is the plain sample nevertheless.
+        input_shape: of one augmented input, channels first; None where they differ in size.
+    """
+
+    augment: str = NONE
+    parameters: dict[str, str] = field(default_factory=dict)
+    mix: str = NONE
+    seed: int = 0
+    plain_view: bool = False
+    input_shape: tuple[int, ...] | None = None
+
+    def is_plain(self, view: int) -> bool:
+        """Whether a view is the plain sample."""
+        return (self.augment == NONE and self.mix == NONE) or (self.plain_view and view == 0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ArrayRecord:
+    """One array of a split and how it is stored.
+
+    Attributes:
+        name: of the Zarr array.
+        dtype: stored, as numpy spells it without byte order: `float16`, `int64`, …; always little-endian on disk.
+        row_shape: shape of one row: (C,) for logits, () for labels.
+        row_names: dimension names of `row_shape`.
+        chunk_rows: rows of one chunk, the unit that is read, checked and decoded whole.
+        per_view: whether each view has rows of its own (logits) or all views share them (labels).
+        compression: `none` or `zstd:LEVEL`.
+    """
+
+    name: str
+    dtype: str
+    row_shape: tuple[int, ...] = ()
+    row_names: tuple[str, ...] = ()
+    chunk_rows: int
+    per_view: bool = True
+    compression: str = "none"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FeatureRecord:
+    """Which features of the teacher an array holds.
+
+    Attributes:
+        layer: path of the module whose output it is, or `penultimate`.
+        pool: `avg` where places were averaged, else `none`.
+        array: name of the Zarr array.
+    """
+
+    layer: str
+    pool: str
+    array: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """What one split of a cache is of.
+
+    Attributes:
+        views: how many versions of every sample the teacher answers for, those included that are being added.
+        recipe: how views are made of samples.
+        arrays: what is stored for each row; `logits` is the first.
+        features: which arrays are features of the teacher, and of which layer.
+        shard_rows: rows of one shard, the unit that is written and committed whole.
+        versions: of every package that could change an input or an answer.
+        amp: precision of the teacher's forward pass: `off`, `bf16` or `fp16`.
+        view_sha256: digest of the ledger of each finished view, in view order; none until the first dump is complete.
+    """
+
+    schema: int = SCHEMA
+    dataset: DatasetRecord
+    teacher: TeacherRecord
+    views: int = 1
+    recipe: ViewRecipe = ViewRecipe()
+    arrays: tuple[ArrayRecord, ...]
+    features: tuple[FeatureRecord, ...] = ()
+    shard_rows: int
+    seed: int
+    amp: str
+    device: str
+    batch_size: int
+    versions: dict[str, str]
+    view_sha256: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.schema != SCHEMA:
+            raise ValueError(f"schema is {self.schema}: this version reads {SCHEMA}")
+        if self.views < 1 or len(self.view_sha256) > self.views:
+            raise ValueError(f"views is {self.views}, {len(self.view_sha256)} are finished: a cache needs at least one")
+        for array in self.arrays:
+            if self.shard_rows % array.chunk_rows:
+                raise ValueError(
+                    f"shard_rows is {self.shard_rows}, chunk_rows of {array.name} is {array.chunk_rows}: "
+                    "a shard must hold a whole number of chunks"
+                )
+
+    @property
+    def complete(self) -> bool:
+        """Whether there are finished views, which can be read; more may be on their way."""
+        return bool(self.view_sha256)
+
+    @property
+    def readable_views(self) -> int:
+        """The finished views; of a dump that has not finished, those that it will have."""
+        return len(self.view_sha256) or self.views
+
+    @property
+    def extending(self) -> bool:
+        """Whether views are being added to finished ones."""
+        return 0 < len(self.view_sha256) < self.views
+
+    @property
+    def shards(self) -> int:
+        """Shards of one view."""
+        return -(-self.dataset.length // self.shard_rows)
+
+    def array(self, name: str) -> ArrayRecord:
+        """The record of one array.
+
+        Raises:
+            KeyError: the cache does not hold it.
+        """
+        for record in self.arrays:
+            if record.name == name:
+                return record
+        raise KeyError(name)
+
+    def rows_of(self, shard: int) -> range:
+        """The sample indices of one shard."""
+        start = shard * self.shard_rows
+        return range(start, min(start + self.shard_rows, self.dataset.length))
+
+
+def manifest_attributes(manifest: Manifest) -> dict[str, Any]:
+    """The group attributes that carry a manifest."""
+    return {ATTRIBUTE: {"manifest": to_json(manifest), "sha256": manifest_sha256(manifest)}}
+
+
+def manifest_sha256(manifest: Manifest) -> str:
+    """The hash that answers for a split: of its manifest, and so of all that a finished one covers."""
+    return hashlib.sha256(canonical_json(to_json(manifest))).hexdigest()
+
+
+def read_manifest(split_path: Path) -> Manifest:
+    """The manifest of a split, checked against its digest.
+
+    Raises:
+        CacheDamaged: it is missing, was edited, or a version wrote it that this one cannot read.
+    """
+    holder = _group_attribute(split_path)
+    if not isinstance(holder, dict) or not {"manifest", "sha256"} <= holder.keys():
+        raise CacheDamaged(f"{split_path}: the kdcache attribute is not a manifest with its sha256", remedy=_REMEDY)
+    digest = hashlib.sha256(canonical_json(holder["manifest"])).hexdigest()
+    if digest != holder["sha256"]:
+        raise CacheDamaged(
+            f"{split_path}: the manifest's sha256 is {digest}", f"{holder['sha256']}, as written", _REMEDY
+        )
+    manifest = from_json(Manifest, holder["manifest"], where=str(split_path), error=CacheDamaged)
+    if manifest.dataset.split != split_path.name:
+        raise CacheDamaged(
+            f"{split_path} holds the split {manifest.dataset.split!r}",
+            f"{split_path.name!r}, as its folder says",
+            "give the folder its name back",
+        )
+    return manifest
+
+
+def is_cache(path: Path) -> bool:
+    """Whether a cache's root group is at a path; False for nothing and for anything else.
+
+    Raises:
+        CacheDamaged: it is the root of a cache that this version cannot read.
+    """
+    if not (path / METADATA).is_file():
+        return False
+    document = _read_json(path / METADATA)
+    attributes = document.get("attributes") if isinstance(document, dict) else None
+    if not isinstance(attributes, dict) or ATTRIBUTE not in attributes:
+        return False
+    if _group_attribute(path) != ROOT_MARK:
+        raise CacheDamaged(
+            f"{path} is marked {attributes[ATTRIBUTE]!r}", f"{ROOT_MARK!r}, which this version reads", _REMEDY
+        )
+    return True
+
+
+def _group_attribute(group_path: Path) -> Any:
+    """What a Zarr group's attributes hold for kdcache; None where they hold nothing."""
+    path = group_path / METADATA
+    document = _read_json(path)
+    try:
+        if document["node_type"] != "group" or document["zarr_format"] != 3:
+            raise ValueError(f"node_type {document['node_type']!r}, zarr_format {document['zarr_format']!r}")
+        return document["attributes"].get(ATTRIBUTE)
+    except (ValueError, KeyError, TypeError, AttributeError) as problem:
+        raise _not_a_group(path, problem) from problem
+
+
+def _read_json(path: Path) -> Any:
+    def refuse(constant: str) -> None:
+        raise ValueError(f"it holds {constant}")
+
+    if not path.exists():
+        raise CacheDamaged(f"{path} is missing", "the metadata of a Zarr group", _REMEDY)
+    try:
+        with storage_errors("read", path):
+            return json.loads(path.read_bytes(), parse_constant=refuse)
+    except ValueError as problem:
+        raise _not_a_group(path, problem) from problem
+
+
+def _not_a_group(path: Path, problem: Exception) -> CacheDamaged:
+    return CacheDamaged(
+        f"{path} is not the metadata of a Zarr group: {problem}", "JSON with node_type group and attributes", _REMEDY
+    )

@@ -1,0 +1,81 @@
+"""Finding what of a split must be computed again, and giving back what can be proved without computing."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from kdcache.store.chunk_reader import ChunkReader
+from kdcache.store.layout import chunks_in_shard, chunks_per_shard, shard_path
+from kdcache.store.manifest import ArrayRecord
+from kdcache.store.shard_codec import CRC_BYTES, BadChunk, chunk_stride, decode_index, index_bytes
+from kdcache.store.verify import check_places, committed_places
+from kdcache.store.writer import SplitWriter
+
+
+def prepare_repair(writer: SplitWriter) -> list[str]:
+    """Take every damaged shard out of the ledger, so that it is pending; what was found, as text.
+
+    A damaged ledger is first rebuilt from the checksums in the shards' own files, and believed where the manifest's
+    digest proves it.
+    """
+    manifest, ledger = writer.manifest, writer.ledger
+    found = list(writer.restored)
+    reader = ChunkReader(writer.path, manifest, ledger)
+    if writer.proof_needed:
+        found.append("the manifest is damaged; it is written again if its sha256 or what it says proves it")
+    for view in sorted({view for view, _ in ledger.damaged}):
+        if _rebuild(reader, view):
+            found.append(f"the ledger of view {view} was damaged; rebuilt from the shards and proved by the manifest")
+        else:
+            found.append(f"the ledger of view {view} is damaged; its shards are computed again")
+    broken: set[tuple[int, int]] = set()
+    for (_, view, shard), problem in check_places(reader, committed_places(manifest, ledger)):
+        if problem is not None:
+            found.append(problem.found)
+            broken.add((view, shard))
+    if broken or writer.pending():
+        writer.check_proved()
+    for view, shard in sorted(broken):
+        ledger.forget(view, shard)
+    missing = [place for place in writer.pending() if place not in broken]
+    if missing and manifest.complete:
+        found.append(f"{len(missing)} shards are not in the ledger")
+    return found
+
+
+def _rebuild(reader: ChunkReader, view: int) -> bool:
+    """Enter a view's shards as their files describe themselves, if the manifest's digest proves that ledger."""
+    manifest, ledger = reader.manifest, reader.ledger
+    if view >= len(manifest.view_sha256):
+        return False
+    before = ledger.entries[view].copy()
+    try:
+        for shard in np.flatnonzero(~ledger.committed(view)):
+            entry = {
+                array.name: _describe(reader, array, view, int(shard))
+                for array in manifest.arrays
+                if array.per_view or view == 0
+            }
+            ledger.set(view, int(shard), entry)
+    except (BadChunk, OSError):
+        ledger.entries[view] = before
+        return False
+    if ledger.digest(view) != manifest.view_sha256[view]:
+        ledger.entries[view] = before
+        return False
+    ledger.save(view)
+    return True
+
+
+def _describe(reader: ChunkReader, array: ArrayRecord, view: int, shard: int) -> tuple[int, list[int]]:
+    """A shard's ledger entry as its file has it: its length, and the crc32c that stands behind each chunk."""
+    manifest = reader.manifest
+    data = shard_path(reader.path, array, view, shard).read_bytes()
+    ends = [len(data)]
+    if index := index_bytes(manifest, array):
+        table = decode_index(data[len(data) - index :])[: chunks_in_shard(manifest, array, shard)]
+        ends = [int(offset + size) for offset, size in table]
+    elif array.compression == "none" and len(data) != chunk_stride(array):
+        raise BadChunk(f"its file has {len(data)} bytes")
+    crcs = [int.from_bytes(data[end - CRC_BYTES : end], "little") for end in ends]
+    return len(data), crcs + [0] * (chunks_per_shard(manifest, array) - len(crcs))

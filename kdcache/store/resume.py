@@ -1,0 +1,151 @@
+"""What stands where a split is to be written: the same dump, another one, or what is left of a damaged one."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from kdcache.core import file_lock
+from kdcache.core.atomic_files import TEMPORARY
+from kdcache.core.errors import CacheDamaged, CacheIncomplete, CacheNotFound, TargetExists
+from kdcache.core.json_records import brief, differences, from_json, to_json
+from kdcache.store.manifest import ATTRIBUTE, METADATA, NOT_IDENTITY, Manifest, is_cache, manifest_sha256, read_manifest
+
+
+def check_target(path: Path, manifest: Manifest, *, repair: bool = False, add_views: int = 0) -> Manifest | None:
+    """The manifest of the same dump that stands at a target, None where the place is free; reads only.
+
+    A dump may be asked for fewer views than stand there: it was extended since.
+
+    Args:
+        repair: take `manifest` itself where the one there is damaged; `SplitWriter.finish` asks for proof.
+        add_views: give the manifest that stands there room for so many more than `manifest` has.
+
+    Raises:
+        TargetExists: something else stands there.
+        CacheNotFound, CacheIncomplete: there is nothing to add views to, or its dump has not finished.
+        CacheDamaged: a cache stands there that cannot be read.
+    """
+    found = _same_dump(path, manifest, repair=repair, exact_versions=repair or add_views > 0)
+    split = path / manifest.dataset.split
+    if add_views:
+        return _with_room(split, found, manifest.views, add_views)
+    if found is None or manifest.views == found.readable_views:
+        return found
+    there, coming = found.readable_views, found.views - found.readable_views
+    if found.complete and manifest.views < there:
+        return found
+    advice = f"give --views {there} --add-views {manifest.views - there} to extend it, or " if found.complete else ""
+    if coming and found.complete:
+        advice = f"give --views {there} --add-views {coming} to finish what is being added, or "
+    raise TargetExists(
+        f"{split} holds another dump: views is {there} there and {manifest.views} here",
+        f"--views {there} to continue or keep it",
+        f"{advice}choose another --out; nothing was changed",
+    )
+
+
+def _with_room(split: Path, found: Manifest | None, views: int, add_views: int) -> Manifest:
+    """What stands there with room for `views` + `add_views` in all: a number to reach, so it can be asked for twice."""
+    if found is None:
+        raise CacheNotFound(
+            f"there is no {split} to add views to", "a finished dump", "leave out --add-views to dump it first"
+        )
+    if not found.complete:
+        raise CacheIncomplete(
+            f"{split} has not finished its {found.views} views", "a finished dump", "run it without --add-views first"
+        )
+    there, wanted = found.readable_views, views + add_views
+    if there == wanted and not found.extending:
+        return found
+    if there != views or (found.extending and found.views != wanted):
+        coming = f", and {found.views - there} more are being added" if found.extending else ""
+        advice = f"--views {there} --add-views {found.views - there if found.extending else add_views}"
+        raise TargetExists(
+            f"{split} has {there} views{coming}; --views {views} --add-views {add_views} asks for {wanted}",
+            f"--views {there}, as many as there are, and --add-views, as many as are to come",
+            f"give {advice}; nothing was changed",
+        )
+    return replace(found, views=wanted)
+
+
+def _same_dump(path: Path, manifest: Manifest, *, repair: bool, exact_versions: bool) -> Manifest | None:
+    if not is_cache(path):
+        if os.path.lexists(path) and not (path.is_dir() and _is_free(path)):
+            raise TargetExists(
+                f"{path} exists and is not a kdcache cache",
+                "a free path, an empty folder, or a cache",
+                "choose another --out; nothing was changed",
+            )
+        return None
+    split = path / manifest.dataset.split
+    if not split.exists():
+        return None
+    try:
+        found = read_manifest(split)
+    except CacheDamaged:
+        if repair:
+            return recorded_manifest(split, manifest) or manifest
+        raise
+    # A finished split is only read, so another version of a package cannot mix two kinds of rows in it.
+    ignore = NOT_IDENTITY | ({"versions"} if found.complete and not exact_versions else set())
+    if None in (found.dataset.labels_sha256, manifest.dataset.labels_sha256):
+        ignore |= {"dataset.labels_sha256"}
+    if changes := differences(found, manifest, ignore=ignore):
+        raise TargetExists(
+            f"{split} holds another dump: "
+            + "; ".join(f"{field} is {brief(old)} there and {brief(new)} here" for field, old, new in changes[:8]),
+            "the same settings to continue or keep it",
+            "choose another --out, or give the settings it was made with; nothing was changed",
+        )
+    return found
+
+
+def recorded_manifest(split_path: Path, manifest: Manifest) -> Manifest | None:
+    """The manifest that a damaged one was, if what is left of it proves that it was of this dump; None if nothing does.
+
+    What a dump is of is known from the dump; what came out of it is taken from what is recorded. Together they are it
+    if they have the recorded sha256, or if the recorded settings are those of this dump.
+    """
+    try:
+        attribute = json.loads((split_path / METADATA).read_bytes())["attributes"][ATTRIBUTE]
+        recorded = attribute["manifest"]
+        results = {name: recorded[name] for name in ("views", "view_sha256", "device", "batch_size", "versions")}
+        own = to_json(manifest)
+        candidate = from_json(
+            Manifest,
+            own
+            | results
+            | {"dataset": own["dataset"] | {name: recorded["dataset"][name] for name in ("data_root", "labels_sha256")}}
+            | {"teacher": own["teacher"] | {"accuracy": recorded["teacher"]["accuracy"]}},
+            where=str(split_path),
+            error=CacheDamaged,
+        )
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return candidate if manifest_sha256(candidate) == attribute.get("sha256") else None
+
+
+def check_proof(path: Path, attribute: dict[str, Any], problem: CacheDamaged) -> None:
+    """Let a manifest take the place of a damaged one only if it is that one: by its sha256, or by what it says."""
+    recorded = path.read_bytes() if path.exists() else b""
+    if attribute["sha256"].encode() in recorded:
+        return
+    try:
+        if json.loads(recorded)["attributes"][ATTRIBUTE]["manifest"] == attribute["manifest"]:
+            return
+    except (ValueError, KeyError, TypeError):
+        pass
+    raise CacheDamaged(
+        f"{problem.found}; the manifest that this dump would write is another one",
+        "proof that the split is of this dump: the recorded sha256, or the recorded manifest",
+        "give the very command and versions that made it, or dump again into another folder",
+    ) from problem
+
+
+def _is_free(folder: Path) -> bool:
+    """Whether a folder holds nothing but what a dump that was killed at its very start leaves."""
+    return all(entry.name == file_lock.NAME or entry.name == METADATA + TEMPORARY for entry in folder.iterdir())

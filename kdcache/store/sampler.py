@@ -1,0 +1,172 @@
+"""Which view an epoch uses, and in which order it visits the samples: shuffled exactly, or within windows of chunks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
+from typing import NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kdcache.core import rng
+from kdcache.core.errors import UsageError
+
+# From an epoch, counted from 0, to the view that it uses.
+Schedule = Callable[[int], int]
+
+
+def always(view: int) -> Schedule:
+    """The schedule of one view."""
+    return lambda epoch: view
+
+
+def view_schedule(kind: str, views: Sequence[int], *, available: int, seed: int) -> Schedule:
+    """The schedule that a name means.
+
+    Args:
+        kind: `cycle` takes the views in turn; `shuffle` takes each once, in a new order, before any comes again;
+            `fixed:K` always takes view K.
+        views: that are used; empty for all.
+        available: views of the cache.
+
+    Raises:
+        UsageError: there is no such schedule or view.
+    """
+    used = list(views) or list(range(available))
+    _check_views(used, available)
+    name, _, fixed = kind.partition(":")
+    if name == "fixed" and fixed.isdecimal():
+        used = [int(fixed)]
+        _check_views(used, available)
+    elif kind not in ("cycle", "shuffle"):
+        raise UsageError(f"--view-schedule is {kind!r}", "cycle, shuffle or fixed:K, with K the number of a view")
+    if kind == "shuffle":
+        return lambda epoch: used[rng.permutation(len(used), seed, "view order", epoch // len(used))[epoch % len(used)]]
+    return lambda epoch: used[epoch % len(used)]
+
+
+def _check_views(used: Sequence[int], available: int) -> None:
+    if wrong := [view for view in used if not 0 <= view < available]:
+        raise UsageError(f"view {wrong[0]} is asked for", f"0 to {available - 1}: the cache has {available} views")
+    if len(set(used)) < len(used):
+        raise UsageError(f"the views {used} name one twice", "each view once")
+
+
+class EpochOrder(Protocol):
+    """Orders the samples of an epoch; the same on every machine for the same seed.
+
+    Attributes:
+        layout: what else than samples and seed an order follows from; two that agree in all three are the same.
+    """
+
+    layout: tuple[int, ...]
+
+    def __len__(self) -> int:
+        """Samples in an epoch."""
+        ...
+
+    def runs(self, epoch: int) -> Iterator[NDArray[np.int64]]:
+        """Sample indices in the order of the epoch, each exactly once, in runs of any length."""
+        ...
+
+
+class ExactOrder:
+    """Every order is as likely as any other. The first choice wherever rows can be read at random.
+
+    Args:
+        indices: the samples that are visited, (n,), ascending.
+    """
+
+    def __init__(self, indices: NDArray[np.int64], seed: int) -> None:
+        self._indices, self._seed = indices, seed
+        self.layout: tuple[int, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def runs(self, epoch: int) -> Iterator[NDArray[np.int64]]:
+        yield self._indices[rng.permutation(len(self._indices), self._seed, "epoch order", epoch)]
+
+
+class Window(NamedTuple):
+    """Some chunks whose rows are visited together, shuffled.
+
+    Attributes:
+        chunks: (chunks,).
+        samples: (rows,), in the order they are visited.
+        places: (rows,), where each lies when the chunks lie one behind the other.
+    """
+
+    chunks: NDArray[np.int64]
+    samples: NDArray[np.int64]
+    places: NDArray[np.int64]
+
+
+class WindowOrder:
+    """Chunks in random order, and the rows of `window_chunks` of them at a time in random order.
+
+    Each chunk is thus needed for one window of each epoch and for no other.
+
+    Args:
+        indices: the samples that are visited, (n,), ascending.
+        chunk_rows: rows of one chunk of the cache, which is also an attribute.
+    """
+
+    def __init__(self, indices: NDArray[np.int64], seed: int, *, chunk_rows: int, window_chunks: int) -> None:
+        self._indices, self._seed = indices, seed
+        self._window_chunks, self.chunk_rows = window_chunks, chunk_rows
+        self.layout: tuple[int, ...] = (chunk_rows, window_chunks)
+        self._chunks, self._starts = np.unique(indices // chunk_rows, return_index=True)
+        self._stops = np.append(self._starts[1:], len(indices))
+        # Drawn by who visits the samples and again by who reads their rows, a few windows ahead.
+        self._window = lru_cache(maxsize=8)(self._draw)
+        self._chunk_order = lru_cache(maxsize=2)(self._draw_chunk_order)
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def windows(self, epoch: int) -> Iterator[Window]:
+        """The windows of an epoch, in order."""
+        for number in range(-(-len(self._chunks) // self._window_chunks)):
+            yield self._window(epoch, number)
+
+    def runs(self, epoch: int) -> Iterator[NDArray[np.int64]]:
+        for window in self.windows(epoch):
+            yield window.samples
+
+    def _draw(self, epoch: int, number: int) -> Window:
+        members = self._chunk_order(epoch)[number * self._window_chunks : (number + 1) * self._window_chunks]
+        rows = np.concatenate([self._indices[self._starts[chunk] : self._stops[chunk]] for chunk in members])
+        lie = np.repeat(np.arange(len(members)), (self._stops - self._starts)[members]) * self.chunk_rows
+        order = rng.permutation(len(rows), self._seed, "window order", epoch, number)
+        places = (lie + rows % self.chunk_rows)[order]
+        return Window(chunks=self._chunks[members], samples=rows[order], places=places)
+
+    def _draw_chunk_order(self, epoch: int) -> NDArray[np.int64]:
+        return rng.permutation(len(self._chunks), self._seed, "chunk order", epoch)
+
+
+def batches_of(order: EpochOrder, epoch: int, batch_size: int) -> Iterator[NDArray[np.int64]]:
+    """An epoch's order cut into batches; the last may be smaller, and one single sample joins the batch before it."""
+    # Batch normalisation cannot train on one sample; who asks for batches of one does not need it to.
+    stragglers = 1 if batch_size > 1 else 0
+    left = np.empty(0, np.int64)
+    for run in order.runs(epoch):
+        left = np.concatenate([left, run]) if len(left) else run
+        # Enough stays back that the last batch can still be cut as the rule says.
+        whole = max((len(left) - 1 - stragglers) // batch_size, 0)
+        for start in range(0, whole * batch_size, batch_size):
+            yield left[start : start + batch_size]
+        left = left[whole * batch_size :]
+    while len(left) > batch_size + stragglers:
+        yield left[:batch_size]
+        left = left[batch_size:]
+    if len(left):
+        yield left
+
+
+def batch_count(samples: int, batch_size: int) -> int:
+    """How many batches `batches_of` makes of an epoch."""
+    whole, left = divmod(samples, batch_size)
+    return whole + (left > 1 or (left == 1 and whole == 0))

@@ -1,0 +1,72 @@
+"""What is known of a split once every row was seen: the teacher's accuracy on view 0, the hash of all labels."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import replace
+from typing import Any
+
+from numpy.typing import NDArray
+
+from kdcache.store.chunk_reader import ChunkReader
+from kdcache.store.encoding import encode_answers
+from kdcache.store.manifest import NONE, Manifest
+from kdcache.store.writer import SplitWriter
+
+
+class Tally:
+    """Commits shards in order and counts their rows; what an earlier run committed is read back in its turn."""
+
+    def __init__(self, writer: SplitWriter) -> None:
+        self._writer = writer
+        self._reader = ChunkReader(writer.path, writer.manifest, writer.ledger)
+        self._correct = 0
+        self._labels = hashlib.sha256()
+        self._next_shard = 0
+        self._catch_up()
+
+    def commit(self, view: int, shard: int, arrays: dict[str, NDArray[Any]], encoding: str) -> None:
+        """Encode and commit the rows of one shard.
+
+        Args:
+            arrays: for each array of the manifest its rows; logits and features as the teacher gave them.
+
+        Raises:
+            TeacherOutputError: an answer that the encoding cannot hold.
+            StorageError: the disk refused.
+        """
+        manifest = self._writer.manifest
+        first = manifest.rows_of(shard).start
+        stored = {
+            name: encode_answers(arrays[name], encoding, first_sample=first, name=name)
+            for name in ("logits", *(feature.array for feature in manifest.features))
+        }
+        self._writer.commit(view, shard, arrays | stored)
+        if view == 0:
+            self._count(stored["logits"], arrays["labels"])
+            self._catch_up()
+
+    def finish(self) -> Manifest:
+        """Seal the split with what was counted; the manifest as it now stands on disk."""
+        manifest = self._writer.manifest
+        mixed = manifest.recipe.mix != NONE and not manifest.recipe.is_plain(0)
+        finished = replace(
+            manifest,
+            dataset=replace(manifest.dataset, labels_sha256=self._labels.hexdigest()),
+            teacher=replace(manifest.teacher, accuracy=None if mixed else self._correct / manifest.dataset.length),
+            view_sha256=tuple(self._writer.ledger.digest(view) for view in range(manifest.views)),
+        )
+        self._writer.finish(finished)
+        return finished
+
+    def _catch_up(self) -> None:
+        """Count what an earlier run committed, up to the first gap."""
+        committed = self._writer.ledger.committed(0)
+        while self._next_shard < len(committed) and committed[self._next_shard]:
+            rows = self._writer.manifest.rows_of(self._next_shard)
+            self._count(self._reader.span("logits", 0, rows), self._reader.span("labels", 0, rows))
+
+    def _count(self, logits: NDArray[Any], labels: NDArray[Any]) -> None:
+        self._correct += int((logits.argmax(axis=1) == labels).sum())
+        self._labels.update(labels.astype("<i8", copy=False).tobytes())
+        self._next_shard += 1
