@@ -82,6 +82,7 @@ lint: $(READY) ## style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
 
 bench: $(READY) ## time the cache against the live teacher, side by side
 	$(BIN)/python -m tests.benchmarks $(ARGS)

@@ -34,11 +34,14 @@ _HOMES = {
     "cache_splits": "kdcache.store.cache",
     "dump_teacher": "kdcache.distill.teacher.dump",
     "join": "kdcache.distill.student.joined_dataset",
-    "losses": "kdcache",
+    "losses": "kdcache.distill.losses",
     "open_cache": "kdcache.store.cache",
     "plan_dump": "kdcache.distill.teacher.dump",
     "train_student": "kdcache.distill.student.train_student",
 }
+
+# Public names that are modules themselves.
+_MODULES = frozenset({"losses"})
 
 __all__ = [
     "Cache",
@@ -64,6 +67,5 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    if _HOMES[name] == __name__:
-        return importlib.import_module(f"{__name__}.{name}")
-    return getattr(importlib.import_module(_HOMES[name]), name)
+    module = importlib.import_module(_HOMES[name])
+    return module if name in _MODULES else getattr(module, name)

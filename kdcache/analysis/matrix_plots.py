@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from kdcache.core.atomic_files import durable_file
 from kdcache.core.errors import MissingExtra
@@ -53,8 +54,11 @@ def draw_heat_map(rows: list[dict[str, Any]], path: Path) -> list[str]:
     return [f"heat map: {path}"]
 
 
-def plot_confusion(evaluation: Evaluation, classes: tuple[str, ...], path: Path) -> None:
-    """Draw the confusion matrix as a PNG; counts stand in the cells where they fit.
+def plot_confusion(confusion_cc: NDArray[np.int64], classes: tuple[str, ...], path: Path) -> None:
+    """Draw a confusion matrix as a PNG, with counts in the cells where they fit.
+
+    Args:
+        confusion_cc: (classes, classes), rows are true classes, columns are predictions.
 
     Raises:
         MissingExtra: matplotlib is not installed.
@@ -62,19 +66,19 @@ def plot_confusion(evaluation: Evaluation, classes: tuple[str, ...], path: Path)
     require_extra("matplotlib", "plots", "a confusion matrix as PNG")
     from matplotlib.figure import Figure
 
-    confusion = evaluation.confusion
-    share = confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
+    share = confusion_cc / np.maximum(confusion_cc.sum(axis=1, keepdims=True), 1)
+    accuracy = confusion_cc.trace() / max(confusion_cc.sum(), 1)
     side = min(max(4.0, 0.45 * len(classes)), 20.0)
     figure = Figure(figsize=(side + 1, side), layout="constrained")
     axes = figure.add_subplot()
     image = axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
     figure.colorbar(image, ax=axes, label="share of the true class")
-    axes.set(xlabel="predicted", ylabel="true", title=f"accuracy {evaluation.accuracy:.2%}")
+    axes.set(xlabel="predicted", ylabel="true", title=f"accuracy {accuracy:.2%}")
     if len(classes) <= 40:
         axes.set_xticks(range(len(classes)), classes, rotation=90 if max(map(len, classes)) > 2 else 0)
         axes.set_yticks(range(len(classes)), classes)
     if len(classes) <= 20:
-        for (row, column), count in np.ndenumerate(confusion):
+        for (row, column), count in np.ndenumerate(confusion_cc):
             if count:
                 color = "white" if share[row, column] > 0.5 else "black"
                 axes.text(column, row, str(count), ha="center", va="center", fontsize=8, color=color)

@@ -276,7 +276,7 @@ def _check_plots(wanted: bool) -> None:
 
 def _plot(evaluation: Evaluation, dataset: IndexedDataset, folder: Path) -> dict[str, str]:
     path = folder / f"confusion-{dataset.split}.png"
-    plot_confusion(evaluation, dataset.classes, path)
+    plot_confusion(evaluation.confusion, dataset.classes, path)
     return {"confusion": str(path)}
 
 

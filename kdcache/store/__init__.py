@@ -1,4 +1,4 @@
-"""The Zarr cache as seen from numpy: manifest, layout, encodings, ledger, writing, reading, sampling, verification, repair.
+"""The Zarr cache as seen from numpy: manifest, layout, ledger, writing, reading, sampling, verification and repair.
 
 May import `core`; never torch. Nothing here knows datasets, networks or commands.
 """

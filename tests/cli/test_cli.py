@@ -327,14 +327,15 @@ def script(*arguments, folder):
         text=True,
         check=False,
         timeout=120,
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
     )
 
 
 def test_a_student_is_trained_where_the_teachers_code_and_weights_are_gone(pipeline, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "secret_teacher.py").write_text(
-        "from kdcache.models.cnn import SmallCNN\ndef build(num_classes):\n    return SmallCNN((1, 8, 8), num_classes)\n"
+        "from kdcache.models.cnn import SmallCNN\n"
+        "def build(num_classes):\n    return SmallCNN((1, 8, 8), num_classes)\n"
     )
     shutil.copy(pipeline.teacher / "best.pt", "weights.pt")
     teacher = ("--teacher", "py:secret_teacher:build", "--checkpoint", "weights.pt")
