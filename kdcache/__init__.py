@@ -18,16 +18,16 @@ if TYPE_CHECKING:
     from kdcache.distill.trainer import TrainResult
     from kdcache.store.cache import Cache, cache_splits, open_cache
     from kdcache.store.manifest import Manifest, Preprocess
-    from kdcache.store.row_source import FeedChoice
+    from kdcache.store.row_source import ReadOptions
 
 _HOMES = {
     "Cache": "kdcache.store.cache",
     "DumpConfig": "kdcache.core.config",
     "DumpResult": "kdcache.distill.teacher.dump",
-    "FeedChoice": "kdcache.store.row_source",
     "KdcacheError": "kdcache.core.errors",
     "Manifest": "kdcache.store.manifest",
     "Preprocess": "kdcache.store.manifest",
+    "ReadOptions": "kdcache.store.row_source",
     "StudentConfig": "kdcache.core.config",
     "TrainConfig": "kdcache.core.config",
     "TrainResult": "kdcache.distill.trainer",
@@ -47,10 +47,10 @@ __all__ = [
     "Cache",
     "DumpConfig",
     "DumpResult",
-    "FeedChoice",
     "KdcacheError",
     "Manifest",
     "Preprocess",
+    "ReadOptions",
     "StudentConfig",
     "TrainConfig",
     "TrainResult",

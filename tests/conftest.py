@@ -6,6 +6,7 @@ import hypothesis
 import numpy as np
 import pytest
 
+from kdcache.store.encodings.registry import KINDS
 from kdcache.store.layout import build_arrays
 from kdcache.store.manifest import DatasetRecord, Manifest, Preprocess, TeacherRecord
 from kdcache.store.writer import SplitWriter
@@ -31,7 +32,7 @@ def make_manifest():
         split="train",
     ):
         shard_rows, arrays = build_arrays(
-            length=length, logits_dtype=dtype, classes=classes, compression=compression, shard_rows=shard_rows
+            length=length, encoding=KINDS[dtype], classes=classes, compression=compression, shard_rows=shard_rows
         )
         if chunk_rows is not None:
             arrays = (replace(arrays[0], chunk_rows=chunk_rows), *arrays[1:])
@@ -48,6 +49,7 @@ def make_manifest():
             teacher=TeacherRecord(spec="teacher", weights_sha256="11", parameters=1, preprocess=Preprocess()),
             views=views,
             arrays=arrays,
+            encoding=dtype,
             shard_rows=shard_rows,
             seed=0,
             amp="off",

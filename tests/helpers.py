@@ -17,7 +17,9 @@ from kdcache.cli.app import app
 from kdcache.data.dataset import ArrayDataset
 from kdcache.data.loader import Batch
 from kdcache.data.views import Views
-from kdcache.store.cache import open_cache
+from kdcache.store.cache import Cache, open_cache
+from kdcache.store.row_source import ReadOptions, ReadPlan, RowSource, plan_reading
+from kdcache.store.sampler import Sampler, Schedule, always
 
 COLUMNS = ("logits", "labels", "input_crc32c")
 
@@ -143,6 +145,16 @@ class Watcher:
     def __call__(self, batch: Batch) -> Batch:
         self.look(batch)
         return batch
+
+
+def logit_source(
+    cache: Cache, *, seed: int = 0, schedule: Schedule | None = None, options: ReadOptions | None = None
+) -> tuple[RowSource, Sampler, ReadPlan]:
+    """The row source of a cache's logits, the order that it is read in, and the plan that both come from."""
+    part = cache.reader, cache.logit_arrays
+    plan = plan_reading([part], options or ReadOptions())
+    sampler = plan.sampler(cache.samples(), seed)
+    return plan.source(part, schedule or always(0), sampler), sampler, plan
 
 
 def columns(path: Path, split: str = "train") -> dict[str, np.ndarray]:

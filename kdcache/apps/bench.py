@@ -35,7 +35,8 @@ from kdcache.models.registry import BuiltModel, count_parameters
 from kdcache.store.cache import open_cache
 from kdcache.store.layout import predicted_bytes
 from kdcache.store.manifest import ViewRecipe
-from kdcache.store.row_source import open_feed
+from kdcache.store.row_source import ReadOptions, plan_reading
+from kdcache.store.sampler import always
 
 LABELS, CACHE, LIVE = "labels only", "from the cache", "with the live teacher"
 
@@ -136,10 +137,12 @@ def measure(
             teacher.module, dataset, out=path, preprocess=teacher.preprocessor, config=DumpConfig(**execution)
         )
         cache = open_cache(path)
-        feed = open_feed(cache.reader, indices=cache.samples(), seed=config.seed)[0]
+        part = cache.reader, cache.logit_arrays
+        plan = plan_reading([part], ReadOptions())
+        source = plan.source(part, always(0), plan.sampler(cache.samples(), config.seed))
         ways: dict[str, Callable[[], Join | None]] = {
             LABELS: lambda: None,
-            CACHE: lambda: CachedTargets([cache], [feed]),
+            CACHE: lambda: CachedTargets([cache], [source]),
             LIVE: lambda: live_targets(teacher, student, dataset, config),
         }
         seconds: dict[str, list[float]] = {way: [] for way in ways}

@@ -23,9 +23,9 @@ class Execution(Settings):
     amp: str = option("off", "Automatic mixed precision: off, bf16 or fp16.", choices=("off", "bf16", "fp16"))
 
 
-# What a cache may hold in memory by default, and the ways to feed and shuffle its rows.
+# Host-memory budget for the rows of a cache, and the ways to read and shuffle them.
 CACHE_MEMORY = "4GiB"
-FEEDS = ("auto", "memory", "mapped", "streamed")
+ROW_SOURCES = ("auto", "memory", "streamed")
 SHUFFLES = ("auto", "exact", "window")
 
 AUGMENT_HELP = (
@@ -98,9 +98,7 @@ class DumpConfig(Execution, Augmenting):
     pool: str = option(
         "avg", "Features of maps: avg over places, or none, which stores them whole.", choices=("avg", "none")
     )
-    encoding: str = option(
-        "float16", "Stored as float16, float32 or float64.", choices=("float16", "float32", "float64")
-    )
+    encoding: str = option("float16", "How logits are stored: float16, float32 or float64.")
     compression: str = option("none", "none or zstd:LEVEL. Logits hardly compress, and uncompressed ones read faster.")
     shard_rows: int | None = option(None, "Rows of a shard, a power of two. [default: 16384, fewer if rows are large]")
 
@@ -139,7 +137,7 @@ class CacheUse(TrainConfig):
     """How a cache is read while a student trains."""
 
     student_layer: str = option("", "The student's layer whose features are compared. [default: penultimate]")
-    cache_memory: str = option(CACHE_MEMORY, "What may be held of the cache in memory; a view that fits is read once.")
+    cache_memory: str = option(CACHE_MEMORY, "Host-memory budget; a view that fits is loaded whole.")
     cache_on_device: bool = option(False, "Hold the view in the device's memory instead; it must fit there.")
     cache_weights: tuple[float, ...] = option((), "Weights of several caches, as 2,1. [default: all equal]", above=0)
     views: tuple[int, ...] = option((), "Views to train on, as 0,1,2. [default: all]", minimum=0)
@@ -152,7 +150,7 @@ class CacheUse(TrainConfig):
     input_memory: str = option(
         "0", "What augmented inputs may take in memory, as 2GiB; where all fit, each is made only once."
     )
-    feed: str = option("auto", "auto, memory, mapped or streamed.", choices=FEEDS)
+    row_source: str = option("auto", "auto, memory or streamed.", choices=ROW_SOURCES)
     shuffle: str = option("auto", "exact, window (chunk by chunk), or auto: exact unless streamed.", choices=SHUFFLES)
     allow_partial: bool = option(False, "Train on the committed samples of a cache whose dump has not finished.")
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from kdcache.core import rng
 from kdcache.data.loader import BatchRequest
 from kdcache.store.manifest import Manifest
-from kdcache.store.sampler import EpochOrder, Schedule, always, batch_count, batches_of
+from kdcache.store.sampler import Sampler, Schedule, always, batch_count, batches_of
 
 # Of the batches after an epoch's first one, how many have their inputs compared when a sample of them is asked for.
 ONE_CHECKED_OF = 16
@@ -25,9 +25,9 @@ class EpochBatches:
     """
 
     def __init__(
-        self, order: EpochOrder, batch_size: int, *, schedule: Schedule | None = None, verify_inputs: str = "off"
+        self, sampler: Sampler, batch_size: int, *, schedule: Schedule | None = None, verify_inputs: str = "off"
     ) -> None:
-        self._order, self._batch_size, self._schedule = order, batch_size, schedule or always(0)
+        self._sampler, self._batch_size, self._schedule = sampler, batch_size, schedule or always(0)
         self._every = {"all": 1, "sample": ONE_CHECKED_OF, "off": 0}[verify_inputs]
         self.epoch = -1
 
@@ -38,11 +38,11 @@ class EpochBatches:
 
     def __iter__(self) -> Iterator[BatchRequest]:
         view = self.view
-        for number, indices in enumerate(batches_of(self._order, self.epoch, self._batch_size)):
+        for number, indices in enumerate(batches_of(self._sampler, self.epoch, self._batch_size)):
             yield BatchRequest(indices, view, checksums=self._every > 0 and number % self._every == 0)
 
     def __len__(self) -> int:
-        return batch_count(len(self._order), self._batch_size)
+        return batch_count(len(self._sampler), self._batch_size)
 
 
 def split_validation(

@@ -24,8 +24,8 @@ class RememberedRows:
 
     def __init__(self, views: Sequence[int], samples: int, row_bytes: int) -> None:
         self._slots = {view: slot for slot, view in enumerate(views)}
-        self._rows = _shared((len(views), samples, row_bytes))
-        self._known = _shared((len(views), samples))
+        self._rows = shared_memory((len(views), samples, row_bytes), np.dtype(np.uint8))
+        self._known = shared_memory((len(views), samples), np.dtype(np.uint8))
 
     @staticmethod
     def bytes_needed(views: int, samples: int, row_bytes: int) -> int:
@@ -56,6 +56,9 @@ class RememberedRows:
         return RememberedRows, (list(self._slots), samples, row_bytes)
 
 
-def _shared(shape: tuple[int, ...]) -> NDArray[np.uint8]:
+def shared_memory(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
+    """An array of zeros in memory that forked processes share."""
     # Anonymous, because the place for named shared memory is often small, and writing beyond it kills the process.
-    return np.frombuffer(mmap.mmap(-1, math.prod(shape)), np.uint8).reshape(shape)
+    # An array of no bytes still needs a map of one.
+    size = math.prod(shape) * dtype.itemsize
+    return np.frombuffer(mmap.mmap(-1, max(size, 1)), dtype, math.prod(shape)).reshape(shape)

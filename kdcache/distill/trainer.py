@@ -32,7 +32,7 @@ from kdcache.models.device import autocast, floating_dtype, memory_errors, resol
 from kdcache.models.evaluate import evaluate_model
 from kdcache.models.forward import output_logits
 from kdcache.store.manifest import NONE, Preprocess
-from kdcache.store.sampler import EpochOrder, ExactOrder, Schedule
+from kdcache.store.sampler import ExactSampler, Sampler, Schedule
 
 # How many steps may pass before a loss that is not finite is noticed: looking at every one would stall a GPU.
 CHECK_EVERY_STEPS = 64
@@ -63,7 +63,7 @@ def train(
     objective: Objective,
     preprocess: Preprocess | Preprocessor,
     config: TrainConfig,
-    order: EpochOrder | None = None,
+    sampler: Sampler | None = None,
     validation_indices: NDArray[np.int64] | None = None,
     schedule: Schedule | None = None,
     join: Join | None = None,
@@ -76,8 +76,8 @@ def train(
 
     Args:
         dataset: its views, or itself, of which the plain one is used.
-        order: of the samples in each epoch; None shuffles exactly what `config.val_fraction` leaves of the dataset.
-        validation_indices: samples that choose the best epoch, (n,); given together with `order`.
+        sampler: Order of the samples in each epoch; None shuffles what `config.val_fraction` leaves of the dataset.
+        validation_indices: samples that choose the best epoch, (n,); given together with `sampler`.
         schedule: the view of each epoch; None always takes view 0.
         join: puts soft targets to each batch.
         verify_inputs: which batches come to the join with the checksums of their inputs: `all`, `sample` or `off`.
@@ -88,9 +88,9 @@ def train(
     Raises:
         TrainingDiverged: a loss is not finite; the checkpoints of finished epochs stay.
     """
-    if order is None:
+    if sampler is None:
         train_indices, validation_indices = split_validation(np.arange(len(dataset)), config.val_fraction, config.seed)
-        order = ExactOrder(train_indices, config.seed)
+        sampler = ExactSampler(train_indices, config.seed)
     views = as_views(dataset)
     views.probe()
     if views.recipe.mix != NONE and validation_indices is not None and len(validation_indices):
@@ -100,7 +100,7 @@ def train(
             "--val-fraction 0 with mixed inputs",
             "leave out --val-fraction; the last epoch is then the result",
         )
-    batches = EpochBatches(order, config.batch_size, schedule=schedule, verify_inputs=verify_inputs)
+    batches = EpochBatches(sampler, config.batch_size, schedule=schedule, verify_inputs=verify_inputs)
     loop = _Loop(
         module, views, objective, as_preprocessor(preprocess), config, batches, join, run, description or {}, on_step
     )

@@ -15,9 +15,11 @@ from numpy.typing import NDArray
 
 from kdcache.core.errors import CacheDamaged, CacheIncomplete, CacheNotFound
 from kdcache.store.chunk_reader import REPAIR, ChunkReader, sample_indices
+from kdcache.store.encodings.floats import LOGITS
+from kdcache.store.encodings.registry import encoding_of, logit_arrays
 from kdcache.store.ledger import Ledger
 from kdcache.store.manifest import Manifest, is_cache, read_manifest
-from kdcache.store.row_source import FeedChoice, open_feed
+from kdcache.store.row_source import ReadOptions, plan_reading
 from kdcache.store.sampler import always, batches_of
 
 
@@ -65,8 +67,10 @@ class Cache:
     May be used from several threads, and goes to forked and spawned processes, where it opens itself anew.
 
     Attributes:
-        manifest: what the split is of.
-        path: folder of the split.
+        manifest: Provenance of the split.
+        path: Folder of the split.
+        encoding: How its logits are stored.
+        logit_arrays: Names of the arrays that hold its logits.
     """
 
     def __init__(self, split_path: Path, *, allow_partial: bool = False) -> None:
@@ -77,6 +81,7 @@ class Cache:
         if not self._partial:
             check_complete(split_path, self.manifest, ledger)
         self.reader = ChunkReader(split_path, self.manifest, ledger)
+        self.encoding, self.logit_arrays = encoding_of(self.manifest), logit_arrays(self.manifest)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _reopen, (self.path, self._partial)
@@ -116,12 +121,12 @@ class Cache:
         batch_size: int = 256,
         seed: int = 0,
         view: int = 0,
-        choice: FeedChoice | None = None,
+        options: ReadOptions | None = None,
     ) -> Iterator[tuple[NDArray[np.int64], NDArray[Any]]]:
         """The samples of one epoch in shuffled order, each exactly once; the same order everywhere for the same seed.
 
         Args:
-            choice: memory that may be held, and how rows are fed and shuffled.
+            options: Memory budget, row source and shuffle.
 
         Yields:
             Sample indices (batch,) and their soft targets (batch, classes).
@@ -132,12 +137,13 @@ class Cache:
         """
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}: it must be at least 1")
-        feed, order, _ = open_feed(
-            self.reader, indices=self.samples(view), seed=seed, schedule=always(view), choice=choice
-        )
-        feed.start_epoch(epoch)
-        for indices in batches_of(order, epoch, batch_size):
-            yield indices, feed.rows(indices)
+        part = self.reader, self.logit_arrays
+        plan = plan_reading([part], options or ReadOptions())
+        sampler = plan.sampler(self.samples(view), seed)
+        source = plan.source(part, always(view), sampler)
+        source.start_epoch(epoch)
+        for indices in batches_of(sampler, epoch, batch_size):
+            yield indices, self.encoding.decode(source.rows(indices))
 
     def rows(self, indices: Sequence[int] | NDArray[np.integer[Any]], view: int = 0) -> NDArray[Any]:
         """Soft targets of some samples: logits as the teacher gave them.
@@ -146,17 +152,18 @@ class Cache:
             indices: sample indices, (n,), in any order, repeats allowed.
 
         Returns:
-            (n, classes), in the stored dtype, in the order asked.
+            (n, classes), in the order of `indices`; of a float encoding in its own dtype.
 
         Raises:
             IndexError: an index or the view is out of range.
             TypeError: the indices are not integers in one dimension.
             CacheDamaged: a chunk fails its checksum.
         """
-        return self.reader.rows("logits", view, sample_indices(indices))
+        wanted = sample_indices(indices)
+        return self._decode({name: self.reader.rows(name, view, wanted) for name in self.logit_arrays})
 
     def column(self, name: str, view: int = 0) -> NDArray[Any]:
-        """One whole array of one view, such as `logits`, `labels` or `input_crc32c`: (samples, *row_shape).
+        """One whole array of one view, such as `labels` or `input_crc32c`, (samples, *row_shape), or the `logits`.
 
         Raises:
             CacheIncomplete: the cache is partial.
@@ -165,7 +172,14 @@ class Cache:
         """
         if self._partial:
             check_complete(self.path, self.manifest, self.reader.ledger)
-        return self.reader.span(name, view, range(len(self)))
+        everything = range(len(self))
+        if name == LOGITS:
+            return self._decode({each: self.reader.span(each, view, everything) for each in self.logit_arrays})
+        return self.reader.span(name, view, everything)
+
+    def _decode(self, rows: dict[str, NDArray[Any]]) -> NDArray[Any]:
+        logits: NDArray[Any] = self.encoding.decode(rows)
+        return logits
 
 
 def _reopen(split_path: Path, allow_partial: bool) -> Cache:

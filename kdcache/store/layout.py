@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from kdcache.core.errors import UsageError
+from kdcache.store.encodings.base import Encoding, StoredArray
 from kdcache.store.manifest import ArrayRecord, Manifest
 
 # A chunk is what is read, checked and decoded at once, a shard what is written and committed at once. Beyond these
@@ -29,21 +30,21 @@ def _power_of_two_below(value: int) -> int:
     return 1 << max(value.bit_length() - 1, 0)
 
 
-def choose_chunk_rows(length: int, bytes_a_row: int) -> int:
+def choose_chunk_rows(length: int, bytes_per_row: int) -> int:
     """Rows of one chunk: a power of two within the limits above, no more than the samples need."""
-    fits = _power_of_two_below(max(CHUNK_BYTES // max(bytes_a_row, 1), 1))
+    fits = _power_of_two_below(max(CHUNK_BYTES // max(bytes_per_row, 1), 1))
     needed = 1 << (length - 1).bit_length()
     return min(CHUNK_ROWS, fits, needed)
 
 
-def choose_shard_rows(length: int, bytes_a_row: int, requested: int | None = None) -> int:
+def choose_shard_rows(length: int, bytes_per_row: int, requested: int | None = None) -> int:
     """Rows of one shard: as requested or a power of two within the limits above, no more than the samples need.
 
     Raises:
         UsageError: the requested number is not a power of two.
     """
     if requested is None:
-        requested = min(SHARD_ROWS, _power_of_two_below(max(SHARD_BYTES // max(bytes_a_row, 1), 1)))
+        requested = min(SHARD_ROWS, _power_of_two_below(max(SHARD_BYTES // max(bytes_per_row, 1), 1)))
     elif requested < 1 or requested & (requested - 1):
         raise UsageError(
             f"--shard-rows is {requested}", "a power of two", f"try {_power_of_two_below(max(requested, 1))}"
@@ -54,38 +55,40 @@ def choose_shard_rows(length: int, bytes_a_row: int, requested: int | None = Non
 def build_arrays(
     *,
     length: int,
-    logits_dtype: str,
+    encoding: Encoding,
     classes: int,
     features: Mapping[str, tuple[int, ...]] | None = None,
     compression: str = "none",
     shard_rows: int | None = None,
 ) -> tuple[int, tuple[ArrayRecord, ...]]:
-    """Shard size and array records of a split: logits, features, the shared inputs' checksums, labels.
+    """Shard size and array records of a split: encoded logits, features, checksums of the shared inputs, labels.
 
     Args:
-        features: shapes of one row, by name of the array; stored in the dtype of the logits.
+        features: Shapes of one row, by name of the array.
 
     Raises:
         UsageError: a compression or a shard size that there is not.
     """
     zstd_level(compression)
-    shapes = {"logits": (classes,)} | dict(features or {})
-    largest = max(row_bytes(logits_dtype, shape) for shape in shapes.values())
-    shard_rows = choose_shard_rows(length, largest, shard_rows)
-    answers = [
+    stored = [*encoding.arrays(classes)]
+    for name, shape in (features or {}).items():
+        names = tuple(f"feature {axis}" for axis in range(len(shape)))
+        stored.append(StoredArray(name=name, dtype=encoding.feature_dtype, row_shape=shape, row_names=names))
+    shard_rows = choose_shard_rows(length, max(array.bytes_per_row for array in stored), shard_rows)
+    rows = [
         ArrayRecord(
-            name=name,
-            dtype=logits_dtype,
-            row_shape=shape,
-            row_names=("class",) if name == "logits" else tuple(f"feature {axis}" for axis in range(len(shape))),
-            chunk_rows=min(choose_chunk_rows(length, row_bytes(logits_dtype, shape)), shard_rows),
+            name=array.name,
+            dtype=array.dtype,
+            row_shape=array.row_shape,
+            row_names=array.row_names,
+            chunk_rows=min(choose_chunk_rows(length, array.bytes_per_row), shard_rows),
             compression=compression,
         )
-        for name, shape in shapes.items()
+        for array in stored
     ]
     checksums = ArrayRecord(name="input_crc32c", dtype="uint32", chunk_rows=shard_rows)
     labels = ArrayRecord(name="labels", dtype="int64", chunk_rows=shard_rows, per_view=False)
-    return shard_rows, (*answers, checksums, labels)
+    return shard_rows, (*rows, checksums, labels)
 
 
 def chunks_per_shard(manifest: Manifest, array: ArrayRecord) -> int:

@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -202,7 +202,8 @@ class Manifest:
     Attributes:
         views: how many versions of every sample the teacher answers for, those included that are being added.
         recipe: how views are made of samples.
-        arrays: what is stored for each row; `logits` is the first.
+        arrays: What is stored for each row; the arrays of the encoding come first.
+        encoding: Spec of the encoding of the logits.
         features: which arrays are features of the teacher, and of which layer.
         shard_rows: rows of one shard, the unit that is written and committed whole.
         versions: of every package that could change an input or an answer.
@@ -216,6 +217,7 @@ class Manifest:
     views: int = 1
     recipe: ViewRecipe = ViewRecipe()
     arrays: tuple[ArrayRecord, ...]
+    encoding: str = ""
     features: tuple[FeatureRecord, ...] = ()
     shard_rows: int
     seed: int
@@ -299,6 +301,8 @@ def read_manifest(split_path: Path) -> Manifest:
             f"{split_path}: the manifest's sha256 is {digest}", f"{holder['sha256']}, as written", _REMEDY
         )
     manifest = from_json(Manifest, holder["manifest"], where=str(split_path), error=CacheDamaged)
+    if not manifest.encoding:  # as the first version wrote it
+        manifest = replace(manifest, encoding=manifest.array("logits").dtype)
     if manifest.dataset.split != split_path.name:
         raise CacheDamaged(
             f"{split_path} holds the split {manifest.dataset.split!r}",

@@ -22,13 +22,13 @@ def always(view: int) -> Schedule:
 
 
 def view_schedule(kind: str, views: Sequence[int], *, available: int, seed: int) -> Schedule:
-    """The schedule that a name means.
+    """The schedule with a name.
 
     Args:
-        kind: `cycle` takes the views in turn; `shuffle` takes each once, in a new order, before any comes again;
-            `fixed:K` always takes view K.
-        views: that are used; empty for all.
-        available: views of the cache.
+        kind: `cycle` uses the views in turn; `shuffle` uses each once, in a new order, before any comes again;
+            `fixed:K` always uses view K.
+        views: The views to use; empty for all.
+        available: Number of views in the cache.
 
     Raises:
         UsageError: there is no such schedule or view.
@@ -53,17 +53,11 @@ def _check_views(used: Sequence[int], available: int) -> None:
         raise UsageError(f"the views {used} name one twice", "each view once")
 
 
-class EpochOrder(Protocol):
-    """Orders the samples of an epoch; the same on every machine for the same seed.
-
-    Attributes:
-        layout: what else than samples and seed an order follows from; two that agree in all three are the same.
-    """
-
-    layout: tuple[int, ...]
+class Sampler(Protocol):
+    """Orders the samples of an epoch; the same order on every machine for the same seed."""
 
     def __len__(self) -> int:
-        """Samples in an epoch."""
+        """Number of samples per epoch."""
         ...
 
     def runs(self, epoch: int) -> Iterator[NDArray[np.int64]]:
@@ -71,16 +65,15 @@ class EpochOrder(Protocol):
         ...
 
 
-class ExactOrder:
-    """Every order is as likely as any other. The first choice wherever rows can be read at random.
+class ExactSampler:
+    """Shuffles all samples: every order is equally likely. The default wherever rows can be read at random.
 
     Args:
-        indices: the samples that are visited, (n,), ascending.
+        indices: The samples of each epoch, (n,), ascending.
     """
 
     def __init__(self, indices: NDArray[np.int64], seed: int) -> None:
         self._indices, self._seed = indices, seed
-        self.layout: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return len(self._indices)
@@ -90,12 +83,12 @@ class ExactOrder:
 
 
 class Window(NamedTuple):
-    """Some chunks whose rows are visited together, shuffled.
+    """Chunks whose rows are visited together, shuffled.
 
     Attributes:
-        chunks: (chunks,).
-        samples: (rows,), in the order they are visited.
-        places: (rows,), where each lies when the chunks lie one behind the other.
+        chunks: Chunk numbers, (chunks,).
+        samples: Sample indices in the order of their visit, (rows,).
+        places: Position of each sample in the concatenated chunks, (rows,).
     """
 
     chunks: NDArray[np.int64]
@@ -103,23 +96,22 @@ class Window(NamedTuple):
     places: NDArray[np.int64]
 
 
-class WindowOrder:
-    """Chunks in random order, and the rows of `window_chunks` of them at a time in random order.
+class WindowSampler:
+    """Shuffles chunks, and the rows within windows of `window_chunks` chunks.
 
-    Each chunk is thus needed for one window of each epoch and for no other.
+    Each chunk is needed in one window of each epoch only, so that a view can be streamed.
 
     Args:
-        indices: the samples that are visited, (n,), ascending.
-        chunk_rows: rows of one chunk of the cache, which is also an attribute.
+        indices: The samples of each epoch, (n,), ascending.
+        chunk_rows: Rows per chunk.
     """
 
     def __init__(self, indices: NDArray[np.int64], seed: int, *, chunk_rows: int, window_chunks: int) -> None:
         self._indices, self._seed = indices, seed
         self._window_chunks, self.chunk_rows = window_chunks, chunk_rows
-        self.layout: tuple[int, ...] = (chunk_rows, window_chunks)
         self._chunks, self._starts = np.unique(indices // chunk_rows, return_index=True)
         self._stops = np.append(self._starts[1:], len(indices))
-        # Drawn by who visits the samples and again by who reads their rows, a few windows ahead.
+        # Drawn by the loader and again by the row sources, a few windows ahead.
         self._window = lru_cache(maxsize=8)(self._draw)
         self._chunk_order = lru_cache(maxsize=2)(self._draw_chunk_order)
 
@@ -138,23 +130,23 @@ class WindowOrder:
     def _draw(self, epoch: int, number: int) -> Window:
         members = self._chunk_order(epoch)[number * self._window_chunks : (number + 1) * self._window_chunks]
         rows = np.concatenate([self._indices[self._starts[chunk] : self._stops[chunk]] for chunk in members])
-        lie = np.repeat(np.arange(len(members)), (self._stops - self._starts)[members]) * self.chunk_rows
+        first_places = np.repeat(np.arange(len(members)), (self._stops - self._starts)[members]) * self.chunk_rows
         order = rng.permutation(len(rows), self._seed, "window order", epoch, number)
-        places = (lie + rows % self.chunk_rows)[order]
+        places = (first_places + rows % self.chunk_rows)[order]
         return Window(chunks=self._chunks[members], samples=rows[order], places=places)
 
     def _draw_chunk_order(self, epoch: int) -> NDArray[np.int64]:
         return rng.permutation(len(self._chunks), self._seed, "chunk order", epoch)
 
 
-def batches_of(order: EpochOrder, epoch: int, batch_size: int) -> Iterator[NDArray[np.int64]]:
-    """An epoch's order cut into batches; the last may be smaller, and one single sample joins the batch before it."""
-    # Batch normalisation cannot train on one sample; who asks for batches of one does not need it to.
+def batches_of(sampler: Sampler, epoch: int, batch_size: int) -> Iterator[NDArray[np.int64]]:
+    """An epoch cut into batches; the last may be smaller, and a single last sample joins the batch before it."""
+    # Batch normalisation cannot train on one sample, and with batches of one there is no other way.
     stragglers = 1 if batch_size > 1 else 0
     left = np.empty(0, np.int64)
-    for run in order.runs(epoch):
+    for run in sampler.runs(epoch):
         left = np.concatenate([left, run]) if len(left) else run
-        # Enough stays back that the last batch can still be cut as the rule says.
+        # Enough stays back that the last batch can still be cut by the rule.
         whole = max((len(left) - 1 - stragglers) // batch_size, 0)
         for start in range(0, whole * batch_size, batch_size):
             yield left[start : start + batch_size]
@@ -167,6 +159,6 @@ def batches_of(order: EpochOrder, epoch: int, batch_size: int) -> Iterator[NDArr
 
 
 def batch_count(samples: int, batch_size: int) -> int:
-    """How many batches `batches_of` makes of an epoch."""
+    """Number of batches that `batches_of` makes of an epoch."""
     whole, left = divmod(samples, batch_size)
     return whole + (left > 1 or (left == 1 and whole == 0))

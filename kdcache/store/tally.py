@@ -9,7 +9,8 @@ from typing import Any
 from numpy.typing import NDArray
 
 from kdcache.store.chunk_reader import ChunkReader
-from kdcache.store.encoding import encode_answers
+from kdcache.store.encodings.floats import LOGITS, as_floats
+from kdcache.store.encodings.registry import encoding_of, logit_arrays
 from kdcache.store.manifest import NONE, Manifest
 from kdcache.store.writer import SplitWriter
 
@@ -20,16 +21,17 @@ class Tally:
     def __init__(self, writer: SplitWriter) -> None:
         self._writer = writer
         self._reader = ChunkReader(writer.path, writer.manifest, writer.ledger)
+        self._encoding, self._logit_arrays = encoding_of(writer.manifest), logit_arrays(writer.manifest)
         self._correct = 0
         self._labels = hashlib.sha256()
         self._next_shard = 0
         self._catch_up()
 
-    def commit(self, view: int, shard: int, arrays: dict[str, NDArray[Any]], encoding: str) -> None:
+    def commit(self, view: int, shard: int, values: dict[str, NDArray[Any]]) -> None:
         """Encode and commit the rows of one shard.
 
         Args:
-            arrays: for each array of the manifest its rows; logits and features as the teacher gave them.
+            values: By name: `logits` and features as the teacher computed them, `labels`, `input_crc32c`.
 
         Raises:
             TeacherOutputError: an answer that the encoding cannot hold.
@@ -37,13 +39,18 @@ class Tally:
         """
         manifest = self._writer.manifest
         first = manifest.rows_of(shard).start
-        stored = {
-            name: encode_answers(arrays[name], encoding, first_sample=first, name=name)
-            for name in ("logits", *(feature.array for feature in manifest.features))
+        encoding = self._encoding
+        features = {
+            feature.array: as_floats(
+                values[feature.array], encoding.feature_dtype, first_sample=first, name=feature.array
+            )
+            for feature in manifest.features
         }
-        self._writer.commit(view, shard, arrays | stored)
+        rows = encoding.encode(values[LOGITS], first_sample=first)
+        others = {name: values[name] for name in ("labels", "input_crc32c")}
+        self._writer.commit(view, shard, {**rows, **features, **others})
         if view == 0:
-            self._count(stored["logits"], arrays["labels"])
+            self._count(encoding.decode(rows), values["labels"])
             self._catch_up()
 
     def finish(self) -> Manifest:
@@ -64,7 +71,8 @@ class Tally:
         committed = self._writer.ledger.committed(0)
         while self._next_shard < len(committed) and committed[self._next_shard]:
             rows = self._writer.manifest.rows_of(self._next_shard)
-            self._count(self._reader.span("logits", 0, rows), self._reader.span("labels", 0, rows))
+            encoded = {name: self._reader.span(name, 0, rows) for name in self._logit_arrays}
+            self._count(self._encoding.decode(encoded), self._reader.span("labels", 0, rows))
 
     def _count(self, logits: NDArray[Any], labels: NDArray[Any]) -> None:
         self._correct += int((logits.argmax(axis=1) == labels).sum())

@@ -24,7 +24,6 @@ from tests.benchmarks.stores import BATCH, CLASSES, ROWS, make_stores
 WAYS = {
     "raw memory-map": "the limit",
     "kdcache memory": "target ≥ 0.9",
-    "kdcache mapped": "target ≥ 0.9",
     "kdcache streamed": "target ≥ 0.7",
     "kdcache streamed, zstd": "target ≥ 0.45",
     "zarr fancy indexing": "target: ours ≥ 100 ×",
@@ -131,18 +130,19 @@ def _open(folder: Path, way: str) -> tuple[Callable[[int], Iterator[np.ndarray]]
 
 def _open_ours(folder: Path, way: str) -> tuple[Callable[[int], Iterator[np.ndarray]], Reader]:
     from kdcache.store.cache import open_cache
-    from kdcache.store.row_source import FeedChoice, open_feed
+    from kdcache.store.row_source import ReadOptions
+    from tests.helpers import logit_source
     from kdcache.store.sampler import batches_of
 
     kind, _, compression = way.removeprefix("kdcache ").partition(", ")
     cache = open_cache(folder / (f"{compression or 'plain'}.zarr"))
-    feed, order, _ = open_feed(cache.reader, indices=cache.samples(), seed=0, choice=FeedChoice(feed=kind))
+    source, sampler, _ = logit_source(cache, options=ReadOptions(row_source=kind))
 
     def batches(epoch: int) -> Iterator[np.ndarray]:
-        feed.start_epoch(epoch)
-        return batches_of(order, epoch, BATCH)
+        source.start_epoch(epoch)
+        return batches_of(sampler, epoch, BATCH)
 
-    return batches, feed.rows
+    return batches, lambda indices: cache.encoding.decode(source.rows(indices))
 
 
 def _memory_mb() -> float:
@@ -155,14 +155,9 @@ def _open_to_first_batch() -> None:
     code = """
 import sys, time
 from pathlib import Path
-from kdcache.store.row_source import open_feed
-from kdcache.store.sampler import batches_of
 from kdcache.store.cache import open_cache
 began = time.perf_counter()
-cache = open_cache(sys.argv[1])
-feed, order, _ = open_feed(cache.reader, indices=cache.samples(), seed=0)
-feed.start_epoch(0)
-feed.rows(next(batches_of(order, 0, 256)))
+next(open_cache(sys.argv[1]).epoch(0, batch_size=256))
 print(1000 * (time.perf_counter() - began))
 """
     with tempfile.TemporaryDirectory() as folder:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from kdcache.store.encodings.registry import KINDS
 from kdcache.store.layout import build_arrays
 from kdcache.store.manifest import DatasetRecord, Manifest, Preprocess, TeacherRecord
 from kdcache.store.writer import SplitWriter
@@ -28,7 +29,7 @@ def logits(rows: range, classes: int) -> np.ndarray:
 
 def manifest_of(rows: int, classes: int, compression: str) -> Manifest:
     """A manifest for a store that no dataset stands behind."""
-    shard_rows, arrays = build_arrays(length=rows, logits_dtype="float16", classes=classes, compression=compression)
+    shard_rows, arrays = build_arrays(length=rows, encoding=KINDS["float16"], classes=classes, compression=compression)
     names = tuple(map(str, range(classes)))
     return Manifest(
         dataset=DatasetRecord(

@@ -18,9 +18,9 @@ from kdcache.distill.trainer import train
 from kdcache.models.device import resolve_device
 from kdcache.models.registry import count_parameters
 from kdcache.store.cache import open_cache
-from kdcache.store.row_source import open_feed
 from tests.benchmarks.data import IMAGE, images, network
 from tests.benchmarks.timing import side_by_side
+from tests.helpers import logit_source
 
 SAMPLES, EPOCHS = 8_192, 2
 SETTINGS = list(itertools.product((1.0, 2.0, 4.0, 8.0), (0.5, 0.9)))
@@ -56,7 +56,7 @@ def run(*, rounds: int, device: str) -> None:
                 path = Path(folder) / "cache.zarr"
                 dump_teacher(teacher, dataset, out=path, preprocess=IMAGE, config=DumpConfig(device=device))
                 cache = open_cache(path)
-                students(CachedTargets([cache], [open_feed(cache.reader, indices=cache.samples(), seed=0)[0]]))
+                students(CachedTargets([cache], [logit_source(cache)[0]]))
             return time.perf_counter() - began
 
         def live(teacher: nn.Module = teacher) -> float:

@@ -13,9 +13,9 @@ from kdcache.distill.teacher.live_teacher import LiveTargets
 from kdcache.distill.trainer import train
 from kdcache.models.device import resolve_device
 from kdcache.store.cache import open_cache
-from kdcache.store.row_source import open_feed
 from tests.benchmarks.data import IMAGE, images, network
 from tests.benchmarks.timing import side_by_side
+from tests.helpers import logit_source
 
 SAMPLES = 30_000
 
@@ -27,8 +27,8 @@ def run(*, rounds: int, device: str) -> None:
         path = Path(folder) / "cache.zarr"
         dump_teacher(teacher, dataset, out=path, preprocess=IMAGE, config=DumpConfig(device=device))
         cache = open_cache(path)
-        feed = open_feed(cache.reader, indices=cache.samples(), seed=0)[0]
-        cached = CachedTargets([cache], [feed])
+        source, _, _ = logit_source(cache)
+        cached = CachedTargets([cache], [source])
         live = LiveTargets(teacher.to(resolve_device(device)), IMAGE, classes=10)
         labels_only, distill = label_objective(0.0), distillation_objective(config)
         for name in ("mlp", "cnn"):

@@ -35,8 +35,8 @@ from kdcache.models.evaluate import evaluate_model
 from kdcache.models.registry import build_model
 from kdcache.store.cache import Cache, open_cache
 from kdcache.store.manifest import Preprocess, ViewRecipe
-from kdcache.store.row_source import open_feed
-from kdcache.store.sampler import ExactOrder, Schedule, always, view_schedule
+from kdcache.store.sampler import ExactSampler, Schedule, always, view_schedule
+from tests.helpers import logit_source
 
 VIEWS, EPOCHS, SEEDS, TEACHER_EPOCHS = 8, 40, 3, 12
 CPU = "cpu"
@@ -109,7 +109,7 @@ class _Scene:
             objective=distillation_objective(config) if taught else label_objective(0.0),
             preprocess=self.preprocess,
             config=config,
-            order=ExactOrder(np.arange(len(self.data["train"])), seed),
+            sampler=ExactSampler(np.arange(len(self.data["train"])), seed),
             schedule=schedule,
             join=join,
         )
@@ -118,8 +118,8 @@ class _Scene:
     def _join(self, taught: str, schedule: Schedule, seed: int) -> CachedTargets:
         cache = self.caches[taught]
         own = schedule if taught == "views" else always(0)
-        feed, _, _ = open_feed(cache.reader, indices=cache.samples(), seed=seed, schedule=own)
-        return CachedTargets([cache], [feed], schedule=own)
+        source, _, _ = logit_source(cache, seed=seed, schedule=own)
+        return CachedTargets([cache], [source], schedule=own)
 
     def _teacher(self, folder: Path) -> torch.nn.Module:
         module, run = self.build("cnn", 0), folder / "teacher"

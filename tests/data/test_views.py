@@ -32,7 +32,7 @@ from kdcache.distill.student.join_checks import SAMPLED_INPUTS
 from kdcache.distill.teacher.live_teacher import LiveTargets
 from kdcache.distill.trainer import train
 from kdcache.store.manifest import Preprocess, ViewRecipe
-from kdcache.store.sampler import ExactOrder, view_schedule
+from kdcache.store.sampler import ExactSampler, view_schedule
 from tests.helpers import Items, Network, generator_states, probed_views, synthetic
 
 CPU = torch.device("cpu")
@@ -665,7 +665,7 @@ def test_a_key_that_is_off_by_one_is_found_before_the_first_step(cache, monkeypa
 
 def late_sample():
     """One that is neither looked at before the first step nor in a batch that is sampled; and its step."""
-    order = np.concatenate(list(ExactOrder(np.arange(400), 0).runs(0)))
+    order = np.concatenate(list(ExactSampler(np.arange(400), 0).runs(0)))
     looked_at = set(rng.keyed_sample(400, SAMPLED_INPUTS, 0, "join").tolist())
     place = next(at for at in range(399, 272, -1) if order[at] not in looked_at)
     return int(order[place]), place // 16

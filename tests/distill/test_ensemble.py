@@ -21,7 +21,7 @@ from kdcache.cli.app import app
 from kdcache.core.errors import CacheIncomplete, CacheMismatch, KdcacheError, UsageError
 from kdcache.data.raw_input import input_crc32c
 from kdcache.distill.student.soft_targets import CachedTargets
-from kdcache.store import stream_source
+from kdcache.store import row_source
 from kdcache.store.sampler import view_schedule
 from kdcache.store.writer import SplitWriter
 from tests.distill.test_extend import TINY, Jitter, Sums, dump, flip, learn, student
@@ -64,7 +64,7 @@ def watched(caches, **settings):
     return seen
 
 
-READINGS = [{"feed": "memory"}, {"feed": "mapped"}, {"cache_on_device": True}, {"feed": "memory", "shuffle": "window"}]
+READINGS = [{"row_source": "memory"}, {"cache_on_device": True}, {"row_source": "memory", "shuffle": "window"}]
 
 
 @pytest.mark.parametrize("reading", READINGS, ids=str)
@@ -99,7 +99,7 @@ def test_means_of_narrow_stores_are_taken_in_float32(made, encodings, dtype):
 def test_three_caches_and_a_window_of_two(made):
     paths = [made(seed) for seed in range(3)]
     expected = np.average([open_cache(path).column("logits", 0) for path in paths], axis=0, weights=[3, 1, 2])
-    for _, indices, targets in watched(paths, epochs=1, feed="streamed", cache_weights=(3, 1, 2)):
+    for _, indices, targets in watched(paths, epochs=1, row_source="streamed", cache_weights=(3, 1, 2)):
         np.testing.assert_allclose(targets.numpy(), expected[indices], rtol=1e-12)
 
 
@@ -230,41 +230,25 @@ def test_a_cache_whose_extension_is_under_way_counts_with_its_finished_views(tmp
 # Streams.
 
 
-def test_streams_of_chunks_of_different_sizes_are_refused_with_advice(tmp_path, made, monkeypatch):
-    monkeypatch.setattr(stream_source, "WINDOW_BYTES", 1)
-    paths = made(0, shard_rows=16), made(1, shard_rows=8)
-    with pytest.raises(UsageError, match="chunks of different sizes") as caught:
-        learn(paths, feed="streamed", out=tmp_path / "run")
-    assert "--cache-memory" in caught.value.remedy
-    assert not (tmp_path / "run").exists()
-    learn(paths, feed="memory")
-    learn(paths, feed="mapped")
-
-
 @pytest.mark.parametrize("window", [1, 48 << 20])
-def test_streams_of_chunks_of_one_size_are_averaged_whatever_the_encoding(made, monkeypatch, window):
-    monkeypatch.setattr(stream_source, "WINDOW_BYTES", window)
-    paths = [made(0, encoding="float16"), made(1, encoding="float64", compression="zstd:1")]
-    assert len({open_cache(path).manifest.array("logits").chunk_rows for path in paths}) == 1
+@pytest.mark.parametrize("shard_rows", [16, 8], ids=["chunks of one size", "chunks of two sizes"])
+def test_streams_are_averaged_whatever_the_encoding_and_the_chunks(made, monkeypatch, window, shard_rows):
+    monkeypatch.setattr(row_source, "WINDOW_BYTES", window)
+    paths = [
+        made(0, encoding="float16", shard_rows=16),
+        made(1, encoding="float64", compression="zstd:1", shard_rows=shard_rows),
+    ]
     expected = [np.mean([open_cache(path).column("logits", v).astype(float) for path in paths], axis=0) for v in (0, 1)]
-    for epoch, indices, targets in watched(paths, feed="streamed"):
+    for epoch, indices, targets in watched(paths, row_source="streamed"):
         np.testing.assert_allclose(targets.numpy(), expected[epoch % 2][indices], rtol=1e-12)
 
 
-def test_memory_is_what_all_caches_together_may_hold(made):
-    from kdcache.store.row_source import MemoryFeed
-
+def test_memory_is_what_all_caches_together_may_hold(made, capsys):
     two_views = 2 * 44 * 4 * 8
-    kinds = []
-
-    class Watched(CachedTargets):
-        def __init__(self, caches, feeds, **options):
-            kinds.extend(isinstance(feed, MemoryFeed) for feed in feeds)
-            super().__init__(caches, feeds, **options)
-
-    with mock.patch.object(kdcache.distill.student.train_student, "CachedTargets", Watched):
-        learn([made(seed) for seed in range(3)], cache_memory=str(two_views), epochs=1)
-    assert sum(kinds) <= 1
+    caches = [made(seed) for seed in range(3)]
+    for memory, kind in ((3 * two_views, "memory"), (3 * two_views - 1, "streamed")):
+        learn(caches, cache_memory=str(memory), epochs=1)
+        assert f"row source {kind} " in capsys.readouterr().err
 
 
 # Partial caches.
@@ -276,7 +260,7 @@ def test_a_partial_cache_and_a_whole_one_share_what_both_have(tmp_path, made):
     with pytest.raises(CacheIncomplete):
         learn([made(), tmp_path / "c"])
     seen = watched(
-        [made(), tmp_path / "c"], allow_partial=True, views=(0,), shuffle="window", epochs=1, feed="streamed"
+        [made(), tmp_path / "c"], allow_partial=True, views=(0,), shuffle="window", epochs=1, row_source="streamed"
     )
     assert sorted(np.concatenate([indices for _, indices, _ in seen])) == list(range(32))
 

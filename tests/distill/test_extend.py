@@ -30,12 +30,12 @@ from kdcache.store.layout import predicted_bytes
 from kdcache.store.ledger import Ledger
 from kdcache.store.manifest import ViewRecipe, read_manifest
 from kdcache.store.resume import check_target
-from kdcache.store.row_source import FeedChoice, MemoryFeed, open_feed
+from kdcache.store.row_source import MemorySource, ReadOptions
 from kdcache.store.sampler import view_schedule
 from kdcache.store.verify import verify_split
 from kdcache.store.writer import SplitWriter
 from tests.crashes import counting, in_child
-from tests.helpers import COLUMNS, Interrupted, Items, synthetic, tree
+from tests.helpers import COLUMNS, Interrupted, Items, logit_source, synthetic, tree
 
 # Three shards of 16, 16 and 12 rows.
 SAMPLES = synthetic(44)
@@ -832,19 +832,18 @@ def watched(cache, **settings):
 @pytest.mark.parametrize(
     "reading",
     [
-        {"feed": "memory"},
-        {"feed": "mapped"},
-        {"feed": "streamed"},
-        {"feed": "memory", "shuffle": "window"},
+        {"row_source": "memory"},
+        {"row_source": "streamed"},
+        {"row_source": "memory", "shuffle": "window"},
         {"cache_on_device": True},
         {"cache_memory": "3KB"},
-        {"feed": "memory", "workers": 2},
+        {"row_source": "memory", "workers": 2},
     ],
     ids=str,
 )
 @pytest.mark.parametrize("compression", ["none", "zstd:1"])
 def test_every_feed_joins_each_epoch_with_its_own_view(tmp_path, made, reading, compression):
-    if compression != "none" and (reading.get("feed") == "mapped" or "workers" in reading):
+    if compression != "none" and "workers" in reading:
         pytest.skip("said elsewhere")
     out = made(tmp_path / "c.zarr", 4, compression=compression)
     cache = open_cache(out)
@@ -902,17 +901,19 @@ def test_a_run_of_all_views_is_not_resumed_over_more_of_them_in_silence(tmp_path
 
 # Memory.
 
+READINGS = [{"row_source": "memory"}, {"row_source": "streamed"}, {"cache_on_device": True}]
+
 
 @pytest.fixture
 def reads(monkeypatch):
-    """Views that the memory feed reads, in order."""
-    read, seen = MemoryFeed._read, []
+    """Views that the memory source reads, in order."""
+    read, seen = MemorySource._read, []
 
     def counted(self, view):
         seen.append(view)
         return read(self, view)
 
-    monkeypatch.setattr(MemoryFeed, "_read", counted)
+    monkeypatch.setattr(MemorySource, "_read", counted)
     return seen
 
 
@@ -930,38 +931,35 @@ def held(feed):
 def test_memory_holds_two_views_at_most_and_reads_the_next_ahead(four, reads, kind):
     cache, used = open_cache(four), drawn(kind, 9, available=4)
     schedule = view_schedule(kind, (), available=4, seed=0)
-    feed, _, line = open_feed(cache.reader, indices=np.arange(44), seed=0, schedule=schedule)
-    assert isinstance(feed, MemoryFeed)
-    assert "cache memory" in line
+    feed, _, plan = logit_source(cache, schedule=schedule)
+    assert isinstance(feed, MemorySource)
+    assert "row source memory" in str(plan)
     assert reads == []
     for epoch, view in enumerate(used[:8]):
         feed.start_epoch(epoch)
         assert held(feed) <= 2
         assert (feed._coming is None) == (used[epoch + 1] == view)
         assert reads[-1] == used[epoch + 1]
-        np.testing.assert_array_equal(feed.rows(np.arange(44)), cache.column("logits", view))
+        np.testing.assert_array_equal(feed.rows(np.arange(44))["logits"], cache.column("logits", view))
         feed.start_epoch(epoch)
-    arrays = [value for value in vars(feed).values() if isinstance(value, np.ndarray)]
-    assert len(arrays) == 1
+    assert len(feed._arrays) == 1
     changes = 1 + sum(one != two for one, two in pairwise(used))
     assert len(reads) == changes
 
 
 def test_memory_of_two_views_is_what_is_compared_with_the_limit(four):
     view_bytes = 44 * 4 * 8
-    cache, schedule = open_cache(four), view_schedule("cycle", (), available=4, seed=0)
-    for memory, kind in ((2 * view_bytes, "memory"), (2 * view_bytes - 1, "mapped")):
-        choice = FeedChoice(memory=str(memory))
-        feed, _, _ = open_feed(cache.reader, indices=np.arange(44), seed=0, schedule=schedule, choice=choice)
-        assert feed.kind == kind
+    for memory, row_source in ((2 * view_bytes, "memory"), (2 * view_bytes - 1, "streamed")):
+        _, _, plan = logit_source(open_cache(four), options=ReadOptions(memory=str(memory)))
+        assert plan.row_source == row_source
 
 
 def test_an_epoch_out_of_turn_has_its_own_view_and_holds_no_third(four):
     cache, schedule = open_cache(four), view_schedule("cycle", (), available=4, seed=0)
-    feed = MemoryFeed(cache.reader, schedule)
+    feed = MemorySource(cache.reader, cache.logit_arrays, schedule)
     for epoch in (0, 2, 7, 3, 3, 1, 0):
         feed.start_epoch(epoch)
-        np.testing.assert_array_equal(feed.rows(np.arange(44)), cache.column("logits", epoch % 4))
+        np.testing.assert_array_equal(feed.rows(np.arange(44))["logits"], cache.column("logits", epoch % 4))
         assert feed._coming[0] == (epoch + 1) % 4
         assert held(feed) <= 2
 
@@ -971,9 +969,7 @@ def test_no_view_is_read_ahead_that_no_epoch_will_use(four, reads):
     assert reads == [0, 1]
 
 
-@pytest.mark.parametrize(
-    "reading", [{"feed": "memory"}, {"feed": "mapped"}, {"feed": "streamed"}, {"cache_on_device": True}], ids=str
-)
+@pytest.mark.parametrize("reading", READINGS, ids=str)
 def test_damage_in_a_later_view_is_refused_when_it_is_reached(tmp_path, made, reading):
     out = made(tmp_path / "c.zarr", 4)
     flip(out / "train/logits/c/2/1/0")
@@ -985,7 +981,7 @@ def test_damage_in_a_later_view_is_refused_when_it_is_reached(tmp_path, made, re
     learn(out, views=(0, 1, 3), **reading)
 
 
-@pytest.mark.parametrize("reading", [{"feed": "memory"}, {"feed": "streamed"}, {"cache_on_device": True}], ids=str)
+@pytest.mark.parametrize("reading", READINGS, ids=str)
 def test_damage_in_the_first_view_is_refused_before_anything_is_written(tmp_path, made, reading):
     out = made(tmp_path / "c.zarr", 4)
     flip(out / "train/logits/c/2/1/0")

@@ -181,7 +181,7 @@ def test_every_objective_is_tried():
     assert {spec.partition(":")[0].replace("-", "_") for spec in SPECS} == set(KINDS)
 
 
-@pytest.mark.parametrize("settings", [{"feed": "mapped"}, {"feed": "streamed"}, {"cache_on_device": True}])
+@pytest.mark.parametrize("settings", [{"row_source": "streamed"}, {"cache_on_device": True}])
 @pytest.mark.parametrize("name", ["whole", "pooled"])
 def test_features_are_those_of_the_sample_however_they_are_fed(paths, name, settings):
     """A student that is the teacher has no feature to learn, if each sample meets its own."""
@@ -271,7 +271,7 @@ def test_what_cannot_be_is_refused_before_the_first_step(paths, tmp_path, name, 
 
 
 def test_contrastive_needs_features_that_can_be_drawn(paths):
-    settings = config(objective=("contrastive:layer=penultimate",), feed="streamed")
+    settings = config(objective=("contrastive:layer=penultimate",), row_source="streamed")
     with pytest.raises(UsageError, match="draws from the whole cache"):
         train_student(Maps(), DATA, paths / "pooled", config=settings)
 

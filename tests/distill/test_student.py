@@ -15,14 +15,15 @@ from kdcache.data.registry import open_dataset
 from kdcache.data.views import as_views
 from kdcache.distill.objective import distillation_objective
 from kdcache.distill.student.join_checks import check_join
-from kdcache.distill.student.soft_targets import CachedTargets
+from kdcache.distill.student.soft_targets import CachedTargets, DeviceSource
 from kdcache.distill.teacher.live_teacher import LiveTargets
 from kdcache.distill.trainer import train
 from kdcache.models.checkpoints import read_checkpoint
 from kdcache.models.registry import build_model
 from kdcache.store.manifest import Preprocess
-from kdcache.store.row_source import FeedChoice, open_feed
-from tests.helpers import Items, Network, changed, synthetic, tensors, tree
+from kdcache.store.row_source import ReadOptions
+from kdcache.store.sampler import always
+from tests.helpers import Items, Network, changed, logit_source, synthetic, tensors, tree
 
 STEPS = 200
 DUMP = DumpConfig(device="cpu", batch_size=64, shard_rows=64, encoding="float32")
@@ -115,12 +116,14 @@ def test_the_drift_of_narrower_caches_is_small(scenes, tmp_path, name):
         assert loss < 0.05
 
 
-@pytest.mark.parametrize(("kind", "on_device"), [("memory", False), ("mapped", False), ("memory", True)])
+@pytest.mark.parametrize(("kind", "on_device"), [("memory", False), ("memory", True)])
 def test_soft_targets_are_joined_by_index_and_nothing_else(tmp_path, kind, on_device):
     dataset = synthetic(100)
     cache = dumped(tmp_path / "c", dataset)
-    feed, _, _ = open_feed(cache.reader, indices=np.arange(100), seed=0, choice=FeedChoice(feed=kind))
-    join = CachedTargets([cache], [feed], device=torch.device("cpu") if on_device else None)
+    source, _, _ = logit_source(cache, options=ReadOptions(row_source=kind))
+    if on_device:
+        source = DeviceSource(cache.reader, cache.logit_arrays, always(0), torch.device("cpu"))
+    join = CachedTargets([cache], [source])
     join.start_epoch(0)
     for indices in (np.array([99, 0, 64, 63, 0]), np.arange(99, -1, -1)):
         inputs, labels = dataset.fetch(indices)
@@ -327,7 +330,7 @@ def test_the_package_offers_what_it_lists():
         kdcache.no_such_name  # noqa: B018
 
 
-@pytest.mark.parametrize("settings", [{"feed": "mapped"}, {"feed": "memory"}, {"cache_on_device": True}])
+@pytest.mark.parametrize("settings", [{"row_source": "memory"}, {"cache_on_device": True}])
 def test_however_the_cache_is_fed_the_losses_are_the_same(cache, settings):
     def run(**settings):
         seen = []
@@ -352,6 +355,6 @@ def test_streamed_in_windows_each_sample_meets_its_own_teacher_row_once_an_epoch
         return joined
 
     monkeypatch.setattr(CachedTargets, "__call__", spy)
-    train_student(Network(16, 4), dataset, cache, config=config(feed="streamed", epochs=2))
+    train_student(Network(16, 4), dataset, cache, config=config(row_source="streamed", epochs=2))
     assert sorted(met[:300]) == sorted(met[300:]) == list(range(300))
     assert met[:300] != met[300:]

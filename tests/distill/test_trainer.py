@@ -20,7 +20,7 @@ from kdcache.distill.trainer import train
 from kdcache.models.checkpoints import read_checkpoint
 from kdcache.models.evaluate import Evaluation
 from kdcache.store.manifest import Preprocess
-from kdcache.store.sampler import ExactOrder
+from kdcache.store.sampler import ExactSampler
 from tests.helpers import Interrupted, Network, Watcher, generator_states, synthetic
 
 PLAIN = Preprocess()
@@ -65,7 +65,7 @@ def assert_equal_weights(first, second):
 )
 def test_an_epoch_has_each_sample_once(count, batch_size, sizes):
     indices = np.arange(100, 100 + count)
-    batches = EpochBatches(ExactOrder(indices, 0), batch_size)
+    batches = EpochBatches(ExactSampler(indices, 0), batch_size)
     epochs = []
     for epoch in range(4):
         batches.epoch = epoch
@@ -76,7 +76,7 @@ def test_an_epoch_has_each_sample_once(count, batch_size, sizes):
         assert sorted(epochs[-1]) == indices.tolist()
         assert epochs[-1] == np.concatenate([request.indices for request in batches]).tolist()
     assert count < 8 or len({tuple(epoch) for epoch in epochs}) == 4
-    other_seed = EpochBatches(ExactOrder(indices, 1), batch_size)
+    other_seed = EpochBatches(ExactSampler(indices, 1), batch_size)
     other_seed.epoch = 0
     others = [request.indices for request in other_seed]
     assert count < 8 or np.concatenate(others).tolist() != epochs[0]

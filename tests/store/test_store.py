@@ -28,19 +28,19 @@ from kdcache.core.errors import (
 )
 from kdcache.core.file_lock import PathLock
 from kdcache.store import ledger as ledger_module
-from kdcache.store import stream_source
+from kdcache.store import row_source
 from kdcache.store.cache import cache_splits, open_cache
 from kdcache.store.chunk_reader import ChunkReader
-from kdcache.store.encoding import ENCODINGS, encode_answers
+from kdcache.store.encodings.registry import KINDS
 from kdcache.store.layout import build_arrays, choose_shard_rows, predicted_bytes, shard_path, zstd_level
 from kdcache.store.ledger import Ledger
 from kdcache.store.manifest import manifest_attributes
 from kdcache.store.resume import check_target
-from kdcache.store.row_source import FeedChoice, open_feed
-from kdcache.store.sampler import ExactOrder, WindowOrder, batch_count, batches_of
+from kdcache.store.row_source import ReadOptions
+from kdcache.store.sampler import ExactSampler, WindowSampler, batch_count, batches_of
 from kdcache.store.verify import verify_split
 from kdcache.store.writer import SplitWriter
-from tests.helpers import tree
+from tests.helpers import logit_source, tree
 
 LAYOUTS = {
     "one sample of one class": {"length": 1, "classes": 1, "shard_rows": None},
@@ -188,28 +188,23 @@ def test_indices_are_integers_in_one_dimension(tmp_path, finished, indices):
 
 
 CHOICES = {
-    "auto": FeedChoice(),
-    "memory": FeedChoice(feed="memory"),
-    "memory in windows": FeedChoice(feed="memory", shuffle="window"),
-    "mapped": FeedChoice(feed="mapped"),
-    "streamed": FeedChoice(feed="streamed"),
-    "no memory": FeedChoice(memory="1"),
+    "auto": ReadOptions(),
+    "memory": ReadOptions(row_source="memory"),
+    "memory in windows": ReadOptions(row_source="memory", shuffle="window"),
+    "streamed": ReadOptions(row_source="streamed"),
+    "no memory": ReadOptions(memory="1"),
 }
 
 
 @layouts
 @pytest.mark.parametrize("choice", CHOICES.values(), ids=CHOICES.keys())
-def test_every_feed_gives_every_sample_once_with_its_own_rows(tmp_path, finished, layout, choice, request):
+def test_every_row_source_gives_every_sample_once_with_its_own_rows(tmp_path, finished, layout, choice, request):
     manifest, rows = finished(tmp_path / "c.zarr", **layout)
     cache, view = open_cache(tmp_path / "c.zarr"), manifest.views - 1
-    if choice.feed == "mapped" and "compression" in layout:
-        with pytest.raises(UsageError, match="compressed"):
-            next(cache.epoch(choice=choice))
-        return
     orders = []
     for epoch in (0, 1, 1):
         order = []
-        for indices, soft_targets in cache.epoch(epoch, batch_size=33, seed=5, view=view, choice=choice):
+        for indices, soft_targets in cache.epoch(epoch, batch_size=33, seed=5, view=view, options=choice):
             assert same(soft_targets, rows["logits"][view][indices])
             order += indices.tolist()
         assert sorted(order) == list(range(len(cache)))
@@ -219,12 +214,12 @@ def test_every_feed_gives_every_sample_once_with_its_own_rows(tmp_path, finished
 
 
 @pytest.mark.parametrize("choice", CHOICES.values(), ids=CHOICES.keys())
-def test_no_feed_gives_damaged_rows(tmp_path, finished, choice):
+def test_no_row_source_gives_damaged_rows(tmp_path, finished, choice):
     manifest, rows = finished(tmp_path / "c.zarr", length=21, shard_rows=8, chunk_rows=2)
     flip(shard_path(tmp_path / "c.zarr" / "train", manifest.arrays[0], 0, 1), 0)
 
     def epoch():
-        for indices, soft_targets in open_cache(tmp_path / "c.zarr").epoch(batch_size=2, choice=choice):
+        for indices, soft_targets in open_cache(tmp_path / "c.zarr").epoch(batch_size=2, options=choice):
             assert same(soft_targets, rows["logits"][0][indices])
 
     with pytest.raises(CacheDamaged, match=r"view 0, shard 1 \(samples 8 to 15\)"):
@@ -233,23 +228,22 @@ def test_no_feed_gives_damaged_rows(tmp_path, finished, choice):
 
 def test_a_stream_over_many_windows(tmp_path, finished, monkeypatch):
     # A window of real size holds every chunk of a small cache; of these there are eight, and three are held.
-    monkeypatch.setattr(stream_source, "WINDOW_BYTES", 1)
+    monkeypatch.setattr(row_source, "WINDOW_BYTES", 1)
     _, rows = finished(tmp_path / "c.zarr", length=59, shard_rows=16, chunk_rows=2)
-    reader = open_cache(tmp_path / "c.zarr").reader
-    feed, order, _ = open_feed(reader, indices=np.arange(59), seed=0, choice=FeedChoice(feed="streamed"))
+    feed, order, _ = logit_source(open_cache(tmp_path / "c.zarr"), options=ReadOptions(row_source="streamed"))
     first_windows = set()
     for epoch in (0, 1, 0):
         feed.start_epoch(epoch)
         assert len(list(order.windows(epoch))) == 8
         first_windows.add(tuple(sorted(next(order.windows(epoch)).chunks)))
         for indices in batches_of(order, epoch, 7):
-            assert same(feed.rows(indices), rows["logits"][0][indices])
+            assert same(feed.rows(indices)["logits"], rows["logits"][0][indices])
     assert len(first_windows) == 2
     # Left in the middle, begun anew, and then asked for what its slots no longer hold.
     feed.start_epoch(0)
     batches = list(batches_of(order, 0, 7))
     for indices in batches[:6]:
-        assert same(feed.rows(indices), rows["logits"][0][indices])
+        assert same(feed.rows(indices)["logits"], rows["logits"][0][indices])
     with pytest.raises(IndexError, match="not next in the epoch's order"):
         feed.rows(batches[0])
 
@@ -280,8 +274,8 @@ def test_a_partial_cache_gives_what_is_committed(tmp_path, make_manifest, make_r
 def test_batches_are_full_but_for_the_end_and_none_is_a_single_sample(batch_size):
     for samples in range(42):
         for order in (
-            ExactOrder(np.arange(samples), 0),
-            WindowOrder(np.arange(samples), 0, chunk_rows=4, window_chunks=2),
+            ExactSampler(np.arange(samples), 0),
+            WindowSampler(np.arange(samples), 0, chunk_rows=4, window_chunks=2),
         ):
             sizes = [len(batch) for batch in batches_of(order, 0, batch_size)]
             assert sum(sizes) == samples
@@ -315,7 +309,7 @@ def test_a_random_walk_ends_in_the_same_store(tmp_path, make_manifest, make_rows
     manifest = make_manifest(
         int(random.integers(9, 60)),
         int(random.integers(1, 5)),
-        dtype=list(ENCODINGS)[seed % 3],
+        dtype=list(KINDS)[seed % 3],
         compression=["none", "zstd:1"][seed % 2],
         shard_rows=8,
         chunk_rows=int(random.choice([1, 2, 8])),
@@ -938,17 +932,17 @@ def test_logits_that_cannot_be_stored_are_refused(encoding, value, found, needed
     logits = np.zeros((4, 3))
     logits[2:, 1:] = value
     with pytest.raises(TeacherOutputError) as caught:
-        encode_answers(logits, encoding, first_sample=100)
+        KINDS[encoding].encode(logits, first_sample=100)
     assert found in caught.value.found
     assert needed in caught.value.needed
     assert remedy in caught.value.remedy
 
 
-@pytest.mark.parametrize("encoding", ENCODINGS)
+@pytest.mark.parametrize("encoding", KINDS)
 def test_logits_are_stored_to_the_precision_of_the_encoding(encoding):
     logits = np.random.default_rng(0).standard_normal((5, 7)) * 1000
     logits[0, 0] = 65519.0 if encoding == "float16" else np.finfo(encoding).max
-    stored = encode_answers(logits, encoding, first_sample=0)
+    stored = KINDS[encoding].encode(logits, first_sample=0)["logits"]
     assert stored.dtype == encoding
     np.testing.assert_allclose(stored.astype(np.float64), logits, rtol=np.finfo(encoding).eps)
     assert stored[0, 0] == np.finfo(encoding).max
@@ -970,7 +964,7 @@ def test_shards_are_powers_of_two(requested, advice):
 @pytest.mark.parametrize("length", [1, 2, 3, 1000, 1024, 1025, 16384, 50_000, 1_281_167])
 @pytest.mark.parametrize("classes", [1, 10, 1000, 21_841, 5_000_000])
 def test_the_chosen_layout_stays_within_its_bounds(length, classes):
-    shard_rows, (logits, *_) = build_arrays(length=length, logits_dtype="float16", classes=classes)
+    shard_rows, (logits, *_) = build_arrays(length=length, encoding=KINDS["float16"], classes=classes)
     row = 2 * classes
     assert shard_rows % logits.chunk_rows == 0
     assert logits.chunk_rows <= 1024
@@ -995,11 +989,11 @@ def test_another_compression_is_refused(compression):
 # ---- faults that stand
 
 
-@pytest.mark.parametrize("choice", [{"feed": "memroy"}, {"shuffle": "exakt"}])
+@pytest.mark.parametrize("choice", [{"row_source": "memroy"}, {"shuffle": "exakt"}])
 def test_a_choice_is_one_of_those_there_are(tmp_path, finished, choice):
     finished(tmp_path / "c.zarr")
     with pytest.raises(UsageError):
-        next(open_cache(tmp_path / "c.zarr").epoch(choice=FeedChoice(**choice)))
+        next(open_cache(tmp_path / "c.zarr").epoch(options=ReadOptions(**choice)))
 
 
 def test_a_ledger_that_cannot_be_read_is_a_kdcache_error(tmp_path, finished):

@@ -7,18 +7,21 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
 from kdcache.core.errors import UsageError
+from kdcache.core.system import physical_memory_bytes
 from kdcache.data.augment import Transform
 from kdcache.data.dataset import as_indexed
+from kdcache.data.shared_memo import shared_memory
 from kdcache.data.views import Views
 from kdcache.distill.student.join_checks import check_join
 from kdcache.store.cache import Cache
+from kdcache.store.chunk_reader import check_indices
+from kdcache.store.layout import row_bytes
 from kdcache.store.manifest import NONE
-from kdcache.store.mmap_source import MappedFeed, can_map
-from kdcache.store.row_source import Feed, MemoryFeed
-from kdcache.store.sampler import Schedule, always
+from kdcache.store.sampler import Schedule
 from kdcache.store.sampler import view_schedule as make_schedule
 
 
@@ -62,13 +65,16 @@ class JoinedDataset(Dataset[tuple[Any, Any, torch.Tensor]]):
 
     def __init__(self, dataset: Any, cache: Cache, views: Views, schedule: Schedule) -> None:
         self._dataset, self._cache, self._views, self._schedule = dataset, cache, views, schedule
-        self._feeds: dict[int, Feed] = {}
-        # Shared, because workers that live on from epoch to epoch must learn of it too.
+        self._logits = _SharedView(cache)
+        # Shared, because workers that live on from epoch to epoch must learn of a new view too.
         self._view = torch.tensor(schedule(0)).share_memory_()
+        self._logits.load(schedule(0))
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the view that the schedule gives to an epoch, counted from 0; for all workers. Epoch 0 at first."""
-        self._view.fill_(self._schedule(epoch))
+        """Use the view that the schedule gives to an epoch, counted from 0, in all workers. Epoch 0 at first."""
+        view = self._schedule(epoch)
+        self._logits.load(view)
+        self._view.fill_(view)
 
     def __len__(self) -> int:
         return len(self._cache)
@@ -77,23 +83,58 @@ class JoinedDataset(Dataset[tuple[Any, Any, torch.Tensor]]):
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: Sequence[int]) -> list[tuple[Any, Any, torch.Tensor]]:
-        """Several items at once, which is how a DataLoader asks: one look into the cache for a batch."""
+        """Several items at once, which is how a DataLoader asks: one lookup in the cache for a batch."""
         view, wanted = int(self._view), np.asarray(indices, np.int64)
-        rows = torch.from_numpy(self._feed(view).rows(wanted))
+        rows = torch.from_numpy(self._logits.rows(view, wanted))
         if self._views.recipe.is_plain(1):
             return [(*self._dataset[index], row) for index, row in zip(indices, rows, strict=True)]
         inputs, labels, *_ = self._views.fetch(view, wanted)
         return list(zip(inputs, labels.tolist(), rows, strict=True))
 
-    def _feed(self, view: int) -> Feed:
-        if view not in self._feeds:
-            # Mapped pages are shared by all workers; what is compressed each has to hold for itself, a view at a time.
-            mappable = can_map(self._cache.manifest.array("logits"))
-            feed: Feed = (MappedFeed if mappable else MemoryFeed)(self._cache.reader, always(view))
-            feed.start_epoch(0)
-            self._feeds = {**(self._feeds if mappable else {}), view: feed}
-        return self._feeds[view]
-
     def __getstate__(self) -> dict[str, Any]:
-        # Mapped memory does not go to a spawned worker, which opens its own; and the view is chosen here only.
-        return self.__dict__ | {"_feeds": {}, "_schedule": None}
+        # A schedule may be a local function, which pickle refuses, and workers do not choose the view.
+        return self.__dict__ | {"_schedule": None}
+
+
+class _SharedView:
+    """The rows of one view in memory that forked workers share; a spawned worker loads its own copy."""
+
+    def __init__(self, cache: Cache) -> None:
+        self._cache = cache
+        arrays = [cache.manifest.array(name) for name in cache.logit_arrays]
+        needed = sum(row_bytes(array.dtype, array.row_shape) for array in arrays) * len(cache)
+        if needed > physical_memory_bytes():
+            raise UsageError(
+                f"a view of {cache.path} takes {needed:,} bytes, more than this machine's memory",
+                "room for one view: a DataLoader reads samples at random",
+                "use kdcache.train_student, which streams, or Cache.epoch, whose order a stream can follow",
+            )
+        self._arrays = {
+            array.name: shared_memory((len(cache), *array.row_shape), np.dtype(array.dtype)) for array in arrays
+        }
+        self._loaded = torch.tensor(-1).share_memory_()
+
+    def load(self, view: int) -> None:
+        """Read a view, unless it is the one in memory.
+
+        Raises:
+            CacheDamaged: a chunk fails its checksum.
+        """
+        if int(self._loaded) == view:
+            return
+        self._loaded.fill_(-1)
+        for name, values in self._arrays.items():
+            values[:] = self._cache.reader.span(name, view, range(len(self._cache)))
+        self._loaded.fill_(view)
+
+    def rows(self, view: int, indices: NDArray[np.int64]) -> NDArray[Any]:
+        """Logits of some samples, (n, classes)."""
+        self.load(view)
+        check_indices(indices, len(self._cache))
+        logits: NDArray[Any] = self._cache.encoding.decode(
+            {name: values.take(indices, axis=0) for name, values in self._arrays.items()}
+        )
+        return logits
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _SharedView, (self._cache,)

@@ -30,14 +30,13 @@ from kdcache.data.views import Views
 from kdcache.distill.objective import distillation_objective, label_objective, parse_objectives
 from kdcache.distill.student.composite_objective import Composition
 from kdcache.distill.student.join_checks import check_ensemble, check_join, inputs_all_checked
-from kdcache.distill.student.soft_targets import CachedTargets
+from kdcache.distill.student.soft_targets import CachedTargets, DeviceSource
 from kdcache.distill.trainer import TrainResult, train
 from kdcache.models.device import floating_dtype, resolve_device
 from kdcache.store.cache import Cache, open_cache
 from kdcache.store.manifest import Preprocess
-from kdcache.store.row_source import Feed, FeedChoice, open_feeds, parse_bytes
-from kdcache.store.sampler import EpochOrder, ExactOrder, Schedule, view_schedule
-from kdcache.store.stream_source import window_rows
+from kdcache.store.row_source import ReadOptions, parse_bytes, plan_reading
+from kdcache.store.sampler import ExactSampler, Sampler, Schedule, view_schedule
 
 CachePath = Cache | str | os.PathLike[str]
 
@@ -99,7 +98,6 @@ def train_student(
         log(f"{config.epochs} epochs over {len(used)} of {available} views: {', '.join(map(str, used[:12]))}")
         log(views.remember(used, input_memory))
     train_indices, validation_indices = split_validation(_samples(caches, used), config.val_fraction, config.seed)
-    order: EpochOrder = ExactOrder(train_indices, config.seed)
     join: CachedTargets | None = None
     preprocessor = as_preprocessor(preprocess or manifest.teacher.preprocess)
     objective = distillation_objective(config) if config.distill else label_objective(config.label_smoothing)
@@ -108,15 +106,17 @@ def train_student(
         if config.distill and config.objective:
             objective = composed = _compose(student, views, caches, preprocessor, schedule(0), config)
             stack.callback(composed.close)
-        if config.distill:
-            order, join = _open_targets(caches, train_indices, schedule, config, composed)
+        if not config.distill:
+            sampler: Sampler = ExactSampler(train_indices, config.seed)
+        else:
+            sampler, join = _open_targets(caches, train_indices, schedule, config, composed)
         return train(
             student,
             views,
             objective=objective,
             preprocess=preprocessor,
             config=config,
-            order=order,
+            sampler=sampler,
             validation_indices=validation_indices,
             schedule=schedule,
             join=join,
@@ -188,58 +188,36 @@ def _open_targets(
     schedule: Schedule,
     config: StudentConfig,
     composed: Composition | None,
-) -> tuple[EpochOrder, CachedTargets]:
+) -> tuple[Sampler, CachedTargets]:
     """The order of the samples, and the join of their soft targets and features."""
-    memory = config.cache_memory if len(caches) == 1 else str(parse_bytes(config.cache_memory) // len(caches))
-    names = ("logits", *(composed.arrays if composed else ()))
-    window = min(window_rows(cache.reader, names) for cache in caches)
-
-    def open_all(choice: FeedChoice) -> list[tuple[dict[str, Feed], EpochOrder, str]]:
-        return [
-            open_feeds(
-                cache.reader,
-                names,
-                indices=indices,
-                seed=config.seed,
-                schedule=schedule,
-                choice=choice,
-                window_rows=window,
-            )
-            for cache in caches
-        ]
-
-    choice = FeedChoice(memory=memory, feed=config.feed, shuffle=config.shuffle)
-    opened = open_all(choice)
-    if len({order.layout for _, order, _ in opened}) > 1:
-        # One has to be streamed, so all visit the samples in the order of a stream.
-        opened = open_all(replace(choice, feed="streamed", shuffle="window"))
-    feeds, orders, lines = zip(*opened, strict=True)
-    for line in lines:
-        log(line)
-    if len({order.layout for order in orders}) > 1:
-        raise UsageError(
-            "the caches would be read in different orders: they are streamed, in chunks of different sizes",
-            "caches that are held in memory, or have chunks of one size",
-            "raise --cache-memory, or use --feed mapped",
-        )
+    features = composed.arrays if composed else []
     negatives = composed.negatives if composed else {}
-    if negatives and feeds[0]["logits"].kind == "streamed":
+    parts = [(cache.reader, cache.logit_arrays) for cache in caches]
+    beside = [(caches[0].reader, features)] if features else []
+    options = ReadOptions(memory=config.cache_memory, row_source=config.row_source, shuffle=config.shuffle)
+    plan = plan_reading([*parts, *beside], options)
+    log(str(plan))
+    if negatives and plan.row_source == "streamed":
         raise UsageError(
-            "contrastive draws from the whole cache, which is to be streamed",
-            "features in memory or mapped",
-            "raise --cache-memory, or use --feed mapped",
+            f"contrastive draws negatives from the whole cache, which is streamed ({plan.reason})",
+            "features in memory",
+            "raise --cache-memory",
         )
+    sampler = plan.sampler(indices, config.seed)
+    device = resolve_device(config.device) if config.cache_on_device else None
     targets = CachedTargets(
         caches,
-        [each["logits"] for each in feeds],
+        [
+            plan.source(part, schedule, sampler) if device is None else DeviceSource(*part, schedule, device)
+            for part in parts
+        ],
         weights=config.cache_weights,
-        features={name: feeds[0][name] for name in names[1:]},
+        features=plan.source(beside[0], schedule, sampler) if beside else None,
         negatives=negatives,
         seed=config.seed,
         schedule=schedule,
-        device=resolve_device(config.device) if config.cache_on_device else None,
     )
-    return orders[0], targets
+    return sampler, targets
 
 
 def _samples(caches: Sequence[Cache], used: Sequence[int]) -> NDArray[np.int64]:

@@ -30,11 +30,12 @@ from kdcache.data.loader import Batch, BatchRequest, batch_loader
 from kdcache.data.preprocess import Preprocessor, as_preprocessor
 from kdcache.data.views import Views
 from kdcache.distill.teacher.dump_manifest import build_manifest
-from kdcache.models.device import evaluation_mode, floating_dtype, memory_errors, resolve_device, to_host
+from kdcache.models.device import evaluation_mode, memory_errors, resolve_device, to_host
 from kdcache.models.feature_hooks import Taps, pool_features
 from kdcache.models.forward import answer
 from kdcache.store.cache import check_complete
-from kdcache.store.encoding import encode_answers
+from kdcache.store.encodings.floats import LOGITS, as_floats
+from kdcache.store.encodings.registry import encoding_named
 from kdcache.store.layout import predicted_bytes
 from kdcache.store.ledger import Ledger
 from kdcache.store.manifest import NONE, Manifest, Preprocess, ViewRecipe
@@ -261,12 +262,16 @@ class _Dump:
             The shape of one row of the features of each layer.
         """
         shapes: dict[str, tuple[int, ...]] = {}
+        encoding = encoding_named(self.config.encoding)
         indices = np.arange(min(2, len(self.dataset)))
         requests = [BatchRequest(indices, view) for view in (0, 1)[: 1 if self.views.recipe.is_plain(1) else 2]]
         with evaluation_mode(self.teacher):
             for batch in batch_loader(self.views, requests, preprocessor=self.preprocessor, device=self.device):
                 for name, answers in self._forward(batch, taps)().items():
-                    encode_answers(answers, self.config.encoding, first_sample=0, name=name)
+                    if name == LOGITS:
+                        encoding.encode(answers, first_sample=0)
+                    else:
+                        as_floats(answers, encoding.feature_dtype, first_sample=0, name=name)
                     shapes[name] = answers.shape[1:]
                     if len(answers) != len(indices):
                         raise ModelError(
@@ -299,16 +304,19 @@ class _Dump:
         with ThreadPoolExecutor(1, thread_name_prefix="kdcache-writer") as pool:
             for view, shard in pending:
                 rows = manifest.rows_of(shard)
-                buffers = self._buffers(len(rows))
+                buffers: dict[str, NDArray[Any]] = {}
                 filled = 0
                 for size in batches.sizes(shard):
                     batch, given = next(answers)
-                    here = slice(filled, filled + size)
-                    for name, rows_given in given.items():
-                        buffers[name][here] = rows_given
-                    buffers["labels"][here] = batch.labels.numpy()
                     assert batch.input_crc32c is not None, "the loader was asked for checksums"
-                    buffers["input_crc32c"][here] = batch.input_crc32c.numpy()
+                    given |= {
+                        "labels": batch.labels.numpy(),
+                        "input_crc32c": batch.input_crc32c.numpy().astype(np.uint32),
+                    }
+                    for name, values in given.items():
+                        if not filled:
+                            buffers[name] = np.empty((len(rows), *values.shape[1:]), values.dtype)
+                        buffers[name][filled : filled + size] = values
                     filled += size
                     progress.advance(size)
                     if in_flight and in_flight[0].done():
@@ -316,15 +324,6 @@ class _Dump:
                 check_rows(self.views, view, rows, buffers["labels"], buffers["input_crc32c"], sampled(view))
                 while len(in_flight) >= SHARDS_IN_FLIGHT:
                     in_flight.popleft().result()
-                in_flight.append(pool.submit(tally.commit, view, shard, buffers, self.config.encoding))
+                in_flight.append(pool.submit(tally.commit, view, shard, buffers))
             while in_flight:
                 in_flight.popleft().result()
-
-    def _buffers(self, rows: int) -> dict[str, NDArray[Any]]:
-        precise = np.float64 if floating_dtype(self.teacher) == torch.float64 else np.float32
-        return {
-            array.name: np.empty(
-                (rows, *array.row_shape), precise if np.dtype(array.dtype).kind == "f" else np.dtype(array.dtype)
-            )
-            for array in self.plan.manifest.arrays
-        }

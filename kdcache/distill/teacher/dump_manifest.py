@@ -10,6 +10,7 @@ from kdcache.data.registry import fingerprint_labels, fingerprint_samples
 from kdcache.data.versions import package_versions
 from kdcache.data.views import Views
 from kdcache.models.registry import count_parameters, weights_sha256
+from kdcache.store.encodings.registry import encoding_named
 from kdcache.store.layout import build_arrays
 from kdcache.store.manifest import DatasetRecord, FeatureRecord, Manifest, Preprocess, TeacherRecord
 
@@ -36,7 +37,7 @@ def build_manifest(
     )
     shard_rows, arrays = build_arrays(
         length=len(dataset),
-        logits_dtype=config.encoding,
+        encoding=encoding_named(config.encoding),
         classes=len(dataset.classes),
         features={feature.array: feature_shapes[feature.layer] for feature in features},
         compression=config.compression,
@@ -63,6 +64,7 @@ def build_manifest(
         views=config.views,
         recipe=views.recipe,
         arrays=arrays,
+        encoding=config.encoding,
         features=features,
         shard_rows=shard_rows,
         seed=config.seed,

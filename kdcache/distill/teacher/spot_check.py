@@ -21,6 +21,7 @@ from kdcache.models.feature_hooks import Taps, pool_features
 from kdcache.models.forward import answer
 from kdcache.models.registry import weights_sha256
 from kdcache.store.cache import Cache
+from kdcache.store.encodings.floats import LOGITS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +77,7 @@ def recompute_rows(
     worst = Recomputed(
         rows=len(drawn),
         largest_difference=0.0,
-        array="logits",
+        array=LOGITS,
         sample=0,
         view=0,
         same_weights=weights_sha256(module) == manifest.teacher.weights_sha256,
@@ -94,11 +95,13 @@ def recompute_rows(
                 error=TeacherOutputError,
             )
             caught = taps.take()
-            answers = {"logits": logits} | {
+            answers = {LOGITS: logits} | {
                 array: pool_features(caught[feature.layer], feature.pool) for array, feature in stored_features.items()
             }
             for array, answers_now in answers.items():
-                differences = _differences(answers_now, cache.reader.rows(array, request.view, request.indices), array)
+                indices, view = request.indices, request.view
+                stored = cache.rows(indices, view) if array == LOGITS else cache.reader.rows(array, view, indices)
+                differences = _differences(answers_now, stored, array)
                 if not differences.max() <= worst.largest_difference:  # a NaN too
                     worst = replace(
                         worst,
