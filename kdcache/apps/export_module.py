@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
+from torchvision.transforms import InterpolationMode  # type: ignore[import-untyped]
 from torchvision.transforms.v2 import functional  # type: ignore[import-untyped]
 
 from kdcache.core.errors import ModelError
 from kdcache.core.json_records import to_json
-from kdcache.data.preprocess import INTERPOLATIONS, Preprocessor
+from kdcache.data.preprocess import Preprocessor
 from kdcache.models.device import floating_dtype
 from kdcache.models.forward import output_logits
 from kdcache.models.from_run import TrainedNetwork
@@ -116,7 +117,7 @@ def _resized(record: Preprocess, size: tuple[int, int]) -> tuple[int, int]:
     if record.resize is None:
         return size
     blank = torch.zeros(1, *size, dtype=torch.uint8)
-    height, width = functional.resize(blank, [record.resize], interpolation=INTERPOLATIONS["nearest"]).shape[1:]
+    height, width = functional.resize(blank, [record.resize], interpolation=InterpolationMode.NEAREST).shape[1:]
     return height, width
 
 

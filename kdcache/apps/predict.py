@@ -14,23 +14,21 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torchvision.datasets.folder import IMG_EXTENSIONS  # type: ignore[import-untyped]
-from torchvision.transforms.v2 import functional  # type: ignore[import-untyped]
 
 from kdcache.core.command_result import Report
 from kdcache.core.config import Predict
 from kdcache.core.errors import DatasetError, ModelError, UsageError
-from kdcache.core.progress import Progress, log
+from kdcache.core.progress import Progress
 from kdcache.data.dataset import IndexedDataset, Indices
+from kdcache.data.folders import IMAGES, TEXTS, FileKind, LeftOut, find_files, printable
 from kdcache.data.loader import batch_loader, consecutive_batches
-from kdcache.data.preprocess import INTERPOLATIONS
+from kdcache.data.preprocess import resize
 from kdcache.data.raw_input import read_image
 from kdcache.models.device import evaluation_mode, memory_errors, resolve_device
 from kdcache.models.forward import answer
 from kdcache.models.from_run import TrainedNetwork, load_trained
 
 STDIN = "-"
-TEXT_SUFFIXES = (".txt",)
 
 
 class Item(NamedTuple):
@@ -123,10 +121,7 @@ class GivenInputs(IndexedDataset):
             return image
         height, width = self._shape[1:]
         if self._resize:
-            resized: Tensor = functional.resize(
-                image, [height, width], interpolation=INTERPOLATIONS["bilinear"], antialias=True
-            )
-            return resized
+            return resize(image, [height, width], "bilinear", antialias=True)
         if self._crops:
             return image
         raise DatasetError(
@@ -179,49 +174,32 @@ def _items(given: str, trained: TrainedNetwork, all_given: tuple[str, ...]) -> I
         return
     path = Path(given)
     if os.path.isdir(path):  # unlike Path.is_dir, also for names that no disk could hold
-        yield from _files_in(path, TEXT_SUFFIXES if trained.is_text else IMG_EXTENSIONS, wanted)
+        yield from _files_in(path, TEXTS if trained.is_text else IMAGES)
         return
     if not os.path.exists(path):
-        raise DatasetError(f"there is no {_printable(path)}", "a file, a folder, or - for stdin", "correct the path")
-    if (path.suffix.lower() in TEXT_SUFFIXES) != trained.is_text:
+        raise DatasetError(f"there is no {printable(path)}", "a file, a folder, or - for stdin", "correct the path")
+    if (path.suffix.lower() in TEXTS.suffixes) != trained.is_text:
         raise UsageError(
-            f"{_printable(path)} is {'not a' if trained.is_text else 'a'} .txt file, and the run takes {wanted}",
+            f"{printable(path)} is {'not a' if trained.is_text else 'a'} .txt file, and the run takes {wanted}",
             "text files (.txt)" if trained.is_text else "image files",
             "name others, or a run that takes such files",
         )
-    yield Item(_printable(path), path)
+    yield Item(printable(path), path)
 
 
-def _files_in(folder: Path, suffixes: tuple[str, ...], wanted: str) -> Iterator[Item]:
-    """Files of the kind that `folder:` and `text-folder:` take; one that is named itself may be another image."""
-
-    def refuse(problem: OSError) -> None:
+def _files_in(folder: Path, kind: FileKind) -> Iterator[Item]:
+    """The files that `folder:` and `text-folder:` take; one that is named itself may be another image."""
+    left_out = LeftOut()
+    paths = find_files(str(folder), kind, left_out)
+    left_out.log(printable(folder))
+    if not paths:
         raise DatasetError(
-            f"{_printable(Path(problem.filename))} cannot be read: {problem.strerror}",
-            "a folder that may be read",
-            "give yourself permission to read it, or name others",
-        ) from problem
-
-    files, seen = [], set()
-    # Not rglob, which passes over links to folders, as classes may be, and over folders that may not be read.
-    for parent, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
-        if (real := os.path.realpath(parent)) in seen:
-            folders.clear()  # links may lead in circles
-            continue
-        seen.add(real)
-        files += [Path(parent, name) for name in names]
-    files.sort()
-    chosen = [path for path in files if path.suffix.lower() in suffixes]
-    if not chosen:
-        raise DatasetError(
-            f"{_printable(folder)} holds {len(files)} files, and none of them are {wanted}",
-            f"files that end in {', '.join(suffixes)}",
+            f"{printable(folder)} holds no {kind.name}",
+            f"files that end in {', '.join(kind.suffixes)}",
             "name another folder",
         )
-    if len(chosen) < len(files):
-        log(f"{_printable(folder)}: {len(files) - len(chosen)} files that are no {wanted} are left out")
-    for path in chosen:
-        yield Item(_printable(path), path)
+    for path in paths:
+        yield Item(printable(path), Path(path))
 
 
 def _lines() -> Iterator[Item]:
@@ -238,11 +216,6 @@ def _lines() -> Iterator[Item]:
         raise DatasetError("stdin holds no texts", "one text a line", "pipe some into it")
     for number, line in enumerate(lines, start=1):
         yield Item(f"{STDIN}:{number}", None, line.removesuffix(b"\r"))
-
-
-def _printable(path: Path) -> str:
-    """A path that any output can hold: bytes that are not UTF-8 are shown as escapes."""
-    return os.fsencode(path).decode(errors="backslashreplace")
 
 
 def _probabilities(trained: TrainedNetwork, inputs: GivenInputs, settings: Predict) -> NDArray[np.float64]:

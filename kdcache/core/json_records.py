@@ -107,6 +107,9 @@ def _differences(old: Any, new: Any, prefix: str, ignore: frozenset[str]) -> typ
 
 
 def brief(value: Any) -> str:
-    """A value for a message, cut where it is long."""
-    text = repr(value)
+    """A value for a message, on one line and cut where it is long; of a tensor or an array its type and shape."""
+    shape, dtype = getattr(value, "shape", None), getattr(value, "dtype", None)
+    if shape and dtype is not None:
+        return f"a {type(value).__name__} of shape {tuple(shape)} and dtype {dtype}"
+    text = " ".join(repr(value).split())
     return text if len(text) <= 60 else f"{text[:57]}..."

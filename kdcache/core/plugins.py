@@ -30,7 +30,7 @@ def resolve(spec: str, *, error: type[KdcacheError]) -> Callable[..., Any]:
     if not spec.startswith(PREFIX) or not name.isidentifier() or not all(part.isidentifier() for part in dotted):
         raise error(f"{spec!r} does not name a function", "py:package.module:function", "write it as py:my_code:build")
     try:
-        with _current_folder_first():
+        with current_folder_first():
             module = importlib.import_module(module_name)
     except ModuleNotFoundError as problem:
         # The name tells the module that was asked for from one that it imports itself.
@@ -59,7 +59,8 @@ def resolve(spec: str, *, error: type[KdcacheError]) -> Callable[..., Any]:
 
 
 @contextlib.contextmanager
-def _current_folder_first() -> Iterator[None]:
+def current_folder_first() -> Iterator[None]:
+    """Look for modules in the current folder too, as `py:` specs do; spawned processes inherit the path."""
     folder = str(Path.cwd())
     importlib.invalidate_caches()
     sys.path.insert(0, folder)

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torchvision.transforms import InterpolationMode, v2  # type: ignore[import-untyped]
 
 from kdcache.core.errors import DatasetError, UsageError
 from kdcache.core.plugins import PREFIX, call_with_accepted, describe, did_you_mean, resolve
@@ -29,7 +28,9 @@ def _affine(size: int | None, input_shape: tuple[int, ...] | None) -> Transform:
     """For digits and letters, which have a right way up. Small, so that a small student can follow: with twice as much
     and a shear, a student of one hidden layer lost 0.15 points of accuracy on MNIST.
     """
-    affine: Transform = v2.RandomAffine(
+    from torchvision.transforms import InterpolationMode  # type: ignore[import-untyped]
+
+    affine: Transform = _v2().RandomAffine(
         7, translate=(0.07, 0.07), scale=(0.95, 1.05), interpolation=InterpolationMode.BILINEAR
     )
     return affine
@@ -45,22 +46,31 @@ def _crop_flip(size: int | None, input_shape: tuple[int, ...] | None) -> Transfo
         )
     height, width = input_shape[1:]
     padding = max(height, width) // 8
+    v2 = _v2()
     return _in_turn(v2.RandomCrop((size or height, size or width), padding=padding), v2.RandomHorizontalFlip())
 
 
 def _crop_flip_randaugment(size: int | None, input_shape: tuple[int, ...] | None) -> Transform:
     """The same, then two operations of RandAugment at magnitude 9 (Cubuk et al., 2020)."""
-    return _in_turn(_crop_flip(size, input_shape), v2.RandAugment(num_ops=2, magnitude=9))
+    return _in_turn(_crop_flip(size, input_shape), _v2().RandAugment(num_ops=2, magnitude=9))
 
 
 def _resized_crop_flip(size: int | None, input_shape: tuple[int, ...] | None) -> Transform:
     """Of ImageNet: a crop of 8 to 100 % of the area, resized to a square, and a flip (Szegedy et al., 2015)."""
+    v2 = _v2()
     return _in_turn(v2.RandomResizedCrop(size or RESIZED_PIXELS, antialias=True), v2.RandomHorizontalFlip())
 
 
 def _in_turn(*transforms: Transform) -> Transform:
-    composed: Transform = v2.Compose(list(transforms))
+    composed: Transform = _v2().Compose(list(transforms))
     return composed
+
+
+def _v2() -> Any:
+    """torchvision's v2 transforms; its import takes seconds, and is for those who augment."""
+    from torchvision.transforms import v2
+
+    return v2
 
 
 PRESETS: dict[str, Callable[[int | None, tuple[int, ...] | None], Transform]] = {

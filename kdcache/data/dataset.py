@@ -15,8 +15,10 @@ from torch.utils.data import IterableDataset, Subset, TensorDataset
 
 from kdcache.core import rng
 from kdcache.core.errors import DatasetError, KdcacheError
+from kdcache.core.json_records import brief
 from kdcache.core.plugins import describe
-from kdcache.data.raw_input import Inputs, as_input, as_sequence, dtype_name
+from kdcache.core.progress import log
+from kdcache.data.raw_input import CHANNELS_FIRST, Inputs, as_input, as_sequence, dtype_name, is_channels_last
 
 Indices = Sequence[int] | NDArray[np.int64]
 
@@ -146,6 +148,12 @@ class MapDataset(IndexedDataset):
         probes = [self._item(index)[0] for index in probed]
         self.input_dtype = dtype_name(probes[0])
         shapes = {tuple(probe.shape) for probe in probes}
+        if all(map(is_channels_last, shapes)):
+            height, width, last = min(shapes)
+            log(
+                f"{name}: an input of shape ({height}, {width}, {last}) is read as {height} channels of {width} × "
+                f"{last} pixels; if it is an image of {last} channels, {CHANNELS_FIRST}"
+            )
         self.input_shape = shapes.pop() if len(shapes) == 1 and not self.is_text else None
         channels = {shape[0] for shape in shapes if len(shape) == 3}
         if self.input_shape is None and self.input_dtype == "uint8" and len(channels) == 1:
@@ -155,7 +163,7 @@ class MapDataset(IndexedDataset):
         self.vocabulary_size = getattr(dataset, "vocabulary_size", None)
         if self.vocabulary_size is not None and not (type(self.vocabulary_size) is int and self.vocabulary_size > 0):
             raise DatasetError(
-                f"the vocabulary_size of {name} is {self.vocabulary_size!r}",
+                f"the vocabulary_size of {name} is {brief(self.vocabulary_size)}",
                 "a positive whole number: one more than its largest token id",
                 "set the dataset's attribute to it",
             )
@@ -179,7 +187,7 @@ class MapDataset(IndexedDataset):
             raise
         except Exception as problem:
             raise DatasetError(
-                f"{where} cannot be read: {describe(problem)}",
+                f"{where} cannot be read: {type(self._dataset).__qualname__} raises {describe(problem)}",
                 f"an item for every index from 0 to {len(self) - 1}",
                 "repair the sample, or leave it out of the dataset",
             ) from problem
@@ -211,9 +219,11 @@ class MapDataset(IndexedDataset):
             raise DatasetError(f"{where} has dtype {dtype_name(image)}", f"{self.input_dtype}, as the others have")
         try:
             label = operator.index(given_label)
-        except (TypeError, RuntimeError) as problem:
+        except Exception as problem:  # TypeError of most values; an object's own __index__ may raise any
             raise DatasetError(
-                f"the label of {where} is {given_label!r}", "an integer", "return class indices, not names or vectors"
+                f"the label of {where} is {brief(given_label)}: {type(problem).__name__}: {problem}",
+                "an integer",
+                "return (input, label) with the index of the class, not its name, a vector or an image",
             ) from problem
         if self._labels is None:
             _check_labels(np.array([label]), self, first=index)
@@ -249,11 +259,19 @@ def as_indexed(dataset: Any, *, name: str, split: str, classes: Sequence[str] | 
             "stream has none",
             "write the stream to files or arrays first, or load it into a list of (input, label)",
         )
-    if not len(dataset):
+    try:
+        count, labels = len(dataset), _known_labels(dataset)
+        if classes is None:
+            classes = _known_classes(dataset)
+    except Exception as problem:  # the user's own properties
+        raise DatasetError(
+            f"{name} does not tell its length, labels and classes: {type(dataset).__qualname__} raises "
+            f"{describe(problem)}",
+            "a length, and where they are attributes a list of classes, and of targets or labels",
+            "repair the dataset's __len__, or that attribute",
+        ) from problem
+    if not count:
         raise DatasetError(f"{name} has no samples", "at least one")
-    labels = _known_labels(dataset)
-    if classes is None:
-        classes = _known_classes(dataset)
     if classes is None and labels is not None:
         classes = [str(label) for label in range(int(labels.max()) + 1)]
     if not classes:
@@ -284,7 +302,10 @@ def _known_labels(dataset: Any) -> NDArray[np.int64] | None:
             found = getattr(dataset, attribute, None)
     if found is None or callable(found):
         return None
-    labels = np.asarray(found)
+    try:
+        labels = np.asarray(found)
+    except ValueError:  # lists of several lengths, which are no class indices
+        return None
     fits = labels.shape == (len(dataset),) and labels.dtype.kind in "iub"
     return labels.astype(np.int64) if fits else None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import traceback
 from collections.abc import Iterator
 from typing import Any, NamedTuple, Protocol
@@ -13,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from kdcache.core.errors import DatasetError, KdcacheError
+from kdcache.core.plugins import current_folder_first
 from kdcache.data.dataset import IndexedDataset
 from kdcache.data.preprocess import Preprocessor
 from kdcache.data.raw_input import batch_crc32c
@@ -126,14 +128,15 @@ class BatchLoader(DataLoader[Batch]):
     """A DataLoader that raises a worker's KdcacheError as it was, instead of one whose text is a traceback."""
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
-        iterator = super().__iter__()
+        iterator = self._started()
         while True:
             try:
                 batch: Any = next(iterator)
             except StopIteration:
                 return
             except RuntimeError as problem:
-                if self.num_workers == 0 or "DataLoader worker" not in str(problem):
+                # "Caught X in DataLoader worker process 0" is another message: an error that the worker raised.
+                if self.num_workers == 0 or not str(problem).startswith("DataLoader worker"):
                     raise
                 raise DatasetError(
                     f"a process that reads samples died: {problem}",
@@ -143,6 +146,27 @@ class BatchLoader(DataLoader[Batch]):
             if isinstance(batch, KdcacheError):
                 raise batch
             yield batch
+
+    def _started(self) -> Iterator[Any]:
+        """The iterator of torch, its workers running."""
+        if self.num_workers == 0:
+            return super().__iter__()
+        try:
+            with current_folder_first():  # a spawned worker imports what a py: spec named
+                return super().__iter__()
+        except (pickle.PicklingError, AttributeError, TypeError) as problem:
+            raise DatasetError(
+                f"the dataset or its transform cannot be sent to worker processes: {type(problem).__name__}: {problem}",
+                "what pickle takes, as workers here are started anew: classes and functions that stand at the top of a "
+                "module, and no lambda, generator or open file among their attributes",
+                "replace it by a function with a name, or give --workers 0",
+            ) from problem
+        except OSError as problem:
+            raise DatasetError(
+                f"{self.num_workers} worker processes could not be started: {problem}",
+                "memory, processes and open files for them",
+                "give fewer --workers, or 0",
+            ) from problem
 
 
 class Fetcher(Dataset[Batch]):

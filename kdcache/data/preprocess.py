@@ -8,18 +8,38 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torchvision.transforms import InterpolationMode  # type: ignore[import-untyped]
-from torchvision.transforms.v2 import functional  # type: ignore[import-untyped]
 
 from kdcache.core.errors import DatasetError, ModelError
+from kdcache.data.raw_input import CHANNELS_FIRST, is_channels_last
 from kdcache.data.tokenizer import Tokenizer
 from kdcache.store.manifest import Preprocess
 
-INTERPOLATIONS = {
-    "nearest": InterpolationMode.NEAREST,
-    "bilinear": InterpolationMode.BILINEAR,
-    "bicubic": InterpolationMode.BICUBIC,
-}
+INTERPOLATIONS = ("nearest", "bilinear", "bicubic")
+
+
+def resize(image: Tensor, size: list[int], interpolation: str, *, antialias: bool) -> Tensor:
+    """An image (..., H, W) resized by torchvision.
+
+    Args:
+        size: [height, width], or [pixels] of the shorter side.
+        interpolation: one of `INTERPOLATIONS`.
+    """
+    # Here, because torchvision's import takes seconds, and most networks for small images resize nothing.
+    from torchvision.transforms import InterpolationMode  # type: ignore[import-untyped]
+    from torchvision.transforms.v2 import functional  # type: ignore[import-untyped]
+
+    mode = InterpolationMode(interpolation)
+    # Nearest picks pixels: there is nothing to smooth, and torchvision refuses the wish.
+    antialias = antialias and mode is not InterpolationMode.NEAREST
+    resized: Tensor = functional.resize(image, size, interpolation=mode, antialias=antialias)
+    return resized
+
+
+def _center_crop(image: Tensor, pixels: int) -> Tensor:
+    from torchvision.transforms.v2 import functional
+
+    cropped: Tensor = functional.center_crop(image, [pixels, pixels])
+    return cropped
 
 
 class Preprocessor:
@@ -59,6 +79,8 @@ class Preprocessor:
         self.record, self.tokenizer = record, tokenizer
         self.channels = len(record.mean) or None
         self.has_geometry = record.resize is not None or record.crop is not None
+        if self.has_geometry:
+            import torchvision.transforms.v2  # type: ignore[import-untyped]  # noqa: F401  # once, before workers are forked
         # One copy to the device in a run, not one a step: a copy from pageable memory waits for the device.
         self._constants: dict[tuple[torch.device, torch.dtype, bool, int], tuple[Tensor, Tensor]] = {}
 
@@ -121,12 +143,9 @@ class Preprocessor:
             )
         record = self.record
         if record.resize is not None:
-            mode = INTERPOLATIONS[record.interpolation]
-            # Nearest picks pixels: there is nothing to smooth, and torchvision refuses the wish.
-            antialias = record.antialias and mode is not InterpolationMode.NEAREST
-            image = functional.resize(image, [record.resize], interpolation=mode, antialias=antialias)
+            image = resize(image, [record.resize], record.interpolation, antialias=record.antialias)
         if record.crop is not None:
-            image = functional.center_crop(image, [record.crop, record.crop])
+            image = _center_crop(image, record.crop)
         return image
 
     def per_batch(self, inputs_bchw: Tensor, dtype: torch.dtype) -> Tensor:
@@ -153,10 +172,11 @@ class Preprocessor:
         if self.channels is None:
             return inputs_bchw.to(work).div_(255).to(dtype) if scaled else inputs_bchw.to(dtype)
         if inputs_bchw.ndim < 2 or inputs_bchw.shape[1] not in (1, self.channels):
+            last = is_channels_last(tuple(inputs_bchw.shape[1:]))
             raise ModelError(
                 f"a batch of inputs has shape {tuple(inputs_bchw.shape)}, the mean has {self.channels} channels",
                 f"inputs of 1 or {self.channels} channels, channels first",
-                "give --mean and --std with one number for each channel of the dataset",
+                CHANNELS_FIRST if last else "give --mean and --std with one number for each channel of the dataset",
             )
         scale, shift = self._scale_and_shift(inputs_bchw.device, work, scaled, inputs_bchw.ndim)
         # (x / 255 - mean) / std as one product, which casts uint8 and makes missing channels on its way, and one sum

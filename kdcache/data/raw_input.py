@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kdcache.core.errors import DatasetError
+from kdcache.core.plugins import describe
+from kdcache.data.folders import printable
 
 # One tensor (B, ...) where the samples have one shape and are held together, else B tensors.
 Inputs = Tensor | list[Tensor]
@@ -20,6 +22,14 @@ Inputs = Tensor | list[Tensor]
 def dtype_name(tensor: Tensor) -> str:
     """Such as `uint8`."""
     return str(tensor.dtype).removeprefix("torch.")
+
+
+CHANNELS_FIRST = "let the dataset return images channels first, as image.permute(2, 0, 1) or transpose(2, 0, 1) does"
+
+
+def is_channels_last(shape: tuple[int, ...]) -> bool:
+    """Whether an input looks like an image (H, W, C) of 1, 3 or 4 channels."""
+    return len(shape) == 3 and shape[2] in (1, 3, 4) and min(shape[:2]) > 4
 
 
 def as_sequence(value: str | list[Any], where: str) -> Tensor:
@@ -40,6 +50,12 @@ def as_sequence(value: str | list[Any], where: str) -> Tensor:
 def as_input(value: Any, where: str) -> Tensor:
     """A tensor, array or PIL image as a shared input; images as uint8 (C, H, W)."""
     if isinstance(value, Tensor):
+        if value.layout is not torch.strided or value.device.type != "cpu":
+            raise DatasetError(
+                f"{where} is a tensor on {value.device.type}, of layout {value.layout}",
+                "a dense tensor on the CPU",
+                "let it return value.cpu(), or value.to_dense() where it is sparse",
+            )
         return value.detach().as_subclass(Tensor).contiguous()  # torchvision wraps images in a subclass
     if isinstance(value, np.ndarray):
         try:
@@ -56,7 +72,14 @@ def as_input(value: Any, where: str) -> Tensor:
         raise DatasetError(
             f"{where} is a PIL image of mode {value.mode}", "8 bits a channel", "return such images as arrays"
         )
-    return pil_to_tensor(value if value.mode in ("L", "RGB") else value.convert("RGB"))
+    try:  # Pillow opens lazily: it is now that the file is read
+        return pil_to_tensor(value if value.mode in ("L", "RGB") else value.convert("RGB"))
+    except Exception as problem:
+        raise DatasetError(
+            f"{where} is an image that cannot be decoded: {describe(problem)}",
+            "a whole image",
+            "copy its file again, or leave it out",
+        ) from problem
 
 
 def read_image(path: str | os.PathLike[str], mode: str = "RGB") -> Tensor:
@@ -67,7 +90,7 @@ def read_image(path: str | os.PathLike[str], mode: str = "RGB") -> Tensor:
     """
     from PIL import Image
 
-    name = os.fsencode(path).decode(errors="backslashreplace")
+    name = printable(path)
     try:
         with Image.open(path) as picture:
             depth = picture.mode

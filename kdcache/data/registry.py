@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,8 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-import torchvision  # type: ignore[import-untyped]
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from kdcache.core import rng
@@ -19,6 +19,7 @@ from kdcache.core.errors import DatasetError, KdcacheError
 from kdcache.core.json_records import canonical_json
 from kdcache.core.plugins import PREFIX, call_with_accepted, describe, did_you_mean, require_extra, resolve
 from kdcache.data.dataset import ArrayDataset, IndexedDataset, as_indexed
+from kdcache.data.folders import IMAGES, labelled_files
 from kdcache.data.raw_input import batch_crc32c, dtype_name, read_image
 from kdcache.data.text_files import open_imdb, open_text_folder
 
@@ -44,8 +45,7 @@ def open_dataset(spec: str, *, split: str, data_root: str = "data", download: bo
     if spec.startswith("folder:"):
         return _image_folder(spec, split)
     if spec.startswith("text-folder:"):
-        folder, classes = _split_folder(spec, split, "TEXT.txt")
-        return open_text_folder(spec, split, folder, tuple(classes))
+        return open_text_folder(spec, split)
     if spec.startswith(PREFIX):
         return _from_function(spec, split, data_root, download)
     names = [*DATASETS, "imdb"]
@@ -103,16 +103,30 @@ def _digits(spec: str, split: str, data_root: str, download: bool) -> Loaded:
 
     The file is ordered by writer, so most of the test digits come from hands that no training digit comes from.
     """
-    bunch = require_extra("sklearn.datasets", "demo", "the dataset digits").load_digits()
+    images, labels = _read_digits()
     # 0..16 to 0..255, rounded; 16 levels apart, so it can be undone.
-    pixels = (bunch.images.astype(np.int64) * 255 + 8) // 16
+    pixels = (images.astype(np.int64) * 255 + 8) // 16
     part = slice(DIGITS_TRAIN) if split == "train" else slice(DIGITS_TRAIN, None)
     inputs = torch.from_numpy(pixels[part].astype(np.uint8)[:, None])
-    return inputs, bunch.target[part], [str(name) for name in bunch.target_names]
+    return inputs, labels[part], [str(digit) for digit in range(10)]
+
+
+def _read_digits() -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """What scikit-learn's `load_digits` gives, (1797, 8, 8) and (1797,); its import alone takes 2 s."""
+    package = importlib.util.find_spec("sklearn")
+    for folder in (package.submodule_search_locations or ()) if package else ():
+        file = Path(folder, "datasets", "data", "digits.csv.gz")
+        if file.is_file():
+            table = np.loadtxt(file, delimiter=",")
+            return table[:, :-1].reshape(-1, 8, 8), table[:, -1].astype(np.int64)
+    bunch = require_extra("sklearn.datasets", "demo", "the dataset digits").load_digits()
+    return bunch.images, bunch.target
 
 
 def _torchvision(class_name: str, folder: str) -> Callable[[str, str, str, bool], Loaded]:
     def load(spec: str, split: str, data_root: str, download: bool) -> Loaded:
+        import torchvision  # type: ignore[import-untyped]  # here, because it takes seconds
+
         path = Path(data_root) / folder
         try:
             dataset = getattr(torchvision.datasets, class_name)(data_root, train=split == "train", download=download)
@@ -152,49 +166,23 @@ DATASETS: dict[str, Source] = {
 }
 
 
-def _split_folder(spec: str, split: str, file: str) -> tuple[Path, list[str]]:
-    """The folder of a split, and its class folders, which every split has."""
-    root = Path(spec.partition(":")[2])
-    names = sorted(path.name for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
-    chosen = "val" if split == "test" and "test" not in names else split
-    if chosen not in names:
-        what = f"holds {', '.join(names[:8]) or 'no folders'}" if root.is_dir() else "is no folder"
-        raise DatasetError(
-            f"{spec} has no split {split!r}: {root.absolute()} {what}",
-            f"{root}/{'test or val' if split == 'test' else split}/CLASS/{file}",
-            "arrange the files so, or correct the path",
-        )
-    classes = _class_folders(root / chosen)
-    for other in sorted({"train", "test", "val"} & set(names)):
-        others = _class_folders(root / other)
-        if others != classes:
-            raise DatasetError(
-                f"{root / chosen} has the classes {_brief(classes)}; {root / other} has {_brief(others)}",
-                "the same class folders in every split: a label is a position among them",
-                "rename or add the folders that differ",
-            )
-    return root / chosen, classes
+class _ImageFiles:
+    """Labelled image files as a map-style dataset."""
+
+    def __init__(self, paths: list[str], labels: list[int], classes: tuple[str, ...]) -> None:
+        self._paths, self.targets, self.classes = paths, labels, classes
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return read_image(self._paths[index]), self.targets[index]
 
 
 def _image_folder(spec: str, split: str) -> IndexedDataset:
-    folder, _ = _split_folder(spec, split, "IMAGE")
-    try:
-        images = torchvision.datasets.ImageFolder(folder, loader=read_image)
-    except OSError as problem:
-        raise DatasetError(
-            f"{spec} cannot be read: {problem}", "images in every class folder", "add images, or remove empty folders"
-        ) from problem
-    dataset = as_indexed(images, name=spec, split=split)
+    dataset = as_indexed(_ImageFiles(*labelled_files(spec, split, IMAGES)), name=spec, split=split)
     dataset.default_mean, dataset.default_std = PHOTO_MEAN, PHOTO_STD
     return dataset
-
-
-def _class_folders(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir() if path.is_dir())
-
-
-def _brief(names: list[str]) -> str:
-    return f"{len(names)}: {', '.join(names[:10])}{', …' if len(names) > 10 else ''}"
 
 
 def _from_function(spec: str, split: str, data_root: str, download: bool) -> IndexedDataset:

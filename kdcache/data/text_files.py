@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tarfile
 import zlib
 from collections.abc import Iterator
@@ -11,10 +12,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torchvision.datasets.utils import download_url  # type: ignore[import-untyped]
 
 from kdcache.core.errors import DatasetError
 from kdcache.data.dataset import IndexedDataset, Indices
+from kdcache.data.folders import TEXTS, LeftOut, find_files, is_hidden, labelled_files, printable
 
 # Maas et al., Learning word vectors for sentiment analysis, 2011.
 IMDB_FOLDER, IMDB_ARCHIVE = "aclImdb", "aclImdb_v1.tar.gz"
@@ -71,6 +72,9 @@ def open_imdb(split: str, data_root: str, download: bool) -> TextDataset:
                 "the reviews as they are published",
                 "--download fetches them; --data-root names the folder that has them",
             )
+        # Here, because its import takes seconds.
+        from torchvision.datasets.utils import download_url  # type: ignore[import-untyped]
+
         try:
             download_url(IMDB_URL, str(root), IMDB_ARCHIVE, IMDB_MD5)
         except Exception as problem:  # of connections, of disks, and RuntimeError for a wrong checksum
@@ -80,28 +84,37 @@ def open_imdb(split: str, data_root: str, download: bool) -> TextDataset:
                 f"check the connection, or copy {IMDB_ARCHIVE} to {root}",
             ) from problem
     if folder.is_dir():
-        return _of_files("imdb", split, IMDB_CLASSES, _files(folder / split, IMDB_CLASSES))
+        return _of_files("imdb", split, IMDB_CLASSES, _imdb_files(folder / split))
     return _of_files("imdb", split, IMDB_CLASSES, _members(archive, split))
 
 
-def open_text_folder(spec: str, split: str, folder: Path, classes: tuple[str, ...]) -> TextDataset:
-    """The files `CLASS/NAME.txt` in a folder, ordered by class and name.
+def open_text_folder(spec: str, split: str) -> TextDataset:
+    """The texts of `text-folder:PATH`, ordered by class, folder and name.
 
     Raises:
-        DatasetError: a class has no texts, or a file is not UTF-8.
+        DatasetError: there is no such split, a class has no texts, or a file is not UTF-8.
     """
-    return _of_files(spec, split, classes, _files(folder, classes))
+    paths, labels, classes = labelled_files(spec, split, TEXTS)
+    return _of_files(
+        spec, split, classes, (_read(classes[label], path) for path, label in zip(paths, labels, strict=True))
+    )
 
 
-def _files(folder: Path, classes: tuple[str, ...]) -> Iterator[tuple[str, str, bytes]]:
-    """Class, place and content of text files."""
+def _imdb_files(folder: Path) -> Iterator[tuple[str, str, bytes]]:
+    """Class, place and content of the reviews' files."""
+    for name in IMDB_CLASSES:
+        if (folder / name).is_dir():
+            yield from (_read(name, path) for path in find_files(str(folder / name), TEXTS, LeftOut()))
+
+
+def _read(class_name: str, path: str) -> tuple[str, str, bytes]:
     try:
-        for name in classes:
-            for path in (folder / name).glob("*.txt"):
-                yield name, str(path), path.read_bytes()
+        return class_name, path, Path(path).read_bytes()
     except OSError as problem:
         raise DatasetError(
-            f"{folder} cannot be read: {problem}", "readable text files", "copy the files again"
+            f"{printable(path)} cannot be read: {problem.strerror or problem}",
+            "readable text files",
+            "copy the files again",
         ) from problem
 
 
@@ -112,7 +125,12 @@ def _members(archive: Path, split: str) -> Iterator[tuple[str, str, bytes]]:
             for member in tar:
                 parts = member.name.split("/")
                 ours = parts[:2] == [IMDB_FOLDER, split] and len(parts) == 4 and parts[2] in IMDB_CLASSES
-                if ours and parts[3].endswith(".txt") and (file := tar.extractfile(member)) is not None:
+                if (
+                    ours
+                    and parts[3].endswith(".txt")
+                    and not is_hidden(parts[3])
+                    and (file := tar.extractfile(member)) is not None
+                ):
                     yield parts[2], f"{archive}, {member.name}", file.read()
             # Behind the last file, so that gzip compares its checksum of the whole.
             while tar.fileobj is not None and tar.fileobj.read(2**20):
@@ -126,8 +144,8 @@ def _members(archive: Path, split: str) -> Iterator[tuple[str, str, bytes]]:
 
 
 def _of_files(name: str, split: str, classes: tuple[str, ...], files: Iterator[tuple[str, str, bytes]]) -> TextDataset:
-    # By name within a class, so that folder and archive, whose orders are any, give one dataset.
-    found = sorted(files, key=lambda each: (classes.index(each[0]), each[1].rpartition("/")[2]))
+    # By name within a class, so that folder and archive, whose order is any, give one dataset.
+    found = sorted(files, key=lambda each: (classes.index(each[0]), os.path.split(each[1])))
     counts = dict.fromkeys(classes, 0)
     for class_name, place, content in found:
         counts[class_name] += 1
@@ -135,7 +153,9 @@ def _of_files(name: str, split: str, classes: tuple[str, ...], files: Iterator[t
             content.decode()
         except UnicodeDecodeError as problem:
             raise DatasetError(
-                f"{place} is not UTF-8: {problem}", "text files in UTF-8", "convert it, with iconv for example"
+                f"{printable(place)} is not UTF-8: {problem}",
+                "text files in UTF-8",
+                "convert it, with iconv for example",
             ) from problem
     if empty := [class_name for class_name, count in counts.items() if not count]:
         raise DatasetError(

@@ -170,8 +170,9 @@ class Views:
                     raise
                 except Exception as problem:
                     raise DatasetError(
-                        f"--augment {self.recipe.augment} fails on sample {index} of {self.dataset.name}, which is "
-                        f"{dtype_name(plain)} {tuple(plain.shape)}, with {describe(problem)}",
+                        f"--augment {self.recipe.augment} fails on sample {index} of {self.dataset.name} in view {view}: "
+                        f"{_name(self._transform)} raises {describe(problem)}; the sample is {dtype_name(plain)} "
+                        f"{tuple(plain.shape)}",
                         "a transform of the dataset's plain inputs",
                         "choose an augmentation that suits them",
                     ) from problem
@@ -184,9 +185,8 @@ class Views:
             image = as_input(value, f"sample {index} of {self.dataset.name} in view {view}")
         except DatasetError as problem:
             raise self._not_shared(problem.found) from problem
-        if image.dtype != self._dtype or image.device.type != "cpu":
-            where = "" if image.device.type == "cpu" else f" on {image.device.type}"
-            raise self._not_shared(f"--augment {self.recipe.augment} gives {dtype_name(image)}{where}")
+        if image.dtype != self._dtype:
+            raise self._not_shared(f"--augment {self.recipe.augment} gives {dtype_name(image)}")
         return image
 
     def _not_shared(self, found: str) -> DatasetError:
@@ -224,6 +224,11 @@ class Views:
         shape = shapes.pop() if len(shapes) == 1 else None
         self.recipe = replace(self.recipe, input_shape=shape)
         self.input_shape = shape
+
+
+def _name(transform: Transform) -> str:
+    """A function by its own name, an object by its class."""
+    return getattr(transform, "__qualname__", type(transform).__qualname__)
 
 
 def as_views(dataset: IndexedDataset | Views) -> Views:
