@@ -13,14 +13,20 @@ from kdcache.core.options import Settings, option
 
 
 @dataclass(frozen=True, kw_only=True)
-class Execution(Settings):
-    """How a run is carried out."""
+class Inference(Settings):
+    """How a network is run over samples."""
 
     device: str = option("auto", "auto (a GPU when there is one), cpu, cuda, cuda:N or mps.")
     batch_size: int = option(128, "Samples in a batch.", minimum=1)
     workers: int = option(0, "Processes that load samples; 0 loads in the main one.", minimum=0)
-    seed: int = option(0, "Everything random is drawn from it.", minimum=0)
     amp: str = option("off", "Automatic mixed precision: off, bf16 or fp16.", choices=("off", "bf16", "fp16"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Execution(Inference):
+    """How a run is carried out."""
+
+    seed: int = option(0, "Everything random is drawn from it.", minimum=0)
 
 
 # Host-memory budget for the rows of a cache, and the ways to read and shuffle them.
@@ -288,7 +294,7 @@ class Sweep(CacheUse, DatasetSource, Input):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Predict(Execution):
+class Predict(Inference):
     """`kdcache predict`."""
 
     run: str = option("", "Folder of a run.", required=True)

@@ -13,6 +13,9 @@ from kdcache.data.dataset import IndexedDataset
 from kdcache.data.raw_input import batch_crc32c
 from kdcache.data.views import Views, unreplayable
 
+# Where a student's own preprocessing goes, which the dataset must leave undone.
+OWN_TRANSFORM = "--size, --mean and --std, or kdcache.join(..., transform=...)"
+
 
 def check_deterministic(dataset: IndexedDataset, count: int = 8) -> None:
     """Read some samples twice.
@@ -33,7 +36,7 @@ def changing_sample(dataset: IndexedDataset, sample: int) -> DatasetError:
     return DatasetError(
         f"two reads of sample {sample} of {dataset.name} differ: the dataset augments at random",
         "the plain sample: the student must see the pixels that the teacher saw",
-        "take the random transforms out of the dataset",
+        f"take the random transforms out of the dataset; a student has its own by {OWN_TRANSFORM}",
     )
 
 

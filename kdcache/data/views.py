@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -170,9 +170,9 @@ class Views:
                     raise
                 except Exception as problem:
                     raise DatasetError(
-                        f"--augment {self.recipe.augment} fails on sample {index} of {self.dataset.name} in view {view}: "
-                        f"{_name(self._transform)} raises {describe(problem)}; the sample is {dtype_name(plain)} "
-                        f"{tuple(plain.shape)}",
+                        f"--augment {self.recipe.augment} fails on sample {index} of {self.dataset.name}, which is "
+                        f"{dtype_name(plain)} {tuple(plain.shape)}, in view {view}: {name_of(self._transform)} raises "
+                        f"{describe(problem)}",
                         "a transform of the dataset's plain inputs",
                         "choose an augmentation that suits them",
                     ) from problem
@@ -226,9 +226,9 @@ class Views:
         self.input_shape = shape
 
 
-def _name(transform: Transform) -> str:
+def name_of(transform: Callable[..., Any]) -> str:
     """A function by its own name, an object by its class."""
-    return getattr(transform, "__qualname__", type(transform).__qualname__)
+    return str(getattr(transform, "__qualname__", type(transform).__qualname__))
 
 
 def as_views(dataset: IndexedDataset | Views) -> Views:

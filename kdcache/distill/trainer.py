@@ -170,7 +170,8 @@ class _Loop:
             improved = self._validate(entry, last=epoch + 1 == self.config.epochs)
             self.history.append(entry)
             self._keep(entry, improved)
-            log(_line(entry, self.config.epochs))
+            # A teacher that augments counts views only to draw anew in each epoch.
+            log(_line(entry, self.config.epochs, hidden=() if self.join else ("view",)))
         return TrainResult(module=self.result_module, epochs=self.history)
 
     def _epoch(self, epoch: int) -> dict[str, Any]:
@@ -318,6 +319,6 @@ class _Loop:
         self.history = list(state["history"])
 
 
-def _line(entry: dict[str, Any], epochs: int) -> str:
-    scalars = [f"{name} {value:.4g}" for name, value in entry.items() if name not in ("epoch", "seconds")]
+def _line(entry: dict[str, Any], epochs: int, hidden: tuple[str, ...]) -> str:
+    scalars = [f"{name} {value:.4g}" for name, value in entry.items() if name not in ("epoch", "seconds", *hidden)]
     return f"epoch {entry['epoch']}/{epochs}: {', '.join(scalars)}, {entry['seconds']:.2f} s"

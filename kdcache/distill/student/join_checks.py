@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from kdcache.core.errors import CacheMismatch
 from kdcache.core.json_records import brief, differences
 from kdcache.core.rng import keyed_sample
-from kdcache.data.determinism import check_deterministic
+from kdcache.data.determinism import OWN_TRANSFORM, check_deterministic
 from kdcache.data.raw_input import batch_crc32c
 from kdcache.data.registry import fingerprint_labels
 from kdcache.data.versions import package_versions
@@ -81,7 +81,12 @@ def check_recorded(cache: Cache, views: Views) -> None:
         if cached != given:
             mismatch = _mismatch(cache, f"{what} {_show(cached, given)}", f"{what} {_show(given, cached)}")
             if record.input_dtype == "uint8" and dataset.input_dtype.startswith("float"):
-                mismatch.remedy = "give images as the teacher's dataset did: by PILToTensor(), and not by ToTensor()"
+                mismatch.remedy = (
+                    "give images as the teacher's dataset did: by PILToTensor(), and not by ToTensor(); scaling and "
+                    f"normalising are the student's own: {OWN_TRANSFORM}"
+                )
+            elif what.startswith("shape"):
+                mismatch.remedy += f"; resizing and cropping are the student's own: {OWN_TRANSFORM}"
             raise mismatch
     _check_recipe(cache, views, ignore=frozenset({"input_shape"}))
 
@@ -197,7 +202,8 @@ def check_crcs(
     raise CacheMismatch(
         f"{why}; crc32c {crc:#010x} here, {crcs_n[sample]:#010x} in {cache.path}",
         "the samples that the teacher answered for, in the same order and untouched" + _versions_apart(cache),
-        "give the dataset as the teacher saw it, or dump the teacher over this data",
+        f"give the dataset as the teacher saw it (what the student needs beside, by {OWN_TRANSFORM}), or dump the "
+        "teacher over this data",
     )
 
 

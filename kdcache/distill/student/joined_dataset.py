@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,12 +10,14 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
-from kdcache.core.errors import UsageError
+from kdcache.core.errors import DatasetError, KdcacheError, UsageError
+from kdcache.core.json_records import brief
+from kdcache.core.plugins import describe
 from kdcache.core.system import physical_memory_bytes
 from kdcache.data.augment import Transform
 from kdcache.data.dataset import as_indexed
 from kdcache.data.shared_memo import shared_memory
-from kdcache.data.views import Views
+from kdcache.data.views import Views, name_of
 from kdcache.distill.student.join_checks import check_join
 from kdcache.store.cache import Cache
 from kdcache.store.chunk_reader import check_indices
@@ -26,13 +28,21 @@ from kdcache.store.sampler import view_schedule as make_schedule
 
 
 def join(
-    dataset: Any, cache: Cache, *, view_schedule: str = "cycle", augment: Transform | None = None, seed: int = 0
+    dataset: Any,
+    cache: Cache,
+    *,
+    transform: Callable[[Any], Any] | None = None,
+    view_schedule: str = "cycle",
+    augment: Transform | None = None,
+    seed: int = 0,
 ) -> JoinedDataset:
     """Put the teacher's logits to each item of a dataset, by view and sample index.
 
     Args:
         dataset: the map-style dataset of (input, label) pairs that the teacher was dumped over.
         cache: a finished split.
+        transform: makes of each input what the student takes: resizes, normalises, tokenises. It is given the input
+            that the item would have without it, which was compared with the cache before.
         view_schedule: which view an epoch uses: `cycle`, `shuffle` or `fixed:K`; for `JoinedDataset.set_epoch`.
         augment: the transform that the views were made with, where it was given to the dump as an object.
         seed: of `shuffle`.
@@ -41,10 +51,11 @@ def join(
         A map-style dataset of (input, label, logits), the logits a tensor (classes,) in the stored dtype, for any
         DataLoader, with forked or spawned workers. Of a cache without augmentation, inputs and labels are the
         dataset's own items; else the input is what the teacher saw of the epoch's view, before any scaling and
-        normalising, as a tensor (C, H, W).
+        normalising, as a tensor (C, H, W). Either goes through `transform` where it is given.
 
     Raises:
         CacheMismatch: the cache is of other samples or views; the message shows both values.
+        DatasetError: the dataset gives other inputs at each read, or, of an item, the transform fails.
         UsageError: inputs are mixed, which these triples cannot say, or there is no such schedule.
     """
     record, recipe = cache.manifest.dataset, cache.manifest.recipe
@@ -57,16 +68,24 @@ def join(
     views = Views(as_indexed(dataset, name=record.name, split=record.split), recipe, transform=augment)
     schedule = make_schedule(view_schedule, (), available=cache.views, seed=seed)
     check_join(cache, views, used=[schedule(0)])
-    return JoinedDataset(dataset, cache, views, schedule)
+    return JoinedDataset(dataset, cache, views, schedule, transform)
 
 
 class JoinedDataset(Dataset[tuple[Any, Any, torch.Tensor]]):
     """What `join` returns; it does not check again."""
 
-    def __init__(self, dataset: Any, cache: Cache, views: Views, schedule: Schedule) -> None:
+    def __init__(
+        self,
+        dataset: Any,
+        cache: Cache,
+        views: Views,
+        schedule: Schedule,
+        transform: Callable[[Any], Any] | None = None,
+    ) -> None:
         self._dataset, self._cache, self._views, self._schedule = dataset, cache, views, schedule
         self._logits = _SharedView(cache)
         # Shared, because workers that live on from epoch to epoch must learn of a new view too.
+        self._transform = transform
         self._view = torch.tensor(schedule(0)).share_memory_()
         self._logits.load(schedule(0))
 
@@ -87,9 +106,31 @@ class JoinedDataset(Dataset[tuple[Any, Any, torch.Tensor]]):
         view, wanted = int(self._view), np.asarray(indices, np.int64)
         rows = torch.from_numpy(self._logits.rows(view, wanted))
         if self._views.recipe.is_plain(1):
-            return [(*self._dataset[index], row) for index, row in zip(indices, rows, strict=True)]
-        inputs, labels, *_ = self._views.fetch(view, wanted)
-        return list(zip(inputs, labels.tolist(), rows, strict=True))
+            items = [(*self._dataset[index], row) for index, row in zip(indices, rows, strict=True)]
+        else:
+            inputs, labels, *_ = self._views.fetch(view, wanted)
+            items = list(zip(inputs, labels.tolist(), rows, strict=True))
+        if self._transform is None:
+            return items
+        # The input is the third from the end: an item may begin with its index.
+        return [
+            (*item[:-3], self._transformed(item[-3], index), *item[-2:])
+            for item, index in zip(items, indices, strict=True)
+        ]
+
+    def _transformed(self, value: Any, index: int) -> Any:
+        assert self._transform is not None, "asked for where there is one"
+        try:
+            return self._transform(value)
+        except KdcacheError:
+            raise
+        except Exception as problem:
+            raise DatasetError(
+                f"the transform of join fails on sample {index}, which is {brief(value)}: {name_of(self._transform)} "
+                f"raises {describe(problem)}",
+                "a transform of the dataset's own inputs, or of uint8 tensors (C, H, W) where the cache has views",
+                "choose one that suits them",
+            ) from problem
 
     def __getstate__(self) -> dict[str, Any]:
         # A schedule may be a local function, which pickle refuses, and workers do not choose the view.
