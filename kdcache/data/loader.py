@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import traceback
+import warnings
 from collections.abc import Iterator
 from typing import Any, NamedTuple, Protocol
 
@@ -152,7 +153,9 @@ class BatchLoader(DataLoader[Batch]):
         if self.num_workers == 0:
             return super().__iter__()
         try:
-            with current_folder_first():  # a spawned worker imports what a py: spec named
+            # A spawned worker imports what a py: spec named.
+            with current_folder_first(), warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "Got pickle error")  # it is raised too, and told below
                 return super().__iter__()
         except (pickle.PicklingError, AttributeError, TypeError) as problem:
             raise DatasetError(

@@ -117,7 +117,7 @@ def test_images_get_the_probabilities_of_the_same_samples(runs, images, capsys):
         assert [by_class[str(label)] for label in range(10)] == pytest.approx(probabilities, rel=1e-4)
     best = [int(each["answers"][0]["class"]) for each in report.data["predictions"]]
     assert np.mean(np.array(best) == images.labels[order].numpy()) > 0.6
-    assert "1 files that are no images are left out" in capsys.readouterr().err
+    assert "left out: files that are no images by their suffix (1: .md), such as" in capsys.readouterr().err
 
 
 def test_the_csv_says_what_the_data_says(runs, images):
@@ -178,9 +178,9 @@ def test_odd_images_are_read_as_evaluate_reads_them(runs, tmp_path):
             if "A" in mode:
                 image.putalpha(Image.fromarray(random.integers(0, 256, (14, 9), np.uint8)))
             image.save(folder / name, **options)
-            image.convert("RGB").save(folder / "left-out.gif")  # torchvision's folders take none
+            image.convert("RGB").save(folder / "g.GIF", format="GIF")
     trained, dataset = load_trained(runs.root / "photo-run"), open_dataset(f"folder:{tmp_path}", split="test")
-    inputs, labels = dataset.fetch(range(12))
+    inputs, labels = dataset.fetch(range(14))
     prepared = torch.stack([trained.preprocessor.per_sample(each) for each in inputs])
     wanted = expected(runs.root / "photo-run", trained.preprocessor.per_batch(prepared, torch.float32))
     found = asked(runs.photos, tmp_path / "test").data["predictions"]
@@ -302,8 +302,8 @@ def test_the_command_prints_csv_or_one_json_object(runs, images):
         ("digits", [""], UsageError, ["empty name"]),
         ("digits", ["{tmp}/gone.png"], DatasetError, ["there is no", "gone.png"]),
         ("digits", ["x" * 5000], DatasetError, ["there is no"]),
-        ("digits", ["{tmp}/empty"], DatasetError, ["empty holds 0 files", ".png"]),
-        ("texts", ["{tmp}/empty"], DatasetError, ["empty holds 0 files", ".txt"]),
+        ("digits", ["{tmp}/empty"], DatasetError, ["empty holds no images", ".png"]),
+        ("texts", ["{tmp}/empty"], DatasetError, ["empty holds no texts", ".txt"]),
         ("digits", ["{tmp}/broken.png"], DatasetError, ["broken.png cannot be read as an image"]),
         ("digits", ["{tmp}/deep.png"], DatasetError, ["deep.png is an image of mode I;16", "8 bits", "scale"]),
         ("digits", ["{tmp}/latin.txt"], UsageError, ["latin.txt is a .txt file", "takes images"]),

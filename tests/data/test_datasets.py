@@ -1,6 +1,8 @@
 import hashlib
+import io
 import os
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import google_crc32c
@@ -10,13 +12,13 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset, IterableDataset, Subset, TensorDataset
 
-from kdcache.core.errors import DatasetError, MissingExtra
+from kdcache.core.errors import DatasetError, MissingExtra, ModelError
 from kdcache.data.dataset import ArrayDataset, as_indexed
 from kdcache.data.determinism import check_deterministic
 from kdcache.data.loader import BatchRequest, batch_loader
 from kdcache.data.preprocess import Preprocessor
 from kdcache.data.raw_input import input_crc32c
-from kdcache.data.registry import fingerprint_labels, fingerprint_samples, open_dataset
+from kdcache.data.registry import _read_digits, fingerprint_labels, fingerprint_samples, open_dataset
 from kdcache.store.manifest import Preprocess
 
 CPU = torch.device("cpu")
@@ -66,16 +68,31 @@ def test_digits_can_be_undone_and_keep_the_order_of_the_file():
     assert train.input_shape == (1, 8, 8) == pixels.shape[1:]
     np.testing.assert_array_equal(np.round(pixels[:, 0].numpy() / 255 * 16), bunch.images)
     np.testing.assert_array_equal(np.concatenate([train.labels(), test.labels()]), bunch.target)
+    assert train.classes == tuple(map(str, bunch.target_names))
     scaled = train.shared_inputs(range(1437)).double() / 255
     assert scaled.mean().item() == pytest.approx(train.default_mean[0], abs=1e-3)
     assert scaled.std().item() == pytest.approx(train.default_std[0], abs=1e-3)
 
 
 def test_digits_without_scikit_learn_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn", None)
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     with pytest.raises(MissingExtra) as caught:
         open_dataset("digits", split="train")
     assert 'pip install "kdcache[demo]"' in caught.value.remedy
+
+
+def test_digits_are_read_without_importing_scikit_learn_or_with_it_to_the_same(monkeypatch):
+    def refuse(*args):
+        raise AssertionError("scikit-learn was imported")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("kdcache.data.registry.require_extra", refuse)
+        read = _read_digits()
+    monkeypatch.setattr(Path, "is_file", lambda path: False)  # another layout of the package
+    for ours, theirs in zip(read, _read_digits(), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+        assert ours.dtype == theirs.dtype
 
 
 @needs_data
@@ -257,6 +274,29 @@ class Stream(IterableDataset):
         return iter(())
 
 
+class OddLabel:
+    def __index__(self):
+        raise ValueError("an odd label")
+
+
+class Unlisted(Items):
+    @property
+    def targets(self):
+        raise OSError("labels.csv is lost")
+
+
+class Endless(Items):
+    def __len__(self):
+        raise RuntimeError("no end")
+
+
+def truncated_picture():
+    """As Pillow opens it: the file is read when its pixels are asked for."""
+    whole = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)).save(whole, "PNG")
+    return Image.open(io.BytesIO(whole.getvalue()[:2000]))
+
+
 IMAGE = torch.zeros(1, 2, 2)
 
 
@@ -274,11 +314,26 @@ IMAGE = torch.zeros(1, 2, 2)
         (Items([(IMAGE, 0)] * 2, classes="ab", targets=[0, 5]), "label of sample 1 of mine is 5"),
         (Items([(IMAGE, 0)], classes="ab", targets=[1]), "is 0, and its .targets or .labels says 1"),
         (Items([(IMAGE, 0.5)], classes="ab"), "is 0.5"),
+        (Items([(IMAGE, torch.zeros(3, 224, 224))], classes="ab"), r"is a Tensor of shape \(3, 224, 224\) and dtype"),
+        (
+            Items([(IMAGE, np.zeros((9, 9)))], classes="ab"),
+            r"is a ndarray of shape \(9, 9\) and dtype float64: TypeError",
+        ),
+        (Items([(IMAGE, OddLabel())], classes="ab"), "ValueError: an odd label"),
+        (Items([(IMAGE.to_sparse(), 0)], classes="ab"), "layout torch.sparse_coo"),
+        (Items([(IMAGE.to("meta"), 0)], classes="ab"), "is a tensor on meta"),
+        (
+            Items([(truncated_picture(), 0)], classes="ab"),
+            "sample 0 of mine is an image that cannot be decoded: OSError",
+        ),
+        (Items([(IMAGE, 0)], classes=7), "Items raises TypeError: 'int' object is not iterable"),
+        (Unlisted([(IMAGE, 0)], classes="ab"), "Unlisted raises OSError: labels.csv is lost"),
+        (Endless([(IMAGE, 0)], classes="ab"), "Endless raises RuntimeError: no end"),
         (Items([({}, 0)], classes="ab"), "is a dict"),
         (Items([(np.array(["x"]), 0)], classes="ab"), "array of <U1"),
         (Items([(Image.new("F", (2, 2)), 0)], classes="ab"), "mode F"),
         (Items([(IMAGE, 0), (IMAGE.byte(), 0)], classes="ab"), "dtype"),
-        (Items([KeyError("lost")], classes="ab"), "sample 0 of mine cannot be read: KeyError: 'lost'"),
+        (Items([KeyError("lost")], classes="ab"), "sample 0 of mine cannot be read: Items raises KeyError: 'lost'"),
     ],
 )
 def test_what_is_refused(dataset, message):
@@ -394,3 +449,88 @@ def test_cuda_batches_are_pinned():
     dataset = open_dataset("digits", split="test")
     made = batch_loader(dataset, [], preprocessor=Preprocessor(Preprocess()), device=SimpleNamespace(type="cuda"))
     assert made.pin_memory
+
+
+def test_labels_of_several_lengths_are_looked_at_sample_by_sample():
+    ragged = Items([(IMAGE, 0), (IMAGE, [1, 2])], classes="ab", targets=[0, [1, 2]])
+    with pytest.raises(DatasetError, match=r"the label of sample 1 of mine is \[1, 2\]"):
+        as_indexed(ragged, name="mine", split="train").fetch([1])
+
+
+@pytest.mark.parametrize("shape", [(32, 32, 3), (8, 8, 1), (3, 32, 32), (1, 28, 28), (4, 4, 3)], ids=str)
+def test_images_with_their_channels_last_are_told_so(shape, capsys):
+    as_indexed([(np.zeros(shape, np.uint8), 0)] * 2, name="mine", split="train", classes=["only"])
+    told = "let the dataset return images channels first" in capsys.readouterr().err
+    assert told == (shape[2] in (1, 3) and shape[0] > 4)
+
+
+def test_a_batch_with_its_channels_last_is_told_so():
+    preprocessor = Preprocessor(Preprocess(mean=(0.5,) * 3, std=(0.5,) * 3))
+    with pytest.raises(ModelError, match=r"permute\(2, 0, 1\)"):
+        preprocessor.per_batch(torch.zeros(2, 32, 32, 3, dtype=torch.uint8), torch.float32)
+    with pytest.raises(ModelError) as caught:
+        preprocessor.per_batch(torch.zeros(2, 5, 32, 32, dtype=torch.uint8), torch.float32)
+    assert "permute" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("held", "reason"),
+    [
+        (lambda image: image, "lambda"),
+        ((number for number in ()), "generator"),
+        (io.BytesIO().getbuffer(), "memoryview"),
+    ],
+    ids=["lambda", "generator", "buffer"],
+)
+def test_what_cannot_go_to_a_spawned_worker_is_named(held, reason):
+    indexed = as_indexed(Items(images(8), classes="abc", held=held), name="mine", split="train")
+    batches = loader(indexed, [np.arange(4)], workers=1)
+    batches.multiprocessing_context = "spawn"
+    with pytest.raises(DatasetError, match=reason) as caught:
+        next(iter(batches))
+    assert "cannot be sent to worker processes" in caught.value.found
+    assert "pickle" in caught.value.needed
+    assert "--workers 0" in caught.value.remedy
+
+
+def test_workers_that_cannot_be_started_are_named(monkeypatch):
+    def refuse(process):
+        raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr("multiprocessing.process.BaseProcess.start", refuse)
+    batches = loader(as_indexed(images(8), name="mine", split="train", classes="abc"), [np.arange(4)], workers=1)
+    with pytest.raises(DatasetError, match=r"could not be started: .*Too many open files") as caught:
+        next(iter(batches))
+    assert "--workers" in caught.value.remedy
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_sample_that_fails_after_others_is_named_in_workers_too(workers):
+    items = [*images(40), RuntimeError("DataLoader worker trouble of the user's own")]
+    dataset = Items(items, classes="abc")
+    # Never drawn by the probes, which look at some of the first 40.
+    dataset.__class__ = type("Late", (Items,), {"__len__": lambda self: len(self.items) if self.late else 40})
+    dataset.late = False
+    indexed = as_indexed(dataset, name="mine", split="train")
+    dataset.late = True
+    batches = iter(loader(indexed, [np.arange(4), np.array([40])], workers=workers))
+    next(batches)
+    with pytest.raises(
+        DatasetError, match="sample 40 of mine cannot be read: Late raises RuntimeError: DataLoader worker"
+    ):
+        next(batches)
+
+
+def test_a_spawned_worker_imports_what_was_found_in_the_current_folder(tmp_path, monkeypatch):
+    """As the console script finds it, whose path begins with its own folder and not with the current one."""
+    (tmp_path / "kd_spawned_data.py").write_text(
+        "import torch\n"
+        "class Data(list):\n"
+        "    classes = ['a']\n"
+        "def load(): return Data([(torch.zeros(1, 2, 2), 0)] * 4)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry])
+    batches = loader(open_dataset("py:kd_spawned_data:load", split="train"), [np.arange(4)], workers=1)
+    batches.multiprocessing_context = "spawn"
+    assert next(iter(batches)).inputs.shape == (4, 1, 2, 2)

@@ -954,7 +954,7 @@ def test_mistakes_in_text_folders_are_named(tmp_path):
         (tmp_path / split / "so-so").mkdir()
     with pytest.raises(DatasetError, match="no texts of so-so in its split 'train'") as caught:
         open_dataset(spec, split="train")
-    assert "train/so-so/NAME.txt" in caught.value.needed
+    assert "train/so-so/TEXT.txt" in caught.value.needed
     (tmp_path / "test" / "so-so").rmdir()
     with pytest.raises(DatasetError, match="2: neg, pos"):
         open_dataset(spec, split="train")
@@ -966,7 +966,7 @@ def test_a_failed_download_of_the_reviews_is_named(tmp_path, monkeypatch):
     def refuse(*args, **kwargs):
         raise RuntimeError("File not found or corrupted.")
 
-    monkeypatch.setattr("kdcache.data.text_files.download_url", refuse)
+    monkeypatch.setattr("torchvision.datasets.utils.download_url", refuse)
     with pytest.raises(DatasetError, match="corrupted") as caught:
         open_dataset("imdb", split="train", data_root=str(tmp_path), download=True)
     assert "copy aclImdb_v1.tar.gz to" in caught.value.remedy
