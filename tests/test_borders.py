@@ -1,11 +1,16 @@
+import ast
 import importlib
+import importlib.metadata
 import inspect
 import json
+import os
 import pickle
 import pkgutil
 import re
 import subprocess
 import sys
+import tomllib
+from pathlib import Path
 
 import pytest
 
@@ -143,3 +148,74 @@ def test_an_error_keeps_its_parts(error, parts):
 def test_an_os_error_has_no_made_up_errno(error):
     problem = error("found", "needed", "remedy")
     assert (problem.errno, problem.filename) == (None, None)
+
+
+# ---- the installation
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_the_package_is_found_from_the_parent_folder_of_a_clone(tmp_path):
+    """A folder named kdcache in the current one is a namespace package for Python, if nothing else is found first."""
+    (tmp_path / "kdcache").symlink_to(ROOT)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(
+        [sys.executable, "-c", "import kdcache; print(kdcache.open_cache.__name__)"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.stdout, done.stderr) == ("open_cache\n", "")
+
+
+def imported_modules():
+    """Top-level names of the third-party modules that the package imports anywhere, also by `require_extra`."""
+    names = set()
+    for path in (ROOT / "kdcache").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                names |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+                names.add(node.module.partition(".")[0])
+            elif isinstance(node, ast.Call) and getattr(node.func, "id", "") == "require_extra":
+                names |= {each.value.partition(".")[0] for each in node.args[:1] if isinstance(each, ast.Constant)}
+    return names - set(sys.stdlib_module_names) - {"kdcache"}
+
+
+def declared():
+    """Name of each declared distribution, of `dependencies` and of the extras for users."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    lines = [*project["dependencies"], *(line for name, each in extras.items() if name != "dev" for line in each)]
+    return {re.match(r"[\w-]+", line)[0].lower() for line in lines} - {"kdcache"}
+
+
+def test_what_is_imported_is_declared():
+    homes = importlib.metadata.packages_distributions()
+    needed = {name: {home.lower().replace("_", "-") for home in homes.get(name, [name])} for name in imported_modules()}
+    assert len(needed) > 10
+    assert {name for name, homes in needed.items() if not homes & declared()} == set()
+
+
+def test_what_is_declared_is_imported():
+    homes = importlib.metadata.packages_distributions()
+    used = {home.lower().replace("_", "-") for name in imported_modules() for home in homes.get(name, [name])}
+    # h5py and lmdb are what `make bench` compares with; torch.onnx imports onnx and onnxscript.
+    assert declared() - used - {"h5py", "lmdb", "onnx", "onnxscript"} == set()
+
+
+def test_windows_is_refused_in_words():
+    """Without fcntl, which Windows lacks, a lock could not be held."""
+    done = subprocess.run(
+        [sys.executable, "-c", "import sys; sys.modules['fcntl'] = None; import kdcache.core.file_lock"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "needed: Linux or macOS" in done.stderr
+    assert "WSL" in done.stderr

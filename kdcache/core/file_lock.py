@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 from pathlib import Path
 from typing import Any
 
 from kdcache.core.atomic_files import storage_errors
-from kdcache.core.errors import CacheBusy
+from kdcache.core.errors import CacheBusy, MissingExtra
+
+try:
+    import fcntl
+except ImportError as problem:
+    raise MissingExtra(
+        "this system has no file locks that end with their process (fcntl)",
+        "Linux or macOS",
+        "on Windows, run it under WSL",
+    ) from problem
 
 NAME = ".lock"
 
