@@ -7,18 +7,43 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import itertools
 import json
+import traceback
 import typing
 from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from kdcache.core.command_result import Report
 from kdcache.core.errors import KdcacheError, UsageError
-from kdcache.core.options import Settings, merge, read_settings
+from kdcache.core.json_records import to_json
+from kdcache.core.options import Settings, check_effective, flag_of, merge, read_settings, suggestion
+from kdcache.core.plugins import describe
 
 INTERRUPTED = 130
+UNEXPECTED = "error: unexpected "
+
+# The panels of a command's help in their order, those for few users last. What is in none is the command's own.
+OWN, GENERAL = "Options", "General"
+PANELS = {
+    "Loss": ("temperature", "alpha", "distill", "objective", "student_layer", "label_smoothing"),
+    "Optimisation": (
+        *("epochs", "batch_size", "optimizer", "learning_rate", "weight_decay", "schedule", "warmup_epochs"),
+        *("val_fraction", "momentum", "milestones", "gamma", "clip_norm", "ema"),
+    ),
+    "Data and preprocessing": ("dataset", "data_root", "download", "mean", "std", "size"),
+    "Views": ("augment", "mix", "views", "view_seed", "plain_view", "view_schedule", "add_views"),
+    "Text": ("max_tokens", "vocabulary_size", "tokenizer"),
+    "Machine": ("device", "workers", "amp", "seed"),
+    "Storage": ("features", "pool", "encoding", "compression", "shard_rows"),
+    "Reading the cache": (
+        *("verify_inputs", "allow_partial", "cache_weights", "cache_memory", "cache_on_device", "input_memory"),
+        *("feed", "shuffle"),
+    ),
+}
 
 
 def command_of(app: typer.Typer, settings_class: type[Settings], name: str, example: str) -> Callable[..., Any]:
@@ -28,17 +53,21 @@ def command_of(app: typer.Typer, settings_class: type[Settings], name: str, exam
 
     def register(function: Callable[[Any], Report]) -> Callable[[Any], Report]:
         def command(**given: Any) -> None:
-            as_json, file = given.pop("as_json"), given.pop("config", None)
+            as_json, debug, file = given.pop("as_json"), given.pop("debug"), given.pop("config", None)
             try:
                 settings = _settings(settings_class, given, file)
                 report = function(settings)
             except KdcacheError as problem:
-                typer.echo(f"error: {problem}", err=True)
+                _show(f"error: {problem}", problem if debug else None)
                 raise typer.Exit(problem.exit_code) from problem
             except KeyboardInterrupt as problem:
                 again = "the same command with --resume" if "resume" in names else "the same command"
                 typer.echo(f"stopped; what is finished is kept, and {again} goes on from there", err=True)
                 raise typer.Exit(INTERRUPTED) from problem
+            except Exception as problem:  # a defect of kdcache, or of the user's own code
+                again = "" if debug else "\n  to do:  run the same command with --debug for the traceback"
+                _show(f"{UNEXPECTED}{describe(problem)}{again}", problem if debug else None)
+                raise typer.Exit(1) from problem
             typer.echo(json.dumps(report.data) if as_json else report.text)
             if report.exit_code:
                 raise typer.Exit(report.exit_code)
@@ -49,18 +78,58 @@ def command_of(app: typer.Typer, settings_class: type[Settings], name: str, exam
                 _keyword(
                     "config",
                     str | None,
-                    typer.Option("--config", help="Settings from a TOML file or a run's config.json; flags win."),
+                    typer.Option(
+                        "--config",
+                        help="Settings from a TOML file or a run's config.json; flags win.",
+                        rich_help_panel=GENERAL,
+                    ),
                 )
             )
-        parameters.append(
-            _keyword("as_json", bool, typer.Option("--json", help="Print one JSON object on stdout."), False)
-        )
+        for key, flag, text in (
+            ("as_json", "--json", "Print one JSON object on stdout."),
+            ("debug", "--debug", "Print the traceback of an error."),
+        ):
+            parameters.append(_keyword(key, bool, typer.Option(flag, help=text, rich_help_panel=GENERAL), False))
         command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         command.__annotations__ = {each.name: each.annotation for each in parameters}
-        app.command(name, help=f"{inspect.getdoc(function)}\n\nExample: {example}")(command)
+        help_text = f"{inspect.getdoc(function)}\n\nExample: {example}"
+        app.command(name, cls=_command_class(settings_class), help=help_text)(command)
         return function
 
     return register
+
+
+def _show(message: str, problem: BaseException | None) -> None:
+    """A message on stderr, after the traceback of its error where one is given."""
+    if problem is not None:
+        typer.echo("".join(traceback.format_exception(problem)), err=True)
+    typer.echo(message, err=True)
+
+
+def _command_class(settings_class: type[Settings]) -> type[TyperCommand]:
+    class Command(TyperCommand):
+        """A command whose help shows options in panels, and that knows what other tools call an option."""
+
+        def format_options(self, ctx: Any, formatter: Any) -> None:
+            panels: dict[str, list[tuple[str, str]]] = {panel: [] for panel in ("Arguments", OWN, *PANELS, GENERAL)}
+            for each in self.get_params(ctx):
+                panel = "Arguments" if each.param_type_name == "argument" else getattr(each, "rich_help_panel", None)
+                if (record := each.get_help_record(ctx)) is not None:
+                    panels[panel or GENERAL].append(record)
+            for panel, records in panels.items():
+                if records:
+                    with formatter.section(panel):
+                        formatter.write_dl(records)
+
+        def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+            known = {flag for each in self.get_params(ctx) for flag in (*each.opts, *each.secondary_opts)}
+            for given in itertools.takewhile(lambda each: each != "--", args):
+                flag = given.partition("=")[0]
+                if flag.startswith("--") and flag not in known and (advice := suggestion(flag[2:], settings_class)):
+                    ctx.fail(f"No such option: {flag}: {advice}")
+            return super().parse_args(ctx, args)
+
+    return Command
 
 
 def _own_first(settings_class: type) -> list[dataclasses.Field[Any]]:
@@ -87,22 +156,24 @@ def _parameter(each: dataclasses.Field[Any], settings_class: type) -> inspect.Pa
     text = each.metadata["help"]
     if each.metadata["required"]:
         text += " [required]"
-    elif each.default not in (None, ()) and not isinstance(each.default, bool):
+    elif each.default not in (None, (), "") and not isinstance(each.default, bool):
         default: Any = each.default
         text += f" [default: {','.join(map(str, default)) if many else default}]"
     hint = list[str] | None if many and not numbers else (str if numbers else kind) | None
     if each.metadata["argument"]:
         return _keyword(each.name, hint, typer.Argument(help=text, show_default=False))
-    flag = "--" + each.name.replace("_", "-")
+    flag = flag_of(each.name)
     if kind is bool:
         flag = f"{flag}/--no-{flag[2:]}" if each.default else flag
-    return _keyword(each.name, hint, typer.Option(flag, help=text, show_default=False))
+    panel = next((panel for panel, names in PANELS.items() if each.name in names), OWN)
+    return _keyword(each.name, hint, typer.Option(flag, help=text, show_default=False, rich_help_panel=panel))
 
 
 def _settings(settings_class: type[Settings], given: dict[str, Any], file: str | None) -> Settings:
     """Settings from a file with the given flags on top."""
     names = {each.name for each in dataclasses.fields(settings_class)}
-    layers = [read_settings(file)] if file else []
+    from_file = read_settings(file) if file else {}
+    layers = [from_file]
     if not file and given.get("resume") and given.get("out"):
         from pathlib import Path
 
@@ -117,9 +188,13 @@ def _settings(settings_class: type[Settings], given: dict[str, Any], file: str |
     }
     layers = [{k: v for k, v in layer.items() if k != "command"} for layer in layers]
     settings = merge(settings_class, *layers, flags, where=file or "the command line")
+    # A run's config.json holds every setting, so one at its default was not asked for.
+    defaults = to_json(settings_class())
+    asked = [name for name, value in from_file.items() if name in names and value not in (defaults[name], None)]
+    check_effective(settings, dict.fromkeys([*flags, *asked]))
     for each in dataclasses.fields(settings_class):
         if each.metadata["required"] and not getattr(settings, each.name):
-            flag = each.name.upper() if each.metadata["argument"] else "--" + each.name.replace("_", "-")
+            flag = each.name.upper() if each.metadata["argument"] else flag_of(each.name)
             raise UsageError(f"{flag} is missing", each.metadata["help"], "see --help")
     return settings
 
@@ -130,4 +205,4 @@ def _numbers(name: str, text: str, hint: Any) -> list[float] | list[int]:
         return [int(part) for part in text.split(",")] if whole else [float(part) for part in text.split(",")]
     except ValueError as problem:
         example = "whole numbers with commas between, as 0,1,2" if whole else "numbers with commas between, as 0.5,0.5"
-        raise UsageError(f"--{name.replace('_', '-')} is {text!r}", example) from problem
+        raise UsageError(f"{flag_of(name)} is {text!r}", example) from problem

@@ -96,13 +96,21 @@ class DumpConfig(Execution, Augmenting):
 
     batch_size: int = option(256, "Samples in a batch.", minimum=1)
     views: int = option(1, "Versions of every sample that the teacher answers for.", minimum=1)
-    view_seed: int = option(0, "What views are drawn from, with their number and the sample's index.", minimum=0)
-    plain_view: bool = option(False, "Let view 0 be the plain sample.")
+    view_seed: int = option(
+        0,
+        "What views are drawn from, with their number and the sample's index.",
+        minimum=0,
+        only_with=("augment", "mix"),
+    )
+    plain_view: bool = option(False, "Let view 0 be the plain sample.", only_with=("augment", "mix"))
     features: tuple[str, ...] = option(
         (), "Store the output of this layer too (a module's path, or penultimate); repeat for several."
     )
     pool: str = option(
-        "avg", "Features of maps: avg over places, or none, which stores them whole.", choices=("avg", "none")
+        "avg",
+        "Features of maps: avg over places, or none, which stores them whole.",
+        choices=("avg", "none"),
+        only_with=("features",),
     )
     encoding: str = option("float16", "How logits are stored: float16, float32 or float64.")
     compression: str = option("none", "none or zstd:LEVEL. Logits hardly compress, and uncompressed ones read faster.")
@@ -116,13 +124,21 @@ class TrainConfig(Execution):
     epochs: int = option(5, "Passes over the training samples.", minimum=1)
     optimizer: str = option("adam", "adam, adamw or sgd.", choices=("adam", "adamw", "sgd"))
     learning_rate: float = option(1e-3, "Peak learning rate.", above=0)
-    momentum: float = option(0.9, "Of sgd, with Nesterov's correction.", minimum=0, maximum=1)
+    momentum: float = option(
+        0.9, "Of sgd, with Nesterov's correction.", minimum=0, maximum=1, only_with=("optimizer=sgd",)
+    )
     weight_decay: float = option(0.0, "L2 penalty; decoupled with adamw.", minimum=0)
     schedule: str = option("constant", "constant, cosine or step.", choices=("constant", "cosine", "step"))
     milestones: tuple[float, ...] = option(
-        (0.5, 0.75), "Of step: where the rate drops, as parts of all epochs.", above=0, maximum=1
+        (0.5, 0.75),
+        "Of step: where the rate drops, as parts of all epochs.",
+        above=0,
+        maximum=1,
+        only_with=("schedule=step",),
     )
-    gamma: float = option(0.1, "Of step: what the rate is multiplied by at each milestone.", above=0)
+    gamma: float = option(
+        0.1, "Of step: what the rate is multiplied by at each milestone.", above=0, only_with=("schedule=step",)
+    )
     warmup_epochs: float = option(0.0, "Epochs of linear warm-up from 0; may be a fraction.", minimum=0)
     label_smoothing: float = option(0.0, "Part of the label's weight spread over all classes.", minimum=0, maximum=1)
     tensorboard: bool = option(False, "Write the log for TensorBoard into --out too (extra: tensorboard).")
@@ -142,10 +158,18 @@ class TrainConfig(Execution):
 class CacheUse(TrainConfig):
     """How a cache is read while a student trains."""
 
-    student_layer: str = option("", "The student's layer whose features are compared. [default: penultimate]")
-    cache_memory: str = option(CACHE_MEMORY, "Host-memory budget; a view that fits is loaded whole.")
-    cache_on_device: bool = option(False, "Hold the view in the device's memory instead; it must fit there.")
-    cache_weights: tuple[float, ...] = option((), "Weights of several caches, as 2,1. [default: all equal]", above=0)
+    student_layer: str = option(
+        "", "The student's layer whose features are compared. [default: penultimate]", only_with=("objective",)
+    )
+    cache_memory: str = option(
+        CACHE_MEMORY, "Host-memory budget; a view that fits is loaded whole.", not_with=("distill",)
+    )
+    cache_on_device: bool = option(
+        False, "Hold the view in the device's memory instead; it must fit there.", not_with=("distill",)
+    )
+    cache_weights: tuple[float, ...] = option(
+        (), "Weights of several caches, as 2,1. [default: all equal]", above=0, not_with=("distill",)
+    )
     views: tuple[int, ...] = option((), "Views to train on, as 0,1,2. [default: all]", minimum=0)
     view_schedule: str = option("cycle", "Which view an epoch uses: cycle, shuffle or fixed:K.")
     verify_inputs: str = option(
@@ -156,8 +180,13 @@ class CacheUse(TrainConfig):
     input_memory: str = option(
         "0", "What augmented inputs may take in memory, as 2GiB; where all fit, each is made only once."
     )
-    row_source: str = option("auto", "auto, memory or streamed.", choices=ROW_SOURCES)
-    shuffle: str = option("auto", "exact, window (chunk by chunk), or auto: exact unless streamed.", choices=SHUFFLES)
+    row_source: str = option("auto", "auto, memory or streamed.", choices=ROW_SOURCES, not_with=("distill",))
+    shuffle: str = option(
+        "auto",
+        "exact, window (chunk by chunk), or auto: exact unless streamed.",
+        choices=SHUFFLES,
+        not_with=("distill",),
+    )
     allow_partial: bool = option(False, "Train on the committed samples of a cache whose dump has not finished.")
 
 
@@ -165,13 +194,16 @@ class CacheUse(TrainConfig):
 class StudentConfig(CacheUse):
     """How a student is trained from a cache: alpha · T² · KL(teacher_T ‖ student_T) + (1 − alpha) · CE(label)."""
 
-    temperature: float = option(2.0, "T: softens teacher and student alike.", above=0)
-    alpha: float = option(0.5, "Weight of the teacher; the label has 1 - alpha.", minimum=0, maximum=1)
+    temperature: float = option(2.0, "T: softens teacher and student alike.", above=0, not_with=("distill",))
+    alpha: float = option(
+        0.5, "Weight of the teacher; the label has 1 - alpha.", minimum=0, maximum=1, not_with=("distill", "objective")
+    )
     distill: bool = option(True, "--no-distill trains on the labels alone, through the same loop.")
     objective: tuple[str, ...] = option(
         (),
         "What is minimised, as NAME:key=value,key=value; repeat for a sum. Keys: weight, warmup (epochs), layer, "
         "student-layer, and the loss's own. [default: alpha · kd + (1 - alpha) · cross entropy]",
+        not_with=("distill",),
     )
 
 
@@ -196,9 +228,18 @@ class DumpTeacher(DumpConfig, DatasetSource, Input):
     split: tuple[str, ...] = option(("train",), "Split to dump; repeat for several.")
     out: str = option("", "The cache, a folder such as runs/mnist.zarr.", required=True)
     list_layers: bool = option(False, "Show the teacher's layers and the shapes that they give, and do nothing else.")
-    dry_run: bool = option(False, "Tell rows, bytes and shards, and write nothing.")
-    add_views: int = option(0, "Extend the finished cache at --out to so many views more than --views.", minimum=0)
-    repair: bool = option(False, "Check what stands at --out, and compute again what is broken or missing.")
+    dry_run: bool = option(False, "Tell rows, bytes and shards, and write nothing.", not_with=("list_layers",))
+    add_views: int = option(
+        0,
+        "Extend the finished cache at --out to so many views more than --views.",
+        minimum=0,
+        not_with=("list_layers",),
+    )
+    repair: bool = option(
+        False,
+        "Check what stands at --out, and compute again what is broken or missing.",
+        not_with=("list_layers", "dry_run"),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -237,10 +278,13 @@ class Verify(DatasetSource, Input, Execution):
     cache: str = option("", "A cache made by dump-teacher.", argument=True, required=True)
     split: tuple[str, ...] = option((), "Split to check; repeat for several. [default: all]")
     teacher: str | None = option(None, f"Recompute some rows with this teacher: {MODEL_HELP}")
-    checkpoint: str | None = option(None, "The teacher's weights.")
-    rows: int = option(256, "With --teacher: how many rows of each split.", minimum=1)
+    checkpoint: str | None = option(None, "The teacher's weights.", only_with=("teacher",))
+    rows: int = option(256, "With --teacher: how many rows of each split.", minimum=1, only_with=("teacher",))
     tolerance: float = option(
-        0.01, "With --teacher: largest difference of a logit or feature x, as a part of 1 + |x|.", above=0
+        0.01,
+        "With --teacher: largest difference of a logit or feature x, as a part of 1 + |x|.",
+        above=0,
+        only_with=("teacher",),
     )
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import math
 import os
 import tomllib
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterable, Mapping
+from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,6 +28,8 @@ def option(
     choices: tuple[str, ...] = (),
     argument: bool = False,
     required: bool = False,
+    only_with: tuple[str, ...] = (),
+    not_with: tuple[str, ...] = (),
 ) -> Any:
     """A setting: its default, its help text and what it may be.
 
@@ -33,6 +37,9 @@ def option(
         above: exclusive lower bound, where `minimum` is inclusive.
         argument: given on the command line by position instead of by name.
         required: on the command line; a missing value is a usage error there.
+        only_with: other settings without one of which this one has no effect, as `NAME=VALUE`, or `NAME` for any value
+            but its default.
+        not_with: other settings that leave this one without effect, spelled alike.
     """
     metadata = {
         "help": help,
@@ -42,6 +49,8 @@ def option(
         "choices": choices,
         "argument": argument,
         "required": required,
+        "only_with": only_with,
+        "not_with": not_with,
     }
     return field(default=default, metadata=metadata)
 
@@ -71,6 +80,46 @@ class Settings:
                     raise UsageError(f"{flag} is {number}", f"more than {rule['above']:g}")
                 if rule["maximum"] is not None and not number <= rule["maximum"]:
                     raise UsageError(f"{flag} is {number}", f"at most {rule['maximum']:g}")
+
+
+def flag_of(name: str, *, off: bool = False) -> str:
+    """The option of a setting on the command line."""
+    return ("--no-" if off else "--") + name.replace("_", "-")
+
+
+def check_effective(settings: Settings, given: Iterable[str]) -> None:
+    """Refuse settings that were given and have no effect beside the others.
+
+    Args:
+        given: names of the settings that the user gave.
+
+    Raises:
+        UsageError: one of them is without effect; the message names the other setting.
+    """
+    rules = {each.name: each for each in fields(settings)}
+    for name in given:
+        only_with, not_with = rules[name].metadata["only_with"], rules[name].metadata["not_with"]
+        flag = flag_of(name, off=rules[name].default is True)
+        if only_with and not any(_holds(settings, rules, condition) for condition in only_with):
+            needed = [_spelled(rules, condition) for condition in only_with]
+            raise UsageError(f"{flag} is given without {' or '.join(needed)}", needed[0], f"leave {flag} out")
+        for condition in not_with:
+            if _holds(settings, rules, condition):
+                other = _spelled(rules, condition)
+                raise UsageError(f"{flag} has no effect with {other}", f"{flag} or {other}", f"leave {flag} out")
+
+
+def _holds(settings: Settings, rules: Mapping[str, Field[Any]], condition: str) -> bool:
+    name, _, value = condition.partition("=")
+    if name not in rules:  # a command without the other setting
+        return False
+    found = getattr(settings, name)
+    return str(found) == value if value else found != rules[name].default
+
+
+def _spelled(rules: Mapping[str, Field[Any]], condition: str) -> str:
+    name, _, value = condition.partition("=")
+    return f"{flag_of(name, off=name in rules and rules[name].default is True)} {value}".rstrip()
 
 
 def read_settings(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -105,10 +154,67 @@ def merge(config_class: type[T], *layers: dict[str, Any], where: str = "settings
     merged: dict[str, Any] = {}
     for layer in layers:
         merged |= layer
+    for name in merged.keys() - {each.name for each in fields(config_class)}:
+        if advice := suggestion(name, config_class):
+            raise UsageError(f"{where} has no setting {name!r}", "the name of a setting", advice)
     for each in fields(config_class):
         if "tuple" in str(each.type) and isinstance(merged.get(each.name), str):
             merged[each.name] = [merged[each.name]]  # one value where several may stand
     return from_json(config_class, merged, where=where, error=UsageError)
+
+
+# What other tools call a setting, for advice only.
+ALIASES = {
+    "arch": "model",
+    "aug": "augment",
+    "batch": "batch_size",
+    "bs": "batch_size",
+    "ckpt": "checkpoint",
+    "clip_grad": "clip_norm",
+    "clip_grad_norm": "clip_norm",
+    "data": "dataset",
+    "data_dir": "data_root",
+    "data_path": "data_root",
+    "dtype": "encoding",
+    "ema_decay": "ema",
+    "fp16": "amp",
+    "grad_clip": "clip_norm",
+    "gpu": "device",
+    "image_size": "size",
+    "img_size": "size",
+    "layers": "features",
+    "lr": "learning_rate",
+    "lr_schedule": "schedule",
+    "lr_scheduler": "schedule",
+    "max_grad_norm": "clip_norm",
+    "max_length": "max_tokens",
+    "num_epochs": "epochs",
+    "num_views": "views",
+    "num_workers": "workers",
+    "opt": "optimizer",
+    "optim": "optimizer",
+    "output": "out",
+    "output_dir": "out",
+    "precision": "amp",
+    "sched": "schedule",
+    "smoothing": "label_smoothing",
+    "tau": "temperature",
+    "val_split": "val_fraction",
+    "vocab_size": "vocabulary_size",
+    "warmup": "warmup_epochs",
+    "wd": "weight_decay",
+    "weights": "checkpoint",
+}
+
+
+def suggestion(name: str, config_class: type[Settings]) -> str:
+    """Advice for a name that is no setting of the class; empty where none is close."""
+    names = [each.name for each in fields(config_class)]
+    name = name.replace("-", "_")
+    # Networks are named by what they are for: --model of train-teacher is --student of train-student.
+    roles = [each for each in ("model", "student", "teacher") if each in names] if name in ("arch", "model") else []
+    close = [ALIASES[name]] if ALIASES.get(name) in names else roles[:1] or difflib.get_close_matches(name, names, n=3)
+    return f"did you mean {' or '.join(map(flag_of, close))}?" if close else ""
 
 
 def narrow(config_class: type[T], settings: Settings) -> T:

@@ -118,4 +118,5 @@ def describe(problem: BaseException) -> str:
     """A foreign error in one line, with the place that raised it: `KeyError: 'x' (data.py, line 3)`."""
     frames = traceback.extract_tb(problem.__traceback__)
     place = f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""
-    return f"{type(problem).__name__}: {problem}{place}"
+    message = str(problem).strip().partition("\n")[0]
+    return f"{type(problem).__name__}: {message}{place}"

@@ -70,7 +70,7 @@ class Storage(ABC):
         """Remove an object, if it is there."""
 
     @abstractmethod
-    def list(self, prefix: str = "") -> Iterator[tuple[str, int]]:
+    def objects(self, prefix: str = "") -> Iterator[tuple[str, int]]:
         """Keys that begin with `prefix/`, or all keys, with the size of each object in bytes, sorted."""
 
     @abstractmethod

@@ -70,7 +70,7 @@ class LocalStorage(Storage):
         with storage_errors("delete", path):
             path.unlink(missing_ok=True)
 
-    def list(self, prefix: str = "") -> Iterator[tuple[str, int]]:
+    def objects(self, prefix: str = "") -> Iterator[tuple[str, int]]:
         with storage_errors("read", self._root / prefix):
             files = [path for path in (self._root / prefix).rglob("*") if path.is_file()]
             yield from sorted((path.relative_to(self._root).as_posix(), path.stat().st_size) for path in files)
