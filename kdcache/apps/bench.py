@@ -30,7 +30,7 @@ from kdcache.distill.teacher.live_teacher import LiveTargets
 from kdcache.distill.trainer import train
 from kdcache.models.build import build, dataset_preprocess, load_teacher, open_data
 from kdcache.models.checkpoints import read_checkpoint
-from kdcache.models.device import resolve_device
+from kdcache.models.device import move_to, resolve_device
 from kdcache.models.registry import BuiltModel, count_parameters
 from kdcache.store.cache import open_cache
 from kdcache.store.layout import predicted_bytes
@@ -147,7 +147,7 @@ def measure(
         }
         seconds: dict[str, list[float]] = {way: [] for way in ways}
         joins = {way: make() for way, make in ways.items()}
-        teacher.module.to(device)
+        move_to(teacher.module, device)
         for turn in range(rounds + 1):
             for way, join in joins.items():
                 objective = label_objective(0.0) if join is None else distillation_objective(config)

@@ -24,7 +24,7 @@ from kdcache.data.folders import IMAGES, TEXTS, FileKind, LeftOut, find_files, p
 from kdcache.data.loader import batch_loader, consecutive_batches
 from kdcache.data.preprocess import resize
 from kdcache.data.raw_input import read_image
-from kdcache.models.device import evaluation_mode, memory_errors, resolve_device
+from kdcache.models.device import evaluation_mode, memory_errors, move_to, resolve_device
 from kdcache.models.forward import answer
 from kdcache.models.from_run import TrainedNetwork, load_trained
 
@@ -221,7 +221,7 @@ def _lines() -> Iterator[Item]:
 def _probabilities(trained: TrainedNetwork, inputs: GivenInputs, settings: Predict) -> NDArray[np.float64]:
     """The softmax of the logits at temperature 1, (inputs, classes)."""
     device = resolve_device(settings.device)
-    module, preprocessor = trained.module.to(device), trained.preprocessor
+    module, preprocessor = move_to(trained.module, device), trained.preprocessor
     batches = consecutive_batches(np.arange(len(inputs)), settings.batch_size)
     loader = batch_loader(inputs, batches, preprocessor=preprocessor, workers=settings.workers, device=device)
     found_nc = np.empty((len(inputs), len(trained.classes)))

@@ -41,7 +41,7 @@ PANELS = {
     "Storage": ("features", "pool", "encoding", "compression", "shard_rows"),
     "Reading the cache": (
         *("verify_inputs", "allow_partial", "cache_weights", "cache_memory", "cache_on_device", "input_memory"),
-        *("feed", "shuffle"),
+        *("row_source", "shuffle"),
     ),
 }
 

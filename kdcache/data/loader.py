@@ -73,11 +73,22 @@ class Batch(NamedTuple):
         moved: dict[str, Any] = {}
         for name in ("inputs", "labels", "partner_labels", "shares", "soft_targets"):
             if (value := getattr(self, name)) is not None:
-                moved[name] = value.to(device, non_blocking=True)
+                moved[name] = _to_device(value, device)
         for name in ("features", "negatives"):
             if (values := getattr(self, name)) is not None:
-                moved[name] = {key: value.to(device, non_blocking=True) for key, value in values.items()}
+                moved[name] = {key: _to_device(value, device) for key, value in values.items()}
         return self._replace(**moved)
+
+
+def _to_device(value: Tensor, device: torch.device) -> Tensor:
+    """Start copying a tensor to a device.
+
+    The loader pins what it yields; what is joined after it, such as soft targets, is pinned here, because a copy from
+    pageable memory waits for all that the device was asked to do before.
+    """
+    if device.type == "cuda" and value.device.type == "cpu":
+        value = value.pin_memory()  # itself, where it is pinned already
+    return value.to(device, non_blocking=True)
 
 
 class Batches(Protocol):

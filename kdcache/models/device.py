@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from numpy.typing import NDArray
+from torch import nn
 
 from kdcache.core.errors import KdcacheError, UsageError
 from kdcache.core.system import core_count
@@ -18,9 +19,19 @@ _AMP = {"bf16": torch.bfloat16, "fp16": torch.float16}
 def resolve_device(name: str) -> torch.device:
     """The device that a name means; `auto` is the accelerator that works, else the CPU.
 
+    Makes a CUDA device with a number the current one of this thread: events, streams and pinned memory that do not
+    name a device belong to the current one, and would otherwise be those of another GPU.
+
     Raises:
         UsageError: the name is no device, or this machine does not have it.
     """
+    device = _find_device(name)
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
+    return device
+
+
+def _find_device(name: str) -> torch.device:
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     if name == "auto":
         return accelerator or torch.device("cpu")
@@ -45,7 +56,7 @@ def device_count(name: str) -> tuple[str, int]:
     Raises:
         UsageError: as for `resolve_device`.
     """
-    device = resolve_device(name)
+    device = _find_device(name)
     if device.type == "cpu":
         return "cpu", core_count()
     return device.type, torch.accelerator.device_count() if device.index is None else 1
@@ -66,9 +77,12 @@ def to_host(tensor: torch.Tensor) -> Callable[[], NDArray[Any]]:
     if tensor.device.type != "cuda":
         return lambda: tensor.cpu().numpy()
     host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-    host.copy_(tensor, non_blocking=True)
-    copied = torch.cuda.Event()
-    copied.record()
+    with torch.cuda.device(tensor.device):
+        # An event records on the current device's stream, unless told: on another GPU it would be over at once, and
+        # the host would read what lay in its memory before.
+        host.copy_(tensor, non_blocking=True)
+        copied = torch.cuda.Event()
+        copied.record(torch.cuda.current_stream(tensor.device))
 
     def wait() -> NDArray[Any]:
         copied.synchronize()
@@ -91,10 +105,32 @@ def memory_errors(batch_size: int, remedy: str | None = None) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError as problem:
         raise KdcacheError(
-            f"the device ran out of memory: {str(problem).splitlines()[0]}",
+            f"the device ran out of memory: {_first_line(problem)}",
             f"room for {batch_size:,} samples at once",
             remedy or f"use --batch-size {max(batch_size // 2, 1)}, or --amp bf16",
         ) from problem
+
+
+def move_to(module: nn.Module, device: torch.device) -> nn.Module:
+    """Move a module to a device, in place.
+
+    Raises:
+        KdcacheError: the device has no room for its weights.
+    """
+    try:
+        return module.to(device)
+    except torch.OutOfMemoryError as problem:
+        weights = [*module.parameters(), *module.buffers()]
+        needed = sum(each.numel() * each.element_size() for each in weights)
+        raise KdcacheError(
+            f"{device} ran out of memory while {type(module).__name__} was moved there: {_first_line(problem)}",
+            f"{needed:,} bytes for its weights alone",
+            "end what else uses the device, choose another --device, or take a smaller model",
+        ) from problem
+
+
+def _first_line(problem: Exception) -> str:
+    return str(problem).partition("\n")[0]
 
 
 @contextlib.contextmanager
@@ -106,18 +142,22 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def evaluation_mode(module: torch.nn.Module) -> Iterator[None]:
-    """A module in eval mode and without gradients for a while, each part given back in the mode it had."""
+def evaluation_mode(module: nn.Module) -> Iterator[None]:
+    """A module in eval mode and without gradients for a while, each part given back in the mode it had.
+
+    Not under `torch.inference_mode`: a tensor that a module makes there and keeps, such as a mask or a table of rotary
+    embeddings, can never again take part in training.
+    """
     training = [part for part in module.modules() if part.training]
     module.eval()
     try:
-        with torch.inference_mode():
+        with torch.no_grad():
             yield
     finally:
         for part in training:
             part.training = True
 
 
-def floating_dtype(module: torch.nn.Module) -> torch.dtype:
+def floating_dtype(module: nn.Module) -> torch.dtype:
     """The dtype that a module computes in: that of its first floating-point parameter."""
     return next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.get_default_dtype())

@@ -13,7 +13,7 @@ from kdcache.core.progress import Progress
 from kdcache.data.dataset import IndexedDataset
 from kdcache.data.loader import batch_loader, consecutive_batches
 from kdcache.data.preprocess import Preprocessor, as_preprocessor
-from kdcache.models.device import evaluation_mode, memory_errors, resolve_device
+from kdcache.models.device import evaluation_mode, memory_errors, move_to, resolve_device
 from kdcache.models.forward import answer
 from kdcache.store.manifest import Preprocess
 
@@ -51,7 +51,7 @@ def evaluate_model(
     if indices is None:
         indices = np.arange(len(dataset))
     device = resolve_device(config.device)
-    module = module.to(device)
+    move_to(module, device)
     preprocessor = as_preprocessor(preprocess)
     classes = len(dataset.classes)
     batches = consecutive_batches(indices, config.batch_size)

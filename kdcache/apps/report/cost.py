@@ -17,7 +17,7 @@ from kdcache.core.progress import Progress
 from kdcache.core.rng import keyed_sample
 from kdcache.data.dataset import IndexedDataset
 from kdcache.data.loader import BatchRequest, batch_loader, consecutive_batches
-from kdcache.models.device import evaluation_mode, floating_dtype, memory_errors, resolve_device, synchronize
+from kdcache.models.device import evaluation_mode, floating_dtype, memory_errors, move_to, resolve_device, synchronize
 from kdcache.models.forward import answer
 from kdcache.models.from_run import TrainedNetwork
 
@@ -51,7 +51,7 @@ def logits_of(
         what: names the work where progress is shown.
     """
     device = resolve_device(config.device)
-    module, preprocessor, classes = trained.module.to(device), trained.preprocessor, len(dataset.classes)
+    module, preprocessor, classes = move_to(trained.module, device), trained.preprocessor, len(dataset.classes)
     loader = batch_loader(
         dataset,
         consecutive_batches(indices, config.batch_size),
@@ -81,7 +81,7 @@ def measure_cost(trained: TrainedNetwork, dataset: IndexedDataset, config: Execu
     module, preprocessor = trained.module.cpu(), trained.preprocessor
     counted = multiply_adds(module, preprocessor.per_batch(inputs, floating_dtype(module)))
     device = resolve_device(config.device)
-    module, classes = module.to(device), len(dataset.classes)
+    module, classes = move_to(module, device), len(dataset.classes)
     times: list[float] = []
     with evaluation_mode(module):
         began = time.perf_counter()

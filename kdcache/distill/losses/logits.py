@@ -186,18 +186,19 @@ def decoupled_kd(
     check_per_sample(student, labels=labels_b)
     if student.shape[1] < 2:
         raise ValueError(f"the logits have shape {tuple(student.shape)}: the target needs another class beside it")
-    is_target = F.one_hot(labels_b, student.shape[1]).bool()
+    # Compared and gathered, because one_hot and a boolean index make the host wait for the device.
+    is_target = labels_b[:, None] == torch.arange(student.shape[1], device=labels_b.device)
     student, teacher = student / temperature, teacher / temperature
-    target = _kl(_target_and_rest(student, is_target), _target_and_rest(teacher, is_target))
+    target = _kl(*(_target_and_rest(logits, labels_b, is_target) for logits in (student, teacher)))
     masked = (F.log_softmax(logits - 1000.0 * is_target, dim=1) for logits in (student, teacher))
     return temperature**2 * (target_weight * target + nontarget_weight * _kl(*masked))
 
 
-def _target_and_rest(logits_bc: Tensor, is_target_bc: Tensor) -> Tensor:
+def _target_and_rest(logits_bc: Tensor, labels_b: Tensor, is_target_bc: Tensor) -> Tensor:
     """Log-probabilities of the target and of all others together, (batch, 2)."""
     # In logarithms, because 1 − p(target) is 0 for a confident teacher, and its logarithm is not finite.
     log_bc = F.log_softmax(logits_bc, dim=1)
-    target = log_bc[is_target_bc]
+    target = log_bc.gather(1, labels_b[:, None]).squeeze(1)
     rest = log_bc.masked_fill(is_target_bc, -math.inf).logsumexp(dim=1)
     return torch.stack([target, rest], dim=1)
 

@@ -30,7 +30,7 @@ from kdcache.data.loader import Batch, BatchRequest, batch_loader
 from kdcache.data.preprocess import Preprocessor, as_preprocessor
 from kdcache.data.views import Views
 from kdcache.distill.teacher.dump_manifest import build_manifest
-from kdcache.models.device import evaluation_mode, memory_errors, resolve_device, to_host
+from kdcache.models.device import evaluation_mode, memory_errors, move_to, resolve_device, to_host
 from kdcache.models.feature_hooks import Taps, pool_features
 from kdcache.models.forward import answer
 from kdcache.store.cache import check_complete
@@ -159,7 +159,7 @@ class _Dump:
         split = split or (dataset.split if isinstance(dataset, IndexedDataset) else "train")
         self.dataset = as_indexed(dataset, name=type(dataset).__name__, split=split)
         self.device = resolve_device(config.device)
-        self.teacher = teacher.to(self.device)
+        self.teacher = move_to(teacher, self.device)
         self.preprocessor = as_preprocessor(preprocess or Preprocess())
         check_deterministic(self.dataset)
         if augment is not None and config.augment != NONE:

@@ -56,5 +56,4 @@ class LiveTargets:
                 amp=self._amp,
                 classes=self._classes,
             )
-        # A copy that gradients may flow past: what inference mode made cannot be saved for backward.
-        return batch._replace(soft_targets=answers.clone())
+        return batch._replace(soft_targets=answers)

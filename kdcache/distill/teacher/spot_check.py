@@ -16,7 +16,7 @@ from kdcache.data.loader import batch_loader, consecutive_batches
 from kdcache.data.preprocess import Preprocessor
 from kdcache.data.tokenizer import Tokenizer
 from kdcache.data.views import Views
-from kdcache.models.device import evaluation_mode, resolve_device
+from kdcache.models.device import evaluation_mode, move_to, resolve_device
 from kdcache.models.feature_hooks import Taps, pool_features
 from kdcache.models.forward import answer
 from kdcache.models.registry import weights_sha256
@@ -66,7 +66,7 @@ def recompute_rows(
     stored_features = {feature.array: feature for feature in manifest.features}
     drawn = keyed_sample(len(cache) * cache.views, rows, execution.seed, "recompute")
     device = resolve_device(execution.device)
-    module = teacher.to(device)
+    module = move_to(teacher, device)
     preprocessor = Preprocessor(manifest.teacher.preprocess, tokenizer)
     requests = [
         request._replace(view=view)
