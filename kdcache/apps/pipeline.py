@@ -26,7 +26,7 @@ from kdcache.core.errors import CacheDamaged
 from kdcache.core.json_records import to_json
 from kdcache.core.options import narrow
 from kdcache.core.plugins import require_extra
-from kdcache.core.run_dir import RunFolder
+from kdcache.core.run_dir import LAST, RunFolder
 from kdcache.data.dataset import IndexedDataset
 from kdcache.data.loader import BatchRequest, batch_loader
 from kdcache.data.views import Views
@@ -38,7 +38,7 @@ from kdcache.distill.teacher.dump import plan_dump
 from kdcache.distill.teacher.spot_check import recompute_rows
 from kdcache.distill.trainer import TrainResult, train
 from kdcache.models.build import build, check_classes, dataset_preprocess, describe, load_teacher, open_data, open_test
-from kdcache.models.checkpoints import load_weights
+from kdcache.models.checkpoints import fit_weights, load_weights, read_checkpoint
 from kdcache.models.device import evaluation_mode, floating_dtype
 from kdcache.models.evaluate import Evaluation, evaluate_model
 from kdcache.models.feature_hooks import list_layers
@@ -47,7 +47,7 @@ from kdcache.models.registry import BuiltModel, count_parameters
 from kdcache.store.cache import open_cache
 from kdcache.store.inspect import verify_cache
 from kdcache.store.layout import predicted_bytes
-from kdcache.store.manifest import ViewRecipe
+from kdcache.store.manifest import Preprocess, ViewRecipe
 
 
 def train_teacher(settings: TrainTeacher) -> Report:
@@ -188,7 +188,7 @@ def train_student(settings: TrainStudent) -> Report:
     dataset = open_data(settings, spec, record.split, hint=record.data_root)
     default, recipe = manifest.teacher.preprocess, manifest.recipe
     check_recorded(caches[0], Views(dataset, recipe))  # before the student sees an input
-    built = build(settings.student, dataset, settings, settings.seed, default, training=True, recipe=recipe)
+    built = _build_student(settings, dataset, default, recipe)
     test = open_test(settings, spec, hint=record.data_root)
     config = narrow(StudentConfig, settings)
     run = _run_folder("train-student", settings, built)
@@ -203,6 +203,26 @@ def train_student(settings: TrainStudent) -> Report:
     )
     role = "student distilled" if config.distill else "student alone"
     return _conclude(role, built, result, test, config, run, plots=settings.plots)
+
+
+def _build_student(
+    settings: TrainStudent, dataset: IndexedDataset, default: Preprocess, recipe: ViewRecipe
+) -> BuiltModel:
+    """The student, with the weights of `settings.init` where these are given."""
+    if settings.init is None:
+        return build(settings.student, dataset, settings, settings.seed, default, training=True, recipe=recipe)
+    state = Path(settings.out) / LAST
+    # A resumed run has its weights in its state, and needs the file that it started from no more.
+    path = state if settings.resume and state.exists() else Path(settings.init)
+    checkpoint = read_checkpoint(path)
+    recorded = checkpoint if isinstance(checkpoint.get("kdcache"), dict) else None
+    if recorded is not None:
+        check_classes(str(path), recorded["kdcache"]["classes"], dataset)
+    built = build(
+        settings.student, dataset, settings, settings.seed, default, training=True, checkpoint=recorded, recipe=recipe
+    )
+    fit_weights(built.module, checkpoint, path)
+    return built
 
 
 def evaluate(settings: Evaluate) -> Report:

@@ -161,7 +161,9 @@ def _finished(job: Job) -> Outcome | None:
     if not (folder / CONFIG).exists():
         return None
     RunFolder(folder, {"command": "train-student", **job.settings}, resume=True)
-    return _outcome(folder) if (folder / RESULT).exists() else None
+    # A run that is to have more epochs than before has a result, but not that of these settings.
+    finished = (folder / RESULT).exists() and len(read_metrics(folder)) >= job.settings["epochs"]
+    return _outcome(folder) if finished else None
 
 
 def _outcome(folder: Path) -> Outcome:

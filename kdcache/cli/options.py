@@ -54,6 +54,7 @@ def command_of(app: typer.Typer, settings_class: type[Settings], name: str, exam
     def register(function: Callable[[Any], Report]) -> Callable[[Any], Report]:
         def command(**given: Any) -> None:
             as_json, debug, file = given.pop("as_json"), given.pop("debug"), given.pop("config", None)
+            settings: Any = None
             try:
                 settings = _settings(settings_class, given, file)
                 report = function(settings)
@@ -61,8 +62,7 @@ def command_of(app: typer.Typer, settings_class: type[Settings], name: str, exam
                 _show(f"error: {problem}", problem if debug else None)
                 raise typer.Exit(problem.exit_code) from problem
             except KeyboardInterrupt as problem:
-                again = "the same command with --resume" if "resume" in names else "the same command"
-                typer.echo(f"stopped; what is finished is kept, and {again} goes on from there", err=True)
+                typer.echo(f"stopped; {_kept(settings if 'resume' in names else None)}", err=True)
                 raise typer.Exit(INTERRUPTED) from problem
             except Exception as problem:  # a defect of kdcache, or of the user's own code
                 again = "" if debug else "\n  to do:  run the same command with --debug for the traceback"
@@ -130,6 +130,23 @@ def _command_class(settings_class: type[Settings]) -> type[TyperCommand]:
             return super().parse_args(ctx, args)
 
     return Command
+
+
+def _kept(run: Any) -> str:
+    """What Ctrl-C leaves of a command.
+
+    Args:
+        run: settings of a training run; None for other commands.
+    """
+    if run is None:
+        return "what is finished is kept, and the same command goes on from there"
+    from pathlib import Path
+
+    from kdcache.core.run_dir import LAST
+
+    if (Path(run.out) / LAST).exists():
+        return "finished epochs are kept, and the same command with --resume goes on from there"
+    return "no epoch had finished, so nothing was saved: the same command starts from the beginning"
 
 
 def _own_first(settings_class: type) -> list[dataclasses.Field[Any]]:

@@ -250,6 +250,7 @@ class TrainStudent(StudentConfig, DatasetSource, Input):
         (), "A cache made by dump-teacher; repeat for several teachers, whose logits are averaged.", required=True
     )
     student: str = option("mlp", MODEL_HELP)
+    init: str | None = option(None, "Weights that the student starts from: .pt, .pth or .safetensors.")
     out: str = option("", "Folder for the run.", required=True)
     resume: bool = option(False, "Continue the run in --out.")
     plots: bool = option(False, "Draw a confusion matrix into --out (extra: plots).")

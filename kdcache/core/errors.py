@@ -8,7 +8,7 @@
     ├── CheckpointError                      (ValueError)             weights that cannot be read or do not fit
     ├── TeacherOutputError                   (ValueError)             logits that must not be stored
     ├── TargetExists                         (FileExistsError)        an output path that holds something else
-    ├── CacheBusy                            (OSError)                another dump or sweep writes to the path
+    ├── CacheBusy                            (OSError)                another dump, sweep or run writes to the path
     ├── StorageError                         (OSError)                the disk refused a write or a read
     ├── TrainingDiverged                     (ArithmeticError)        a loss that is not finite
     ├── CacheNotFound                        (FileNotFoundError)      no cache at a path, or no such split

@@ -1,4 +1,4 @@
-"""One dump, or one sweep, at a time on one path."""
+"""One dump, sweep or training run at a time on one path."""
 
 from __future__ import annotations
 

@@ -5,12 +5,16 @@ A network that reads text has its `tokenizer.json` there too.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from kdcache.core.atomic_files import make_folder, storage_errors, write_durable
 from kdcache.core.errors import TargetExists, UsageError
+from kdcache.core.file_lock import PathLock
 
 CONFIG, METRICS, LAST, BEST, RESULT = "config.json", "metrics.jsonl", "last.pt", "best.pt", "result.json"
 TOKENIZER, BOARD = "tokenizer.json", "tensorboard"
@@ -20,27 +24,43 @@ FREE_ON_RESUME = frozenset({"out", "device", "workers", "data_root", "download",
 
 
 class RunFolder:
-    """The folder of one training run. Nothing is written before `begin`, so that a refused run leaves nothing.
+    """The folder of one training run. Nothing is written before `locked`, so that a refused run leaves nothing.
+
+    A run of which no epoch has finished holds nothing worth keeping: another one takes its place, with any settings.
 
     Args:
         tokenizer: the JSON of the network's tokenizer, if it reads text.
 
     Raises:
         TargetExists: a new run meets the files of another one.
-        UsageError: a run to resume is not there, or has other settings.
+        UsageError: a run to resume is not there, has lost its state, or has other settings; only `epochs` may grow.
     """
 
     def __init__(self, path: Path, settings: dict[str, Any], *, resume: bool, tokenizer: str | None = None) -> None:
-        self.path, self._tokenizer = path, tokenizer
+        self.path, self._tokenizer, self._resume = path, tokenizer, resume
         self._settings = {name: value for name, value in settings.items() if name != "resume"}
-        if resume:
-            self._check_same(self._settings)
-        elif (path / CONFIG).exists():
-            raise TargetExists(
-                f"{path} already holds a run",
-                "a new folder for a new run",
-                "give --resume to continue it, or choose another --out; nothing was changed",
-            )
+        self._made: list[Path] = []
+        self._check()
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other processes from writing to the run; the folder is made, and goes again if nothing comes into it.
+
+        Raises:
+            CacheBusy: another process trains here.
+            TargetExists, UsageError: another one has trained here since this object was made.
+        """
+        self._made = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
+        with storage_errors("create", self.path):
+            make_folder(self.path)
+        try:
+            with PathLock(self.path, "training run"):
+                self._check()
+                yield
+        finally:
+            with contextlib.suppress(OSError):  # not empty: it holds the run
+                for folder in self._made:
+                    folder.rmdir()
 
     @property
     def best(self) -> Path:
@@ -52,14 +72,42 @@ class RunFolder:
         """The training state of the last finished epoch."""
         return self.path / LAST
 
-    def begin(self, kept: list[dict[str, Any]]) -> None:
-        """Make the folder with its `config.json`, and `metrics.jsonl` with the epochs of the state to continue from."""
+    @property
+    def begun(self) -> bool:
+        """Whether a run stands here, with finished epochs or without."""
+        return (self.path / CONFIG).exists()
+
+    @property
+    def recorded_epochs(self) -> int | None:
+        """Number of epochs that the run was last to have; None where it is not recorded."""
+        epochs = read_config(self.path).get("epochs")
+        return epochs if isinstance(epochs, int) else None
+
+    def begin(self, kept: list[dict[str, Any]], *, finished: bool = False) -> None:
+        """Write `config.json`, and `metrics.jsonl` with the epochs of the state to continue from.
+
+        Args:
+            finished: no epoch is to come, so that what stands as the run's result is that of these settings.
+        """
         with storage_errors("create", self.path):
             make_folder(self.path)
+            if not kept:
+                self.best.unlink(missing_ok=True)
+            if not finished:
+                (self.path / RESULT).unlink(missing_ok=True)
         write_durable(self.path / CONFIG, (json.dumps(self._settings, indent=2) + "\n").encode())
         if self._tokenizer is not None:
             write_durable(self.path / TOKENIZER, self._tokenizer.encode())
         write_durable(self.path / METRICS, "".join(json.dumps(entry) + "\n" for entry in kept).encode())
+
+    def discard(self) -> None:
+        """Remove what `begin` wrote, unless an epoch has finished."""
+        if _has_epochs(self.path):
+            return
+        for name in (CONFIG, METRICS, TOKENIZER):
+            (self.path / name).unlink(missing_ok=True)
+        if self._made:
+            shutil.rmtree(self.path / BOARD, ignore_errors=True)
 
     def add_metrics(self, entry: dict[str, Any]) -> None:
         with storage_errors("write", self.path / METRICS), open(self.path / METRICS, "a") as file:
@@ -68,19 +116,49 @@ class RunFolder:
     def save_result(self, result: dict[str, Any]) -> None:
         write_durable(self.path / RESULT, (json.dumps(result, indent=2) + "\n").encode())
 
-    def _check_same(self, settings: dict[str, Any]) -> None:
-        recorded = read_config(self.path)
+    def _check(self) -> None:
+        recorded = read_config(self.path) if self._resume else {}
+        if not _has_epochs(self.path):
+            return
+        if not self._resume:
+            raise TargetExists(
+                f"{self.path} already holds a run",
+                "a new folder for a new run",
+                "give --resume to continue it, or choose another --out; nothing was changed",
+            )
+        if not self.last.exists():
+            raise UsageError(
+                f"the run at {self.path} has finished epochs, but no {LAST} to continue from",
+                f"its {LAST}",
+                f"copy its {LAST} back, or start a new run in another folder; nothing was changed",
+            )
+        self._check_same(recorded)
+
+    def _check_same(self, recorded: dict[str, Any]) -> None:
+        settings = self._settings
         changed = [
             f"{name} was {recorded.get(name)!r} and is {settings.get(name)!r}"
             for name in dict.fromkeys([*recorded, *settings])
-            if name not in FREE_ON_RESUME and recorded.get(name) != settings.get(name)
+            if name not in FREE_ON_RESUME
+            and recorded.get(name) != settings.get(name)
+            and not (name == "epochs" and _more(recorded.get(name), settings.get(name)))
         ]
         if changed:
             raise UsageError(
                 f"{self.path} cannot be resumed with other settings: {'; '.join(changed)}",
-                "the settings in its config.json",
+                "the settings in its config.json; only --epochs may grow",
                 "leave those flags out, or start a new run in another folder",
             )
+
+
+def _has_epochs(path: Path) -> bool:
+    """Whether an epoch of the run in a folder has finished."""
+    metrics = path / METRICS
+    return (path / LAST).exists() or (path / RESULT).exists() or (metrics.exists() and metrics.stat().st_size > 0)
+
+
+def _more(before: Any, now: Any) -> bool:
+    return isinstance(before, int) and isinstance(now, int) and now > before
 
 
 def read_config(path: Path) -> dict[str, Any]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -52,6 +54,11 @@ def split_validation(
     order = indices[rng.permutation(len(indices), seed, "validation split")]
     held_out = round(len(indices) * fraction)
     return np.sort(order[held_out:]), np.sort(order[:held_out])
+
+
+def samples_record(indices: NDArray[np.int64]) -> dict[str, Any]:
+    """Number and digest of sample indices, as plain values that two runs can be compared by."""
+    return {"count": len(indices), "sha256": hashlib.sha256(indices.astype("<i8").tobytes()).hexdigest()}
 
 
 class ShardBatches:

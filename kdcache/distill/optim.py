@@ -1,15 +1,17 @@
-"""Optimisers and learning-rate schedules, from a config."""
+"""Optimisers, learning-rate schedules and averages of weights, from a config."""
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from kdcache.core.config import TrainConfig
+from kdcache.models.feature_hooks import remove_taps
 
 
 def build_optimizer(given: Iterable[nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
@@ -36,3 +38,48 @@ def learning_rate_factor(config: TrainConfig, step: int, steps_an_epoch: int) ->
     if config.schedule == "step":
         return config.gamma ** sum(step >= milestone * total for milestone in config.milestones)
     return 1.0
+
+
+class AveragedWeights(nn.Module):
+    """Exponential moving average of a module's parameters and buffers.
+
+    Computes and is saved as torch's `AveragedModel` with `use_buffers`, which however copies its counter to the device
+    at each update, and so waits for it.
+
+    Args:
+        source: of which a copy is made, on the same device, that nothing listens to.
+        decay: what is left of the average at each update.
+    """
+
+    n_averaged: Tensor
+
+    def __init__(self, source: nn.Module, decay: float) -> None:
+        super().__init__()
+        self.module = copy.deepcopy(source)
+        remove_taps(self.module)
+        self._decay = decay
+        self.register_buffer("n_averaged", torch.tensor(0))  # stays on the host
+
+    @torch.no_grad()
+    def update(self, source: nn.Module) -> None:
+        """Let the average follow the source by one step; the first one copies it."""
+        pairs = zip(_tensors(self.module), _tensors(source), strict=True)
+        if self.n_averaged == 0:
+            for average, value in pairs:
+                average.copy_(value)
+        else:
+            groups: dict[torch.dtype, list[tuple[Tensor, Tensor]]] = {}
+            for average, value in pairs:
+                groups.setdefault(average.dtype, []).append((average, value))
+            for dtype, group in groups.items():
+                if dtype.is_floating_point or dtype.is_complex:
+                    averages, values = map(list, zip(*group, strict=True))
+                    torch._foreach_lerp_(averages, values, 1 - self._decay)
+                else:
+                    for average, value in group:
+                        average.copy_(average * self._decay + value * (1 - self._decay))
+        self.n_averaged += 1
+
+
+def _tensors(module: nn.Module) -> list[Tensor]:
+    return [*module.parameters(), *module.buffers()]

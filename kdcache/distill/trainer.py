@@ -11,24 +11,24 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from kdcache.core import rng
 from kdcache.core.config import TrainConfig
-from kdcache.core.errors import TrainingDiverged, UsageError
+from kdcache.core.errors import CacheMismatch, DatasetError, KdcacheError, ModelError, TrainingDiverged, UsageError
 from kdcache.core.json_records import brief, differences
+from kdcache.core.plugins import describe
 from kdcache.core.progress import Progress, log
 from kdcache.core.run_dir import BOARD, RunFolder
-from kdcache.data.batch_sampler import EpochBatches, split_validation
+from kdcache.data.batch_sampler import EpochBatches, samples_record, split_validation
 from kdcache.data.dataset import IndexedDataset
 from kdcache.data.loader import Batch, batch_loader
 from kdcache.data.preprocess import Preprocessor, as_preprocessor
 from kdcache.data.views import Views, as_views
 from kdcache.distill.board import Board
 from kdcache.distill.objective import Join, Objective, trained_parts
-from kdcache.distill.optim import build_optimizer, learning_rate_factor
+from kdcache.distill.optim import AveragedWeights, build_optimizer, learning_rate_factor
 from kdcache.models.checkpoints import read_checkpoint, save_checkpoint
-from kdcache.models.device import autocast, floating_dtype, memory_errors, resolve_device, seeded, synchronize
+from kdcache.models.device import autocast, floating_dtype, memory_errors, move_to, resolve_device, seeded, synchronize
 from kdcache.models.evaluate import evaluate_model
 from kdcache.models.forward import output_logits
 from kdcache.store.manifest import NONE, Preprocess
@@ -36,6 +36,8 @@ from kdcache.store.sampler import ExactSampler, Sampler, Schedule
 
 # How many steps may pass before a loss that is not finite is noticed: looking at every one would stall a GPU.
 CHECK_EVERY_STEPS = 64
+# Below this scale of the loss no float16 gradient overflows because of the scale: it is the network that is not finite.
+SMALLEST_SCALE = 2.0**-24
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +71,7 @@ def train(
     join: Join | None = None,
     verify_inputs: str = "off",
     run: RunFolder | None = None,
-    description: dict[str, Any] | None = None,
+    description: dict[str, Any] | Callable[[int], dict[str, Any]] | None = None,
     on_step: Callable[[int, dict[str, Tensor]], None] | None = None,
 ) -> TrainResult:
     """Train a network in place.
@@ -82,15 +84,21 @@ def train(
         join: puts soft targets to each batch.
         verify_inputs: which batches come to the join with the checksums of their inputs: `all`, `sample` or `off`.
         run: where metrics and checkpoints go, and where a state to continue from may lie; None keeps nothing.
-        description: plain values put into every checkpoint, so that it can be rebuilt and judged alone.
+        description: plain values put into every checkpoint, so that it can be rebuilt and judged alone, and compared
+            when a run is resumed; or a function that gives those of a run of so many epochs.
         on_step: called after each step with its number, from 0, and the objective's scalars.
 
     Raises:
-        TrainingDiverged: a loss is not finite; the checkpoints of finished epochs stay.
+        TrainingDiverged: a loss or, under fp16, a gradient is not finite; the checkpoints of finished epochs stay.
+        ModelError: the network raises an exception of its own in a step.
+        CacheBusy: another process trains into the run's folder.
     """
+    described = description if callable(description) else lambda epochs: description or {}
     if sampler is None:
-        train_indices, validation_indices = split_validation(np.arange(len(dataset)), config.val_fraction, config.seed)
+        samples = np.arange(len(dataset))
+        train_indices, validation_indices = split_validation(samples, config.val_fraction, config.seed)
         sampler = ExactSampler(train_indices, config.seed)
+        described = _with_samples(described, samples)
     views = as_views(dataset)
     views.probe()
     if views.recipe.mix != NONE and validation_indices is not None and len(validation_indices):
@@ -101,12 +109,16 @@ def train(
             "leave out --val-fraction; the last epoch is then the result",
         )
     batches = EpochBatches(sampler, config.batch_size, schedule=schedule, verify_inputs=verify_inputs)
-    loop = _Loop(
-        module, views, objective, as_preprocessor(preprocess), config, batches, join, run, description or {}, on_step
-    )
+    loop = _Loop(module, views, objective, as_preprocessor(preprocess), config, batches, join, run, described, on_step)
     if validation_indices is not None:
         loop.validation_indices = validation_indices
     return loop.run()
+
+
+def _with_samples(
+    described: Callable[[int], dict[str, Any]], samples: NDArray[np.int64]
+) -> Callable[[int], dict[str, Any]]:
+    return lambda epochs: {**described(epochs), "samples": samples_record(samples)}
 
 
 class _Loop:
@@ -120,13 +132,14 @@ class _Loop:
         batches: EpochBatches,
         join: Join | None,
         run: RunFolder | None,
-        description: dict[str, Any],
+        described: Callable[[int], dict[str, Any]],
         on_step: Callable[[int, dict[str, Tensor]], None] | None,
     ) -> None:
-        self.config, self.objective, self.folder, self.description = config, objective, run, description
+        self.config, self.objective, self.folder, self.described = config, objective, run, described
+        self.description = described(config.epochs)
         self.views, self.batches, self.join, self.on_step = views, batches, join, on_step
         self.device = resolve_device(config.device)
-        self.module = module.to(self.device)
+        self.module = move_to(module, self.device)
         self.dtype = floating_dtype(module)
         self.preprocessor = preprocessor
         self.validation_indices = np.empty(0, np.int64)
@@ -140,11 +153,9 @@ class _Loop:
             self.optimizer, lambda step: learning_rate_factor(config, step, steps)
         )
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.amp == "fp16")
-        self.average = (
-            AveragedModel(module, multi_avg_fn=get_ema_multi_avg_fn(config.ema), use_buffers=True)
-            if config.ema
-            else None
-        )
+        self.scale = self.scaler.get_scale()
+        with memory_errors(config.batch_size, "leave out --ema, or take a smaller model"):
+            self.average = AveragedWeights(module, config.ema) if config.ema else None
         self.board = Board(run.path / BOARD) if config.tensorboard and run is not None else None
         self.learning_rate = 0.0
         self.history: list[dict[str, Any]] = []
@@ -155,13 +166,27 @@ class _Loop:
         return self.average.module if self.average is not None else self.module
 
     def run(self) -> TrainResult:
+        if self.folder is None:
+            return self._run()
+        with self.folder.locked():
+            try:
+                return self._run()
+            except (ModelError, DatasetError, CacheMismatch):
+                self.folder.discard()  # the same settings would fail again: there is nothing to resume
+                raise
+
+    def _run(self) -> TrainResult:
+        epochs = self.config.epochs
         if self.folder and self.folder.last.exists():
             self._restore(read_checkpoint(self.folder.last))
-            log(f"continuing after epoch {len(self.history)} of {self.config.epochs}")
-        if len(self.history) < self.config.epochs:
+            done = len(self.history)
+            log(f"continuing after epoch {done} of {epochs}" if done < epochs else f"all {epochs} epochs are finished")
+        elif self.folder and self.folder.begun:
+            log(f"no epoch of the run at {self.folder.path} had finished: it starts from the beginning")
+        if len(self.history) < epochs:
             self._start(len(self.history))  # what cannot be joined is known before anything is written
         if self.folder:
-            self.folder.begin(self.history)
+            self.folder.begin(self.history, finished=len(self.history) == epochs)
         if self.board is not None:
             self.board.begin(len(self.history))
         for epoch in range(len(self.history), self.config.epochs):
@@ -189,7 +214,7 @@ class _Loop:
             synchronize(self.device)
             began = time.perf_counter()
             for step, batch in enumerate(self.loader):
-                hits, parts = self._step(batch, epoch + step / len(self.batches))
+                hits, parts = self._step(batch, epoch, step)
                 if not step:
                     seen = {name: part.new_empty(len(self.batches)) for name, part in parts.items()}
                 for name, part in parts.items():
@@ -222,26 +247,60 @@ class _Loop:
         if self.join is not None:
             self.join.start_epoch(epoch)
 
-    def _step(self, batch: Batch, epochs_done: float) -> tuple[Tensor, dict[str, Tensor]]:
+    def _step(self, batch: Batch, epoch: int, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """One step; returns how many samples of the batch were right, and the objective's scalars."""
         batch = (self.join(batch) if self.join else batch).to(self.device)
         inputs = self.preprocessor.per_batch(batch.inputs, self.dtype)
-        with autocast(self.device, self.config.amp):
-            logits = output_logits(self.module(inputs))
-        parts = self.objective(logits, batch, epochs_done)
-        self.optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(parts["loss"]).backward()
+        try:
+            with autocast(self.device, self.config.amp):
+                logits = output_logits(self.module(inputs))
+            parts = self.objective(logits, batch, epoch + step / len(self.batches))
+            self.optimizer.zero_grad(set_to_none=True)
+            self.scaler.scale(parts["loss"]).backward()
+        except (KdcacheError, torch.OutOfMemoryError):
+            raise
+        except Exception as problem:  # the network is code of the user's: it may raise anything
+            raise self._model_error(problem, inputs, epoch, step) from problem
         if self.config.clip_norm is not None:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_([*self.module.parameters(), *trained_parts(self.objective)], self.config.clip_norm)
         self.scaler.step(self.optimizer)
-        self.scaler.update()
         self.learning_rate = self.optimizer.param_groups[0]["lr"]
-        self.schedule.step()
-        if self.average is not None:
-            self.average.update_parameters(self.module)
+        if self._has_stepped(epoch, step):
+            self.schedule.step()
+            if self.average is not None:
+                self.average.update(self.module)
         hits = (logits.detach().argmax(dim=1) == batch.main_labels).sum()
         return hits, {name: part.detach() for name, part in parts.items()}
+
+    def _has_stepped(self, epoch: int, step: int) -> bool:
+        """Update the loss scale of fp16; False where the scaler left out the step, because a gradient overflowed.
+
+        Reading the scale waits for the device, which only fp16 does.
+        """
+        if not self.scaler.is_enabled():
+            return True
+        before = self.scale
+        self.scaler.update()
+        self.scale = self.scaler.get_scale()  # falls after a step that was left out, and only then
+        if self.scale < SMALLEST_SCALE:
+            raise TrainingDiverged(
+                f"the gradient is not finite at epoch {epoch + 1}, step {step + 1} of {len(self.batches)}, however "
+                f"small the loss is scaled for fp16: the scale has fallen to {self.scale:g}",
+                "a finite gradient",
+                "try --amp bf16 or off, or a lower --learning-rate; finished epochs are kept",
+            )
+        return self.scale >= before
+
+    def _model_error(self, problem: Exception, inputs: Tensor, epoch: int, step: int) -> ModelError:
+        alone = len(inputs) == 1
+        return ModelError(
+            f"{type(self.module).__name__} fails at epoch {epoch + 1}, step {step + 1} of {len(self.batches)}, on a "
+            f"batch of shape {tuple(inputs.shape)}: {describe(problem)}",
+            "a network that trains on batches of two and more, or on this one" if alone else "a network that trains",
+            ("give a --batch-size of 2 or more, which BatchNorm needs; or " if alone else "")
+            + "correct the network; --debug shows the whole traceback",
+        )
 
     def _check_finite(self, seen: dict[str, Tensor], epoch: int, steps: range) -> None:
         finite = torch.isfinite(seen["loss"][steps.start : steps.stop])
@@ -289,6 +348,7 @@ class _Loop:
                 "objective": self.objective.state_dict() if isinstance(self.objective, nn.Module) else {},
                 "average": self.average.state_dict() if self.average is not None else None,
                 "best": self.best,
+                "epochs": self.config.epochs,
                 "history": self.history,
             },
         )
@@ -297,20 +357,36 @@ class _Loop:
             self.board.add(entry)
 
     def _restore(self, state: dict[str, Any]) -> None:
-        changed = [name for name, value in self.description.items() if state.get(name) != value]
+        assert self.folder is not None, "a state comes from a folder"
+        # An older version did not write the number of epochs into its state.
+        epochs = state.get("epochs", self.folder.recorded_epochs) or self.config.epochs
+        description = self.described(epochs)
+        if "samples" in description and "samples" not in state:  # written by an older version
+            log("the state of the run does not record which samples it was trained on, so these are not compared")
+            del description["samples"]
+        changed = [name for name, value in description.items() if state.get(name) != value]
         if changed:
             before = {name: state.get(name) for name in changed}
-            now = {name: self.description[name] for name in changed}
+            now = {name: description[name] for name in changed}
             apart = [f"{place} was {brief(old)} and is {brief(new)}" for place, old, new in differences(before, now)]
             raise UsageError(
                 f"the run cannot be continued: {'; '.join(apart)}",
                 "what it was begun with",
                 "continue with the data, the cache and the model that it was begun with, or start a new run",
             )
+        if epochs < self.config.epochs:
+            log(
+                f"the run is extended from {epochs} to {self.config.epochs} epochs; from here on the learning rate "
+                f"follows the {self.config.schedule} schedule of {self.config.epochs} epochs"
+            )
         self.module.load_state_dict(state["state_dict"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
+        for group, rate in zip(self.optimizer.param_groups, self.schedule.base_lrs, strict=True):
+            # The state holds the rate of the next step as of the old number of epochs.
+            group["lr"] = rate * learning_rate_factor(self.config, self.schedule.last_epoch, len(self.batches))
         self.scaler.load_state_dict(state["scaler"])
+        self.scale = self.scaler.get_scale()
         if isinstance(self.objective, nn.Module):
             self.objective.load_state_dict(state["objective"])
         if self.average is not None:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from kdcache.core import rng
 from kdcache.core.config import DatasetSource, Input
 from kdcache.core.errors import CheckpointError, DatasetError, ModelError, UsageError
 from kdcache.core.json_records import from_json, to_json
@@ -129,7 +130,10 @@ def build(
             default=default,
             replace_head=training,
         )
-    _probe(built, Views(dataset, recipe or ViewRecipe()))
+    with torch.random.fork_rng(devices=[]):
+        # Lazy layers draw their weights in their first forward pass, from the global generator.
+        torch.default_generator.manual_seed(rng.generator_seed(seed, "lazy init"))
+        _probe(built, Views(dataset, recipe or ViewRecipe()))
     return built
 
 

@@ -15,6 +15,19 @@ from kdcache.core.plugins import did_you_mean
 PENULTIMATE = "penultimate"
 
 
+class _Hook:
+    """Puts what a layer takes or gives into a dictionary, under a name."""
+
+    def __init__(self, caught: dict[str, Any], name: str, *, takes: bool = False) -> None:
+        self._caught, self._name, self._takes = caught, name, takes
+
+    def __call__(self, module: nn.Module, inputs: tuple[Any, ...], output: Any = None) -> None:
+        self._caught[self._name] = inputs[0] if self._takes else output
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Hook:
+        return self  # the copy of a module must not copy activations; see remove_taps
+
+
 class Taps:
     """Catches the outputs of some layers at every forward pass, until it is closed.
 
@@ -42,7 +55,8 @@ class Taps:
         Raises:
             ModelError: a layer did not run, or gives no tensor of the batch.
         """
-        caught, self._caught = self._caught, {}
+        caught = dict(self._caught)
+        self._caught.clear()
         for layer in self._layers:
             if not isinstance(caught.get(layer), Tensor):
                 gives = f"gives a {type(caught[layer]).__name__}" if layer in caught else "did not run"
@@ -50,9 +64,10 @@ class Taps:
         return caught
 
     def close(self) -> None:
-        """Leave the network as it was."""
+        """Leave the network as it was, and let go of what was caught."""
         for handle in self._handles:
             handle.remove()
+        self._caught.clear()
 
     def __enter__(self) -> Taps:
         return self
@@ -65,19 +80,13 @@ class Taps:
         if layer == PENULTIMATE:
             self._tap_penultimate(module)
         elif layer in named:
-            self._handles.append(named[layer].register_forward_hook(self._catch_output(layer)))
+            self._handles.append(named[layer].register_forward_hook(_Hook(self._caught, layer)))
         else:
             raise ModelError(
                 f"the network has no layer {layer!r}",
                 f"{PENULTIMATE}, or the path of a module",
                 did_you_mean(layer, list(named)) or "see --list-layers",
             )
-
-    def _catch_output(self, layer: str) -> Any:
-        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-            self._caught[layer] = output
-
-        return hook
 
     def _tap_penultimate(self, module: nn.Module) -> None:
         linear = [part for part in module.modules() if isinstance(part, nn.Linear)]
@@ -86,11 +95,17 @@ class Taps:
                 "the network has no linear layer", "one, for penultimate", "name a layer; see --list-layers"
             )
 
-        def hook(part: nn.Module, inputs: tuple[Any, ...]) -> None:
-            self._caught[PENULTIMATE] = inputs[0]
-
+        hook = _Hook(self._caught, PENULTIMATE, takes=True)
         # The one that runs last overwrites the others: the order of definition need not be that of running.
         self._handles += [part.register_forward_pre_hook(hook) for part in linear]
+
+
+def remove_taps(module: nn.Module) -> None:
+    """Remove the hooks of every `Taps` from a module, for a copy of one that is listened to; other hooks stay."""
+    for part in module.modules():
+        for hooks in (part._forward_hooks, part._forward_pre_hooks):
+            for key in [key for key, hook in hooks.items() if isinstance(hook, _Hook)]:
+                del hooks[key]
 
 
 def pool_features(features: Tensor, pool: str) -> Tensor:

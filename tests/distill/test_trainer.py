@@ -174,7 +174,7 @@ def test_a_finished_run_resumed_does_nothing_more(tmp_path):
 
 def test_a_run_is_neither_overwritten_nor_continued_with_other_settings(tmp_path):
     settings = config()
-    run_folder(tmp_path / "run", settings).begin([])
+    fit(config(epochs=1), run=run_folder(tmp_path / "run", settings))
     with pytest.raises(TargetExists, match="already holds a run"):
         run_folder(tmp_path / "run", settings)
     with pytest.raises(UsageError) as caught:

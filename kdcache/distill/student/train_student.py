@@ -22,7 +22,7 @@ from kdcache.core.json_records import canonical_json, to_json
 from kdcache.core.progress import log
 from kdcache.core.run_dir import RunFolder
 from kdcache.data.augment import Transform
-from kdcache.data.batch_sampler import split_validation
+from kdcache.data.batch_sampler import samples_record, split_validation
 from kdcache.data.dataset import as_indexed
 from kdcache.data.loader import BatchRequest, batch_loader
 from kdcache.data.preprocess import Preprocessor, as_preprocessor
@@ -32,7 +32,7 @@ from kdcache.distill.student.composite_objective import Composition
 from kdcache.distill.student.join_checks import check_ensemble, check_join, inputs_all_checked
 from kdcache.distill.student.soft_targets import CachedTargets, DeviceSource
 from kdcache.distill.trainer import TrainResult, train
-from kdcache.models.device import floating_dtype, resolve_device
+from kdcache.models.device import floating_dtype, memory_errors, move_to, resolve_device
 from kdcache.store.cache import Cache, open_cache
 from kdcache.store.manifest import Preprocess
 from kdcache.store.row_source import ReadOptions, parse_bytes, plan_reading
@@ -90,14 +90,18 @@ def train_student(
     def schedule(epoch: int) -> int:
         return named(min(epoch, last))  # no view is read ahead for an epoch that does not come
 
-    used = list(dict.fromkeys(map(schedule, range(config.epochs))))
+    def used_in(epochs: int) -> list[int]:
+        return list(dict.fromkeys(map(named, range(epochs))))
+
+    used = used_in(config.epochs)
     check_ensemble(caches, used)
     views = Views(indexed, manifest.recipe, transform=augment)
     check_join(caches[0], views, used=used, verify_inputs=config.verify_inputs)
     if not views.recipe.is_plain(1):
         log(f"{config.epochs} epochs over {len(used)} of {available} views: {', '.join(map(str, used[:12]))}")
         log(views.remember(used, input_memory))
-    train_indices, validation_indices = split_validation(_samples(caches, used), config.val_fraction, config.seed)
+    samples = _samples(caches, used)
+    train_indices, validation_indices = split_validation(samples, config.val_fraction, config.seed)
     join: CachedTargets | None = None
     preprocessor = as_preprocessor(preprocess or manifest.teacher.preprocess)
     objective = distillation_objective(config) if config.distill else label_objective(config.label_smoothing)
@@ -122,7 +126,11 @@ def train_student(
             join=join,
             verify_inputs="off" if join is None or inputs_all_checked(views) else config.verify_inputs,
             run=run,
-            description={**(description or {}), **_taught_by(caches, used)},
+            description=lambda epochs: {
+                **(description or {}),
+                **_taught_by(caches, used_in(epochs)),
+                "samples": samples_record(samples),
+            },
             on_step=on_step,
         )
 
@@ -141,7 +149,7 @@ def _compose(
         CacheMismatch: the cache does not hold what an objective needs.
     """
     device = resolve_device(config.device)
-    student.to(device)
+    move_to(student, device)
     request = BatchRequest(np.arange(min(2, len(views))), view)
     (batch,) = batch_loader(views, [request], preprocessor=preprocessor, device=device)
     inputs = preprocessor.per_batch(batch.inputs.to(device), floating_dtype(student))
@@ -150,7 +158,8 @@ def _compose(
         raise UsageError(
             f"{len(caches)} caches are given, and features are compared", "one cache: features of two have no mean"
         )
-    return Composition(specs, student, inputs, caches[0].manifest, seed=config.seed)
+    with memory_errors(len(inputs), "take a smaller student"):
+        return Composition(specs, student, inputs, caches[0].manifest, seed=config.seed)
 
 
 def _taught_by(caches: Sequence[Cache], used: Sequence[int]) -> dict[str, Any]:
