@@ -4,97 +4,128 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from kdcache.core.atomic_files import durable_file
 from kdcache.core.errors import CheckpointError, StorageError
 from kdcache.core.plugins import require_extra
-
-# Where training scripts put the state dict, the weights as trained before their moving average.
-_NESTED = ("state_dict", "model", "model_state_dict", "model_ema")
-# Left in the names by DataParallel, DistributedDataParallel, AveragedModel and by torch.compile.
-_PREFIXES = ("module.", "_orig_mod.")
+from kdcache.core.progress import log
+from kdcache.models.checkpoint_formats import is_safetensors, plain_types, refuse_other_formats
+from kdcache.models.state_dicts import candidates, first
 
 
-def load_weights(module: nn.Module, path: str | os.PathLike[str]) -> None:
+def load_weights(module: nn.Module, path: str | os.PathLike[str], *, key: str | None = None) -> None:
     """Load a file's weights into a module, every one of them.
 
-    Takes `.safetensors` and whatever `torch.save` wrote; looks inside the usual wrappers and behind the usual prefixes.
+    Takes safetensors and whatever `torch.save` wrote; looks inside its entries and behind a common prefix of the names.
+
+    Args:
+        key: the entry that holds the weights, where several fit.
 
     Raises:
-        CheckpointError: there is no such file, it cannot be read, it holds no weights, or they do not fit the module.
-        MissingExtra: it is a `.safetensors` file and safetensors is not installed.
+        CheckpointError: there is no such file, it cannot be read, it holds no weights, they do not fit the module, or
+            several entries do.
+        MissingExtra: it holds safetensors and the package safetensors is not installed.
     """
-    fit_weights(module, read_checkpoint(path), path)
+    fit_weights(module, read_checkpoint(path), path, key=key)
 
 
-def fit_weights(module: nn.Module, content: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
-    """Load the weights in what `read_checkpoint` gave into a module.
+def fit_weights(
+    module: nn.Module, content: Mapping[str, Any], path: str | os.PathLike[str], *, key: str | None = None
+) -> None:
+    """Load the weights in what `read_checkpoint` returned into a module. What does not fit changes nothing.
 
     Args:
         path: where that was read, for messages.
+        key: the entry that holds the weights, with the prefix of its names, such as `student` or
+            `state_dict.model`; None takes the only one that fits.
 
     Raises:
-        CheckpointError: it holds no weights, or they do not fit the module.
+        CheckpointError: it holds no weights, they do not fit the module, or several entries do.
     """
     path = Path(path)
-    own = module.state_dict()
-    state = _unwrap(content, own, path)
-    missing = [name for name in own if name not in state]
-    unexpected = [name for name in state if name not in own]
-    reshaped = [
-        f"{name} {tuple(state[name].shape)}, not {tuple(value.shape)}"
-        for name, value in own.items()
-        if isinstance(value, Tensor) and isinstance(state.get(name), Tensor) and state[name].shape != value.shape
-    ]
-    problems = [
-        f"{len(names)} {what}: {_first(names)}"
-        for what, names in (("missing", missing), ("unexpected", unexpected), ("of the wrong shape", reshaped))
-        if names
-    ]
-    if problems:
+    found = candidates(content, module)
+    if not found:
         raise CheckpointError(
-            f"{path} does not fit the model; " + "; ".join(problems),
-            f"the {len(own)} weights of the model",
+            f"{path} holds no weights, but {first(map(str, content)) or 'nothing'}",
+            "names and tensors, as they are or in an entry such as state_dict or model",
+            "save model.state_dict()",
+        )
+    if key is not None:
+        # An entry's name alone is enough, whatever prefix its names have.
+        chosen = [each for each in found if f"{each.key}.".startswith(f"{key}.")]
+        if not chosen:
+            raise CheckpointError(
+                f"{path} has no weights under {key!r}",
+                f"one of {first(dict.fromkeys(repr(each.key) for each in found), 12)}",
+                "correct --checkpoint-key",
+            )
+        found = chosen
+    fitting = [each for each in found if not each.problems]
+    if len(fitting) > 1:
+        raise CheckpointError(
+            f"{path} holds several sets of weights that fit the model: {first((each.key for each in fitting), 12)}",
+            "a choice of one",
+            f"give --checkpoint-key, such as --checkpoint-key {fitting[0].key or fitting[1].key}",
+        )
+    if not fitting:
+        nearest = max(found, key=lambda each: each.matches)
+        raise CheckpointError(
+            f"{path} does not fit the model; " + "; ".join(nearest.problems),
+            f"the {len(module.state_dict())} weights of the model",
             "check that the model's name and the number of classes are those of the checkpoint",
         )
-    try:
-        module.load_state_dict(state, strict=True)
-    except (RuntimeError, TypeError, AttributeError) as problem:
-        raise CheckpointError(f"{path} does not fit the model: {problem}", "weights of this model") from problem
+    (best,) = fitting
+    module.load_state_dict(best.state, strict=True)
+    if best.extra:
+        log(f"{path}: not part of the model and left out: {first(best.extra)}")
+
+
+def fits(module: nn.Module, content: Mapping[str, Any], *, key: str | None = None) -> bool:
+    """Whether some weights in what `read_checkpoint` returned fit a module; nothing is loaded."""
+    return any(
+        not each.problems and (key is None or f"{each.key}.".startswith(f"{key}."))
+        for each in candidates(content, module)
+    )
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """What a file holds, tensors on the CPU.
+    """What a file holds, tensors on the CPU. No code in the file is run.
 
     Raises:
-        CheckpointError: there is no such file, it is damaged, or it holds more than tensors and plain types.
-        MissingExtra: it is a `.safetensors` file and safetensors is not installed.
+        CheckpointError: there is no such file, it is damaged or no checkpoint, or it holds more than tensors and plain
+            types.
+        MissingExtra: it holds safetensors and the package safetensors is not installed.
     """
     path = Path(path)
     if not path.is_file():
         what = "is a folder" if path.is_dir() else "does not exist"
         raise CheckpointError(f"{path} {what}", "a .pt, .pth or .safetensors file", "correct the path")
     try:
-        if path.suffix == ".safetensors":
+        content: Any
+        if is_safetensors(path):
             content = require_extra("safetensors.torch", "safetensors", f"reading {path}").load_file(path)
         else:
+            refuse_other_formats(path)
             _check_archive(path)
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            # Not by its name: torch reads what is called .safetensors as such.
+            with torch.serialization.safe_globals(plain_types()), open(path, "rb") as file:
+                content = torch.load(file, map_location="cpu", weights_only=True)
     except zipfile.BadZipFile as problem:
         raise _damaged(path, problem) from problem
     except OSError as problem:
         raise CheckpointError(f"{path} cannot be read: {problem}", "a readable file") from problem
     except pickle.UnpicklingError as problem:
-        if "global" in str(problem).lower():
+        if name := _foreign_object(problem):
             raise CheckpointError(
-                f"{path} holds Python objects, and reading those would run code from the file: {_reason(problem)}",
+                f"{path} holds Python objects, and reading those would run code from the file: {name}",
                 "a file of tensors and plain types",
                 "save model.state_dict() instead of the model itself, on a machine where the file is trusted",
             ) from problem
@@ -144,37 +175,20 @@ def save_checkpoint(path: str | os.PathLike[str], mapping: Mapping[str, Any]) ->
             ) from problem
 
 
-def _unwrap(content: Mapping[str, Any], own: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    while inner := next((content[name] for name in _NESTED if isinstance(content.get(name), Mapping)), None):
-        content = inner
-    if not any(isinstance(value, Tensor) for value in content.values()):
-        raise CheckpointError(
-            f"{path} holds no weights, but {_first(map(str, content)) or 'nothing'}",
-            f"names and tensors, as they are or under {', '.join(_NESTED)}",
-            "save model.state_dict()",
-        )
-    state = dict(content)
-    state.pop("n_averaged", None)  # AveragedModel counts here
-    while prefix := next((prefix for prefix in _PREFIXES if all(name.startswith(prefix) for name in state)), None):
-        if all(name.startswith(prefix) for name in own):
-            break
-        state = {name.removeprefix(prefix): value for name, value in state.items()}
-    return state
+def _foreign_object(problem: Exception) -> str:
+    """The name of the class or function that torch refuses to load; empty where the file is damaged instead.
 
-
-def _first(names: Iterable[str], count: int = 4) -> str:
-    names = list(names)
-    return ", ".join(names[:count]) + (", …" if len(names) > count else "")
-
-
-def _reason(problem: Exception) -> str:
-    """The line of torch's long message that names the object."""
-    lines = [line.strip() for line in str(problem).splitlines() if "global" in line.lower()]
-    return lines[0][:200] if lines else type(problem).__name__
+    Torch's own message advises to load the file unsafely, so none of it is passed on.
+    """
+    found = re.search(r"(?:GLOBAL |<class ')([\w.]+)", str(problem))
+    return found[1] if found else ""
 
 
 def _damaged(path: Path, problem: Exception) -> CheckpointError:
-    reason = str(problem).splitlines()[0][:200] if str(problem) else ""
+    reason = next(iter(str(problem).splitlines()), "")[:200]
+    if isinstance(problem, pickle.UnpicklingError):  # without torch's advice, which is around what it met
+        met = re.search(r"WeightsUnpickler error: (.*?)(?:\. |$)", str(problem), re.MULTILINE)
+        reason = met[1][:200] if met else "not a pickle of tensors and plain types"
     return CheckpointError(
         f"{path} cannot be read as weights: {type(problem).__name__}: {reason}",
         "a whole file, as torch.save or safetensors wrote it",

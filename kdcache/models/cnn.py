@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from itertools import pairwise
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -107,6 +108,19 @@ class CifarResNet(nn.Module):
         """(B, C, H, W) to logits (B, classes)."""
         features_bchw = self.stages(functional.relu(self.bn1(self.conv1(inputs_bchw))))
         return cast(Tensor, self.fc(features_bchw.mean((2, 3))))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *options: Any) -> None:
+        """Take the names that the distillation literature's code has for these layers too."""
+        for name in [name for name in state_dict if name.startswith(prefix)]:
+            state_dict[prefix + _own_name(name.removeprefix(prefix))] = state_dict.pop(name)
+        super()._load_from_state_dict(state_dict, prefix, *options)
+
+
+def _own_name(name: str) -> str:
+    """`layer1.0.downsample.0.weight` as `stages.0.0.shortcut.0.weight`, and `linear` as `fc`."""
+    name = re.sub(r"^layer([1-3])\.", lambda found: f"stages.{int(found[1]) - 1}.", name)
+    name = re.sub(r"^(stages\.\d+\.\d+)\.downsample\.", r"\1.shortcut.", name)
+    return re.sub(r"^linear\.", "fc.", name)
 
 
 def _image_shape(name: str, input_shape: tuple[int, ...], *, smallest: int) -> tuple[int, int, int]:
