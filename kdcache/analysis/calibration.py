@@ -56,15 +56,24 @@ def reliability(probabilities_nc: NDArray[Any], labels_n: NDArray[np.int64], bin
     """
     if not len(labels_n) or len(labels_n) != len(probabilities_nc):
         raise ValueError(f"{len(probabilities_nc)} answers and {len(labels_n)} labels: as many, and at least one")
-    top = np.asarray(probabilities_nc.max(axis=1), np.float64)
-    right = probabilities_nc.argmax(axis=1) == labels_n
+    return reliability_of(probabilities_nc.max(axis=1), probabilities_nc.argmax(axis=1) == labels_n, bins)
+
+
+def reliability_of(top_n: NDArray[Any], right_n: NDArray[np.bool_], bins: int = BINS) -> Reliability:
+    """How often answers are right, by their probability.
+
+    Args:
+        top_n: probability of each answer, (n,).
+        right_n: whether it is right, (n,).
+    """
+    top = np.asarray(top_n, np.float64)
     bin_n = np.clip(np.ceil(top * bins).astype(np.int64) - 1, 0, bins - 1)
     counts = np.bincount(bin_n, minlength=bins)
     with np.errstate(invalid="ignore"):  # 0 / 0 of an empty bin is the NaN that is promised
         return Reliability(
             counts_b=counts,
             confidence_b=np.bincount(bin_n, top, bins) / counts,
-            accuracy_b=np.bincount(bin_n, right, bins) / counts,
+            accuracy_b=np.bincount(bin_n, right_n, bins) / counts,
         )
 
 

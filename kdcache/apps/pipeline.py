@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from kdcache.analysis.calibration import reliability_of
+from kdcache.analysis.confusion import MATRIX_CLASSES, class_accuracy, confusion_matrix
 from kdcache.analysis.matrix_plots import plot_confusion
 from kdcache.core.command_result import Report
 from kdcache.core.config import (
@@ -26,6 +28,7 @@ from kdcache.core.errors import CacheDamaged
 from kdcache.core.json_records import to_json
 from kdcache.core.options import narrow
 from kdcache.core.plugins import require_extra
+from kdcache.core.progress import log
 from kdcache.core.run_dir import LAST, RunFolder
 from kdcache.data.dataset import IndexedDataset
 from kdcache.data.loader import BatchRequest, batch_loader
@@ -48,6 +51,9 @@ from kdcache.store.cache import open_cache
 from kdcache.store.inspect import verify_cache
 from kdcache.store.layout import predicted_bytes
 from kdcache.store.manifest import Preprocess, ViewRecipe
+
+# Of the classes with the lowest accuracy, so many are printed; --json has all.
+WORST_CLASSES = 5
 
 
 def train_teacher(settings: TrainTeacher) -> Report:
@@ -84,9 +90,21 @@ def dump_teacher(settings: DumpTeacher) -> Report:
     return Report(data, "\n".join(report.text for report in reports))
 
 
+def _load_teacher(settings: DumpTeacher, dataset: IndexedDataset, recipe: ViewRecipe) -> BuiltModel:
+    return load_teacher(
+        settings,
+        settings.teacher,
+        settings.checkpoint,
+        dataset,
+        recipe,
+        kind=settings.teacher_outputs,
+        class_map=settings.class_map,
+    )
+
+
 def _list_layers(settings: DumpTeacher) -> Report:
     dataset = open_data(settings, settings.dataset, settings.split[0])
-    built = load_teacher(settings, settings.teacher, settings.checkpoint, dataset, ViewRecipe())
+    built = _load_teacher(settings, dataset, ViewRecipe())
     preprocessor, device = built.preprocessor, torch.device("cpu")
     (batch,) = batch_loader(dataset, [BatchRequest(np.arange(1))], preprocessor=preprocessor, device=device)
     with evaluation_mode(built.module):
@@ -100,7 +118,7 @@ def _list_layers(settings: DumpTeacher) -> Report:
 def _dump_split(settings: DumpTeacher, split: str) -> Report:
     dataset = open_data(settings, settings.dataset, split)
     recipe = ViewRecipe(augment=settings.augment, mix=settings.mix, seed=settings.view_seed)
-    built = load_teacher(settings, settings.teacher, settings.checkpoint, dataset, recipe)
+    built = _load_teacher(settings, dataset, recipe)
     arguments: dict[str, Any] = {
         "out": settings.out,
         "split": split,
@@ -108,6 +126,7 @@ def _dump_split(settings: DumpTeacher, split: str) -> Report:
         "preprocess": built.preprocessor,
         "config": narrow(DumpConfig, settings),
         "add_views": settings.add_views,
+        "outputs": built.outputs,
     }
     if settings.dry_run:
         plan = plan_dump(built.module, dataset, **arguments)
@@ -155,7 +174,8 @@ def verify_with_teacher(settings: Verify) -> Report:
         record = cache.manifest.dataset
         dataset = open_data(settings, settings.dataset or record.name, split, hint=record.data_root)
         recipe = cache.manifest.recipe
-        built = load_teacher(settings, str(settings.teacher), settings.checkpoint, dataset, recipe)
+        outputs = cache.manifest.teacher.outputs
+        built = load_teacher(settings, str(settings.teacher), settings.checkpoint, dataset, recipe, outputs=outputs)
         views = Views(dataset, recipe)
         check_join(cache, views)
         found = recompute_rows(
@@ -238,13 +258,14 @@ def evaluate(settings: Evaluate) -> Report:
         "run": settings.run,
         "split": settings.split,
         "samples": len(dataset),
-        f"{settings.split}_accuracy": evaluation.accuracy,
         "checkpoint": str(trained.checkpoint),
-        "first": _first(evaluation),
+        **_measured(evaluation, dataset),
+        "classes": _per_class(evaluation, dataset),
     }
     if settings.plots:
         data |= _plot(evaluation, dataset, folder)
-    return Report(data, _judgement(evaluation, dataset))
+    text = _judgement(evaluation, dataset)
+    return Report(data, f"{text}\n{worst}" if (worst := _worst(data["classes"])) else text)
 
 
 def _run_folder(command: str, settings: TrainTeacher | TrainStudent, built: BuiltModel) -> RunFolder:
@@ -280,7 +301,7 @@ def _conclude(
     if test is not None:
         load_weights(built.module, run.best)
         evaluation = evaluate_model(built.module, test, preprocess=built.preprocessor, config=config)
-        data |= {"test_accuracy": evaluation.accuracy, "first": _first(evaluation)}
+        data |= _measured(evaluation, test)
         text = f"{text}\n{_judgement(evaluation, test)}"
         if plots:
             data |= _plot(evaluation, test, run.path)
@@ -295,18 +316,51 @@ def _check_plots(wanted: bool) -> None:
 
 
 def _plot(evaluation: Evaluation, dataset: IndexedDataset, folder: Path) -> dict[str, str]:
+    classes = len(dataset.classes)
+    if classes > MATRIX_CLASSES:
+        log(f"no confusion matrix is drawn: {classes:,} classes are more than {MATRIX_CLASSES:,}")
+        return {}
     path = folder / f"confusion-{dataset.split}.png"
-    plot_confusion(evaluation.confusion, dataset.classes, path)
+    plot_confusion(confusion_matrix(evaluation.true_n, evaluation.predicted_n, classes), dataset.classes, path)
     return {"confusion": str(path)}
 
 
-def _first(evaluation: Evaluation) -> list[dict[str, int]]:
-    return [{"true": true, "predicted": predicted} for true, predicted in evaluation.first]
+def _measured(evaluation: Evaluation, dataset: IndexedDataset) -> dict[str, Any]:
+    """The numbers of a split, and a few of its samples."""
+    ece = reliability_of(evaluation.top_n, evaluation.predicted_n == evaluation.true_n).ece
+    return {
+        f"{dataset.split}_accuracy": evaluation.accuracy,
+        f"{dataset.split}_nll": evaluation.nll,
+        f"{dataset.split}_ece": ece,
+        "examples": [
+            {"sample": at, "true": int(evaluation.true_n[at]), "predicted": int(evaluation.predicted_n[at])}
+            for at in evaluation.shown
+        ],
+    }
+
+
+def _per_class(evaluation: Evaluation, dataset: IndexedDataset) -> list[dict[str, Any]]:
+    """Samples and accuracy of each class; None where it has no samples."""
+    counts, shares = class_accuracy(evaluation.true_n, evaluation.predicted_n, len(dataset.classes))
+    return [
+        {"class": name, "samples": int(count), "accuracy": float(share) if count else None}
+        for name, count, share in zip(dataset.classes, counts, shares, strict=True)
+    ]
+
+
+def _worst(classes: list[dict[str, Any]]) -> str:
+    """The classes with the lowest accuracy, where not all are right."""
+    wrong = sorted((each for each in classes if each["samples"] and each["accuracy"] < 1), key=lambda e: e["accuracy"])
+    listed = [f"{each['class']} {each['accuracy']:.1%} of {each['samples']:,}" for each in wrong[:WORST_CLASSES]]
+    return f"lowest accuracy by class: {', '.join(listed)}" if listed else ""
 
 
 def _judgement(evaluation: Evaluation, dataset: IndexedDataset) -> str:
-    answers = [f"{dataset.classes[true]} → {dataset.classes[predicted]}" for true, predicted in evaluation.first]
+    data = _measured(evaluation, dataset)
+    names = dataset.classes
+    shown = [f"{names[each['true']]} → {names[each['predicted']]}" for each in data["examples"]]
     return (
-        f"{dataset.split} accuracy {evaluation.accuracy:.2%} on {len(dataset):,} samples\n"
-        f"first {len(answers)}, true → predicted: {', '.join(answers)}"
+        f"{dataset.split} accuracy {evaluation.accuracy:.2%}, NLL {evaluation.nll:.4f}, "
+        f"ECE {data[f'{dataset.split}_ece']:.2%} on {len(dataset):,} samples\n"
+        f"{len(shown)} samples spread over the split, true → predicted: {', '.join(shown)}"
     )

@@ -91,6 +91,22 @@ class Augmenting(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
+class TeacherOutput(Settings):
+    """From what a teacher returns to logits of the dataset's classes."""
+
+    teacher_outputs: str = option(
+        "logits",
+        "What the teacher returns: logits (or log-probabilities), or probabilities, of which log p is stored.",
+        choices=("logits", "probabilities"),
+    )
+    class_map: str | None = option(
+        None,
+        "JSON file from each class of the dataset to the teacher's output, as its index or its class's name, where "
+        "the teacher has other classes or another order.",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class DumpConfig(Execution, Augmenting):
     """How a teacher's answers are computed and stored."""
 
@@ -219,7 +235,7 @@ class TrainTeacher(TrainConfig, Augmenting, DatasetSource, Input):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DumpTeacher(DumpConfig, DatasetSource, Input):
+class DumpTeacher(DumpConfig, TeacherOutput, DatasetSource, Input):
     """`kdcache dump-teacher`."""
 
     dataset: str = option("digits", DATASET_HELP)

@@ -18,6 +18,10 @@ from kdcache.core.errors import KdcacheError
 
 T = TypeVar("T")
 
+# Metadata of a field that was added after records had been written and hashed: at its default it is left out of the
+# JSON, so that a record without it keeps its digest.
+ADDED = {"added": True}
+
 
 def canonical_json(value: Any) -> bytes:
     """The one spelling of a JSON value that is hashed: sorted keys, no spaces, ASCII, no NaN."""
@@ -25,14 +29,22 @@ def canonical_json(value: Any) -> bytes:
 
 
 def to_json(record: Any) -> Any:
-    """A record as plain JSON values (tuples become lists)."""
+    """A record as plain JSON values (tuples become lists), without `ADDED` fields that have their default."""
     if dataclasses.is_dataclass(record) and not isinstance(record, type):
-        return {field.name: to_json(getattr(record, field.name)) for field in dataclasses.fields(record)}
+        return {
+            field.name: to_json(getattr(record, field.name))
+            for field in dataclasses.fields(record)
+            if not ("added" in field.metadata and getattr(record, field.name) == _default(field))
+        }
     if isinstance(record, tuple | list):
         return [to_json(item) for item in record]
     if isinstance(record, dict):
         return {key: to_json(item) for key, item in record.items()}
     return record
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
 def from_json(cls: type[T], data: Any, *, where: str, error: type[KdcacheError]) -> T:

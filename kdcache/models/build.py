@@ -32,19 +32,59 @@ from kdcache.models.registry import (
     has_own_tokenizer,
     reads_sequences,
 )
-from kdcache.store.manifest import Preprocess, ViewRecipe
+from kdcache.models.teacher_outputs import (
+    LOGITS,
+    check_class_names,
+    class_names,
+    head_width,
+    read_class_map,
+    resolve_columns,
+)
+from kdcache.store.manifest import OutputRecord, Preprocess, ViewRecipe
 
 DATA_ROOT = "data"
 
 
 def load_teacher(
-    settings: Input, spec: str, checkpoint_path: str | None, dataset: IndexedDataset, recipe: ViewRecipe
+    settings: Input,
+    spec: str,
+    checkpoint_path: str | None,
+    dataset: IndexedDataset,
+    recipe: ViewRecipe,
+    *,
+    kind: str = LOGITS,
+    class_map: str | None = None,
+    outputs: OutputRecord | None = None,
 ) -> BuiltModel:
+    """A teacher with its weights, and how its outputs become logits of the dataset's classes.
+
+    Args:
+        kind: what it returns, `logits` or `probabilities`.
+        class_map: a JSON file from each class of the dataset to the teacher's output; None takes them in order.
+        outputs: both of these, as a cache recorded them.
+
+    Raises:
+        UsageError: it has no weights, or the class map is wrong.
+        CheckpointError: the checkpoint cannot be read or does not fit.
+        ModelError: it cannot be built, or names other classes than the dataset's and there is no class map.
+    """
     checkpoint = read_checkpoint(checkpoint_path) if checkpoint_path else {}
-    built = build(spec, dataset, settings, 0, dataset_preprocess(dataset), checkpoint=checkpoint, recipe=recipe)
+    wanted = read_class_map(class_map, dataset.classes) if class_map else {}
+    if outputs is not None:
+        kind, wanted = outputs.kind, dict(zip(dataset.classes, outputs.columns, strict=False))
+    default = dataset_preprocess(dataset)
+    heads = _head_classes(checkpoint, wanted) if wanted else dataset.classes
+    built = _construct(spec, dataset, settings, 0, default, training=False, checkpoint=checkpoint, classes=heads)
+    names = class_names(built.module, spec, checkpoint)
+    columns: tuple[int, ...] = ()
+    if wanted:
+        columns = resolve_columns(wanted, names, len(names) or (head_width(checkpoint) if checkpoint else None))
+    else:
+        # Before its first answer, whose shape alone would not tell what is wrong.
+        check_class_names(checkpoint_path or spec, names, dataset.classes, exact="kdcache" in checkpoint)
+    built = replace(built, outputs=OutputRecord(kind=kind, columns=columns))
+    _probe(built, Views(dataset, recipe), 0)
     if checkpoint_path:
-        if isinstance(description := checkpoint.get("kdcache"), dict):
-            check_classes(checkpoint_path, description["classes"], dataset)
         fit_weights(built.module, checkpoint, checkpoint_path)
     elif not built.has_weights:
         raise UsageError(
@@ -53,6 +93,14 @@ def load_teacher(
             "give --checkpoint FILE; kdcache train-teacher makes one (best.pt)",
         )
     return built
+
+
+def _head_classes(checkpoint: dict[str, Any], class_map: dict[str, int | str]) -> tuple[str, ...]:
+    """Names for the outputs of a teacher that has others than the dataset's classes: as many as its head has rows."""
+    if isinstance(description := checkpoint.get("kdcache"), dict):
+        return tuple(description["classes"])
+    count = head_width(checkpoint) or 1 + max((at for at in class_map.values() if isinstance(at, int)), default=0)
+    return tuple(map(str, range(max(count, len(class_map)))))
 
 
 def open_data(settings: DatasetSource, spec: str, split: str, hint: str | None = None) -> IndexedDataset:
@@ -100,41 +148,61 @@ def build(
     Args:
         recipe: of the views that the network will see beside the plain samples.
     """
+    classes = dataset.classes
+    built = _construct(
+        spec, dataset, settings, seed, default, training=training, checkpoint=checkpoint or {}, classes=classes
+    )
+    _probe(built, Views(dataset, recipe or ViewRecipe()), seed)
+    return built
+
+
+def _construct(
+    spec: str,
+    dataset: IndexedDataset,
+    settings: Input,
+    seed: int,
+    default: Preprocess,
+    *,
+    training: bool,
+    checkpoint: dict[str, Any],
+    classes: tuple[str, ...],
+) -> BuiltModel:
+    """`build` without a look at what the network answers.
+
+    Args:
+        classes: of the network's outputs.
+    """
     if checkpoint and "kdcache" in checkpoint:
         default = recorded_preprocess(checkpoint, Path(spec))
     if is_sequences(dataset):
-        built = _build_reader(spec, dataset, settings, seed, default, training=training, checkpoint=checkpoint or {})
-    elif reads_sequences(spec):
+        return _build_reader(
+            spec, dataset, settings, seed, default, training=training, checkpoint=checkpoint, classes=classes
+        )
+    if reads_sequences(spec):
         raise ModelError(
             f"{spec} reads texts or token ids, and an input of {dataset.name} is {dataset.input_dtype} "
             f"{dataset.input_shape or 'of varying size'}",
             "a dataset of texts, or of token ids that tells its vocabulary_size",
             "take imdb or text-folder:PATH, or give the dataset an attribute vocabulary_size, its largest id plus one",
         )
-    else:
-        if settings.tokenizer or settings.vocabulary_size or settings.max_tokens:
-            raise ModelError(
-                "--tokenizer, --vocabulary-size or --max-tokens is given, and "
-                f"an input of {dataset.name} is {dataset.input_dtype} {dataset.input_shape or 'of varying size'}",
-                "texts, or token ids of a dataset that tells its vocabulary_size",
-                "leave it out",
-            )
-        built = build_model(
-            spec,
-            num_classes=len(dataset.classes),
-            input_shape=dataset.input_shape,
-            seed=seed,
-            mean=settings.mean,
-            std=settings.std,
-            size=settings.size,
-            default=default,
-            replace_head=training,
+    if settings.tokenizer or settings.vocabulary_size or settings.max_tokens:
+        raise ModelError(
+            "--tokenizer, --vocabulary-size or --max-tokens is given, and "
+            f"an input of {dataset.name} is {dataset.input_dtype} {dataset.input_shape or 'of varying size'}",
+            "texts, or token ids of a dataset that tells its vocabulary_size",
+            "leave it out",
         )
-    with torch.random.fork_rng(devices=[]):
-        # Lazy layers draw their weights in their first forward pass, from the global generator.
-        torch.default_generator.manual_seed(rng.generator_seed(seed, "lazy init"))
-        _probe(built, Views(dataset, recipe or ViewRecipe()))
-    return built
+    return build_model(
+        spec,
+        num_classes=len(classes),
+        input_shape=dataset.input_shape,
+        seed=seed,
+        mean=settings.mean,
+        std=settings.std,
+        size=settings.size,
+        default=default,
+        replace_head=training,
+    )
 
 
 def _build_reader(
@@ -146,6 +214,7 @@ def _build_reader(
     *,
     training: bool,
     checkpoint: dict[str, Any],
+    classes: tuple[str, ...],
 ) -> BuiltModel:
     """A network for texts or token ids."""
     if settings.mean or settings.size:
@@ -170,7 +239,7 @@ def _build_reader(
         preprocessor = Preprocessor(record, recorded)
     return build_text_model(
         spec,
-        classes=dataset.classes,
+        classes=classes,
         seed=seed,
         preprocessor=preprocessor,
         max_tokens=settings.max_tokens or (default.max_tokens if checkpoint else None),
@@ -179,19 +248,29 @@ def _build_reader(
     )
 
 
-def _probe(built: BuiltModel, views: Views) -> None:
+def _probe(built: BuiltModel, views: Views, seed: int) -> None:
     """Let a network answer for two samples, so that one that does not suit the dataset is refused at once."""
     preprocessor, device = built.preprocessor, torch.device("cpu")
     indices = np.arange(min(2, len(views)))
     # The plain sample too, because networks are judged on it.
     looks = [(as_views(views.dataset), 0)] + ([] if views.recipe.is_plain(1) else [(views, 1)])
     classes = len(views.dataset.classes)
-    with evaluation_mode(built.module):
+    with torch.random.fork_rng(devices=[]), evaluation_mode(built.module):
+        # Lazy layers draw their weights in their first forward pass, from the global generator.
+        torch.default_generator.manual_seed(rng.generator_seed(seed, "lazy init"))
         for source, view in looks:
             request = BatchRequest(indices, view)
             (batch,) = batch_loader(source, [request], preprocessor=preprocessor, device=device)
             try:
-                answer(built.module, batch.inputs, preprocessor=preprocessor, device=device, amp="off", classes=classes)
+                answer(
+                    built.module,
+                    batch.inputs,
+                    preprocessor=preprocessor,
+                    device=device,
+                    amp="off",
+                    classes=classes,
+                    outputs=built.outputs,
+                )
             except RuntimeError as problem:
                 raise ModelError(
                     f"{built.spec} fails on a batch of {tuple(batch.inputs.shape)}: {problem}",

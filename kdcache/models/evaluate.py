@@ -5,19 +5,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
 from kdcache.core.config import Execution
 from kdcache.core.progress import Progress
 from kdcache.data.dataset import IndexedDataset
 from kdcache.data.loader import batch_loader, consecutive_batches
 from kdcache.data.preprocess import Preprocessor, as_preprocessor
-from kdcache.models.device import evaluation_mode, memory_errors, move_to, resolve_device
-from kdcache.models.forward import answer
+from kdcache.models.device import autocast, evaluation_mode, floating_dtype, memory_errors, move_to, resolve_device
+from kdcache.models.forward import answer, output_logits
 from kdcache.store.manifest import Preprocess
 
-FIRST_SAMPLES = 5
+SHOWN_SAMPLES = 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,14 +26,32 @@ class Evaluation:
     """A network's answers to some samples, against the true labels.
 
     Attributes:
-        accuracy: top-1, 0 to 1.
-        confusion: (classes, classes), int64; rows are true classes, columns are answers.
-        first: (true, predicted) class of the first samples.
+        true_n: true classes, (n,), int64.
+        predicted_n: top classes, (n,), int64.
+        top_n: probability of the top class, (n,), float32.
+        nll_n: negative log-likelihood of the true class in nats, (n,), float32.
     """
 
-    accuracy: float
-    confusion: NDArray[np.int64]
-    first: list[tuple[int, int]]
+    true_n: NDArray[np.int64]
+    predicted_n: NDArray[np.int64]
+    top_n: NDArray[np.float32]
+    nll_n: NDArray[np.float32]
+
+    @property
+    def accuracy(self) -> float:
+        """Top-1, 0 to 1."""
+        return float((self.true_n == self.predicted_n).mean())
+
+    @property
+    def nll(self) -> float:
+        """Mean negative log-likelihood of the true classes, in nats."""
+        return float(self.nll_n.mean(dtype=np.float64))
+
+    @property
+    def shown(self) -> list[int]:
+        """Positions of a few samples spread evenly over all: a sorted dataset has its classes one after another."""
+        count = len(self.true_n)
+        return [(2 * at + 1) * count // (2 * min(SHOWN_SAMPLES, count)) for at in range(min(SHOWN_SAMPLES, count))]
 
 
 def evaluate_model(
@@ -56,8 +75,7 @@ def evaluate_model(
     classes = len(dataset.classes)
     batches = consecutive_batches(indices, config.batch_size)
     loader = batch_loader(dataset, batches, preprocessor=preprocessor, workers=config.workers, device=device)
-    confusion = np.zeros((classes, classes), np.int64)
-    first: list[tuple[int, int]] = []
+    parts: list[tuple[Tensor, ...]] = []
     with (
         evaluation_mode(module),
         memory_errors(config.batch_size),
@@ -67,11 +85,17 @@ def evaluate_model(
             logits = answer(
                 module, batch.inputs, preprocessor=preprocessor, device=device, amp=config.amp, classes=classes
             )
-            true, predicted = batch.labels.numpy(), logits.argmax(dim=1).cpu().numpy()
-            np.add.at(confusion, (true, predicted), 1)
-            if len(first) < FIRST_SAMPLES:
-                first += [(int(t), int(p)) for t, p in zip(true, predicted, strict=True)]
-            progress.advance(len(true))
-    return Evaluation(
-        accuracy=float(confusion.trace()) / len(indices), confusion=confusion, first=first[:FIRST_SAMPLES]
-    )
+            log_p = logits.float().log_softmax(dim=1)
+            top, predicted = log_p.max(dim=1)
+            nll = -log_p.gather(1, batch.labels.to(device)[:, None])[:, 0]
+            parts.append((batch.labels, predicted.cpu(), top.exp().cpu(), nll.cpu()))
+            progress.advance(len(batch.labels))
+    true_n, predicted_n, top_n, nll_n = (torch.cat(each).numpy() for each in zip(*parts, strict=True))
+    return Evaluation(true_n=true_n, predicted_n=predicted_n, top_n=top_n, nll_n=nll_n)
+
+
+def forward(module: nn.Module, inputs: Tensor, *, preprocessor: Preprocessor, device: torch.device, amp: str) -> Tensor:
+    """What a network returns for a batch, (batch, outputs), on the device; the caller sets its mode."""
+    prepared = preprocessor.per_batch(inputs.to(device, non_blocking=True), floating_dtype(module))
+    with autocast(device, amp):
+        return output_logits(module(prepared))

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from kdcache.core.errors import KdcacheError, ModelError
 from kdcache.data.preprocess import Preprocessor
-from kdcache.models.device import autocast, floating_dtype
+from kdcache.models.teacher_outputs import to_logits
+from kdcache.store.manifest import OutputRecord
 
 
 def answer(
@@ -21,23 +22,25 @@ def answer(
     amp: str,
     classes: int,
     error: type[KdcacheError] = ModelError,
+    outputs: OutputRecord | None = None,
 ) -> Tensor:
     """What a network says to a batch, (batch, classes), on the device; the caller sets its mode.
 
     Args:
-        inputs: (batch, …), after `Preprocessor.per_sample`, on the host.
+        inputs: (batch, …), after `Preprocessor.per_sample`.
+        outputs: of a teacher: how logits are made of what it returns; None takes these for logits.
 
     Raises:
         ModelError: or the given `error`, for an answer of another shape.
     """
-    prepared = preprocessor.per_batch(inputs.to(device, non_blocking=True), floating_dtype(module))
-    with autocast(device, amp):
-        logits = output_logits(module(prepared))
+    logits = forward(module, inputs, preprocessor=preprocessor, device=device, amp=amp)
+    if outputs is not None:
+        logits = to_logits(logits, outputs)
     if logits.shape != (len(inputs), classes):
         raise error(
             f"the network answers {tuple(logits.shape)} to a batch of {len(inputs)}",
             f"{(len(inputs), classes)}: one logit for each of the dataset's classes",
-            "use a network made for this dataset's classes",
+            "use a network made for this dataset's classes; --class-map chooses among a teacher's outputs",
         )
     return logits
 

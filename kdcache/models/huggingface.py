@@ -39,12 +39,12 @@ def load_classifier(
 
     Args:
         name: on the hub, or a local folder that `save_pretrained` wrote, with its tokenizer.
-        classes: of the dataset; where the classifier names the same ones, they must stand in the same order.
+        classes: of the dataset.
         replace_head: draw a new head where that of the weights has another count, to train it.
         max_tokens: instead of as many as the classifier takes, at most 512.
 
     Raises:
-        ModelError: it cannot be fetched or read, has other classes, takes fewer tokens, or its tokenizer is written in
+        ModelError: it cannot be fetched or read, takes fewer tokens, or its tokenizer is written in
             Python.
         MissingExtra: transformers is not installed.
     """
@@ -58,8 +58,6 @@ def load_classifier(
             "a folder that save_pretrained wrote, with its tokenizer, or a model of the hub and a connection",
             "check the name",
         ) from problem
-    if not replace_head:
-        _check_classes(spec, config, classes)
     own = _own_tokenizer(spec, tokenizer)
     if model.config.pad_token_id is None:
         model.config.pad_token_id = own.pad_id  # some find the last token by it
@@ -107,17 +105,6 @@ def _quiet(transformers: Any) -> Iterator[None]:
         logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()
-
-
-def _check_classes(spec: str, config: Any, classes: tuple[str, ...]) -> None:
-    named = [str(config.id2label[at]) for at in range(config.num_labels)]
-    lower, wanted = [each.lower() for each in named], [each.lower() for each in classes]
-    if len(named) != len(classes) or (lower != wanted and sorted(lower) == sorted(wanted)):
-        raise ModelError(
-            f"{spec} answers for {len(named)} classes: {', '.join(named[:8])}",
-            f"{len(classes)} classes in the dataset's order: {', '.join(classes[:8])}",
-            "use a classifier of these classes, or fine-tune it with train-teacher",
-        )
 
 
 def _own_tokenizer(spec: str, tokenizer: Any) -> Tokenizer:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from kdcache.models.cnn import NETWORKS
 from kdcache.models.huggingface import load_classifier
 from kdcache.models.pretrained import timm_model, torchvision_model
 from kdcache.models.rnn import TEXT_NETWORKS, build_text_network, check_text_network
-from kdcache.store.manifest import Preprocess
+from kdcache.store.manifest import OutputRecord, Preprocess
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,12 +31,14 @@ class BuiltModel:
         preprocessor: from a shared input to what the module takes.
         has_weights: whether the spec brought weights, so that the module may teach as it is. A `py:` factory answers
             for its own; what it returns is taken as trained.
+        outputs: of a teacher: how logits are made of what it returns.
     """
 
     module: nn.Module
     preprocessor: Preprocessor
     spec: str
     has_weights: bool
+    outputs: OutputRecord = field(default_factory=OutputRecord)
 
     @property
     def preprocess(self) -> Preprocess:

@@ -16,7 +16,7 @@ from typing import Any
 
 from kdcache.core.atomic_files import storage_errors
 from kdcache.core.errors import CacheDamaged, UsageError
-from kdcache.core.json_records import canonical_json, from_json, to_json
+from kdcache.core.json_records import ADDED, canonical_json, from_json, to_json
 
 SCHEMA = 1
 ATTRIBUTE = "kdcache"
@@ -115,6 +115,26 @@ class DatasetRecord:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class OutputRecord:
+    """From what a teacher returns to logits of the dataset's classes.
+
+    Attributes:
+        kind: what it returns: `logits`, or `probabilities`, of which the logarithm is taken.
+        columns: column of the teacher's output for each class of the dataset; empty where its outputs are the
+            dataset's classes in their order.
+    """
+
+    kind: str = "logits"
+    columns: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("logits", "probabilities"):
+            raise ValueError(f"kind is {self.kind!r}: a teacher returns logits or probabilities")
+        if len(set(self.columns)) != len(self.columns) or any(column < 0 for column in self.columns):
+            raise ValueError(f"columns is {self.columns}: each class needs an output of its own, counted from 0")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TeacherRecord:
     """Who answered.
 
@@ -123,6 +143,7 @@ class TeacherRecord:
         parameters: number of parameters.
         accuracy: top-1 accuracy on the dumped split's view 0, 0 to 1; None until the dump is complete, and where view 0
             is mixed and has no one label.
+        outputs: how its outputs became logits of the dataset's classes.
     """
 
     spec: str
@@ -130,6 +151,7 @@ class TeacherRecord:
     parameters: int
     preprocess: Preprocess
     accuracy: float | None = None
+    outputs: OutputRecord = field(default=OutputRecord(), metadata=ADDED)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

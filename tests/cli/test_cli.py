@@ -39,7 +39,7 @@ def test_the_pipeline_tells_what_a_program_needs(pipeline):
         assert found["checkpoint"] == str(folder / "best.pt")
         assert sorted(tree(folder)) == ["best.pt", "config.json", "last.pt", "metrics.jsonl", "result.json"]
         assert json.loads((folder / "result.json").read_text()) == found
-        assert [set(entry) for entry in found["first"]] == [{"true", "predicted"}] * 5
+        assert [set(entry) for entry in found["examples"]] == [{"sample", "true", "predicted"}] * 5
     splits = pipeline.dump_answer["splits"]
     assert {name: split["rows"] for name, split in splits.items()} == {"train": 1437, "test": 360}
     assert splits["test"]["teacher_accuracy"] == pytest.approx(teacher["test_accuracy"], abs=2 / 360)
@@ -58,10 +58,10 @@ def test_evaluate_gives_the_accuracy_that_training_ended_with(pipeline):
         found = answer("evaluate", "--run", pipeline.root / name, "--device", "cpu")
         reported = getattr(pipeline, f"{name}_answer")
         assert found["test_accuracy"] == reported["test_accuracy"]
-        assert found["first"] == reported["first"]
+        assert found["examples"] == reported["examples"]
     text = kdcache("evaluate", "--run", pipeline.student, "--split", "train", "--device", "cpu").stdout
     assert "train accuracy" in text
-    assert "first 5, true → predicted:" in text
+    assert "5 samples spread over the split, true → predicted:" in text
 
 
 def test_inspect_and_compare_show_people_and_programs_the_same(pipeline):

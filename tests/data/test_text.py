@@ -201,7 +201,7 @@ def test_the_pipeline_of_texts(pipeline):
         assert (folder / "tokenizer.json").read_text() == facts["tokenizer"]
         again = answer("evaluate", "--run", folder, "--device", "cpu")
         assert again["test_accuracy"] == found["test_accuracy"]
-        assert again["first"] == found["first"]
+        assert again["examples"] == found["examples"]
     splits = pipeline.dump_answer["splits"]
     assert splits["test"]["teacher_accuracy"] == pipeline.teacher_answer["test_accuracy"]
     assert pipeline.teacher_answer["test_accuracy"] > 0.8

@@ -124,9 +124,10 @@ def _run_data(each: MeasuredRun) -> dict[str, Any]:
 
 def _answers_data(answers: Answers | None) -> dict[str, Any]:
     found = None if answers is None else answers.calibration
+    confusion = None if answers is None else answers.confusion_cc
     return {
         "test_accuracy": None if answers is None else answers.accuracy,
-        "confusion": None if answers is None else answers.confusion_cc.tolist(),
+        "confusion": None if confusion is None else confusion.tolist(),
         "calibration": None
         if found is None
         else {

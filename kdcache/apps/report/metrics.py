@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdcache.analysis.calibration import Calibration, calibrate
+from kdcache.analysis.confusion import MATRIX_CLASSES, class_accuracy, confusion_matrix
 from kdcache.analysis.distributions import kl_divergence
 from kdcache.apps.report.cost import Cost
 from kdcache.apps.report.runs import ALONE, DISTILLED, CachedTeacher, Run
@@ -22,22 +23,24 @@ class Answers:
 
     Attributes:
         logits_nc: (samples, classes).
-        confusion_cc: (classes, classes), int64; rows are true classes, columns are answers.
+        labels_n: true classes, (samples,), int64.
+        predicted_n: top classes, (samples,), int64.
         calibration: None where there are too few samples for two halves.
     """
 
     name: str
     logits_nc: NDArray[Any]
-    confusion_cc: NDArray[np.int64]
+    labels_n: NDArray[np.int64]
+    predicted_n: NDArray[np.int64]
     calibration: Calibration | None
 
     @property
     def samples(self) -> int:
-        return int(self.confusion_cc.sum())
+        return len(self.labels_n)
 
     @property
     def accuracy(self) -> float:
-        return float(self.confusion_cc.trace() / self.confusion_cc.sum())
+        return float((self.labels_n == self.predicted_n).mean())
 
     @property
     def standard_error(self) -> float:
@@ -47,8 +50,17 @@ class Answers:
     @property
     def class_accuracy_c(self) -> NDArray[np.float64]:
         """Accuracy of each true class, (classes,); NaN where it has no samples."""
-        with np.errstate(invalid="ignore"):
-            return np.asarray(self.confusion_cc.diagonal() / self.confusion_cc.sum(axis=1))
+        return class_accuracy(self.labels_n, self.predicted_n, self.logits_nc.shape[1])[1]
+
+    @property
+    def confusion_cc(self) -> NDArray[np.int64] | None:
+        """Counts, (classes, classes); rows are true classes, columns are answers. None of more than `MATRIX_CLASSES`
+        classes.
+        """
+        classes = self.logits_nc.shape[1]
+        if classes > MATRIX_CLASSES:
+            return None
+        return confusion_matrix(self.labels_n, self.predicted_n, classes)
 
 
 def judge(name: str, logits_nc: NDArray[Any], labels_n: NDArray[np.int64], seed: int) -> Answers:
@@ -58,11 +70,9 @@ def judge(name: str, logits_nc: NDArray[Any], labels_n: NDArray[np.int64], seed:
         labels_n: true classes, (n,).
         seed: that draws the samples which the temperature is fitted on.
     """
-    classes = logits_nc.shape[1]
-    confusion = np.zeros((classes, classes), np.int64)
-    np.add.at(confusion, (labels_n, logits_nc.argmax(axis=1)), 1)
     calibration = calibrate(logits_nc, labels_n, seed) if len(labels_n) > 1 else None
-    return Answers(name=name, logits_nc=logits_nc, confusion_cc=confusion, calibration=calibration)
+    predicted_n = logits_nc.argmax(axis=1)
+    return Answers(name=name, logits_nc=logits_nc, labels_n=labels_n, predicted_n=predicted_n, calibration=calibration)
 
 
 @dataclass(frozen=True, kw_only=True)

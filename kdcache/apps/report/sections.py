@@ -9,6 +9,7 @@ import numpy as np
 
 from kdcache.analysis import figures
 from kdcache.analysis.calibration import BINS, HIGHEST, LOWEST
+from kdcache.analysis.confusion import MATRIX_CLASSES
 from kdcache.apps.report.html import UNKNOWN, Card, Figure, Section, Table, percent
 from kdcache.apps.report.metrics import Answers, MeasuredRun
 
@@ -19,12 +20,13 @@ LISTED_CLASSES = 100
 def errors(answers: Sequence[Answers], classes: Sequence[str]) -> Section:
     """Where the answers are wrong."""
     accuracies = {each.name: each.class_accuracy_c for each in answers}
-    shares = [each.confusion_cc / np.maximum(each.confusion_cc.sum(axis=1, keepdims=True), 1) for each in answers]
+    matrices = [each.confusion_cc for each in answers if each.confusion_cc is not None]
+    shares = [matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1) for matrix in matrices]
     wrong = [float((share * (1 - np.eye(len(classes)))).max()) for share in shares]
-    largest = max(*wrong, 1e-9)  # all may be right, and colours are divided by it
+    largest = max([*wrong, 1e-9])  # all may be right, and colours are divided by it
     pictures = [
-        figures.confusion(f"confusion-{at}", each.name, each.confusion_cc, classes, largest)
-        for at, each in enumerate(answers, 1)
+        figures.confusion(f"confusion-{at}", each.name, matrix, classes, largest)
+        for at, (each, matrix) in enumerate(zip(answers, matrices, strict=False), 1)
     ]
     per_class = (
         "Accuracy by true class: each mark is one run, and marks far apart show what one network has learnt and "
@@ -32,14 +34,16 @@ def errors(answers: Sequence[Answers], classes: Sequence[str]) -> Section:
     )
     if len(classes) > figures.HARDEST_CLASSES:
         per_class += f" Of {len(classes)} classes these are the {figures.HARDEST_CLASSES} with the lowest mean."
-    matrices = (
+    how_to_read = (
         "In a confusion matrix a row is a true class, a column an answer. Blue is the share that is right; orange is a "
         f"share that is wrong, and is full at {largest:.1%}, the largest of all matrices here, so that their colours "
         "can be compared."
+        if matrices
+        else f"No confusion matrix is drawn of {len(classes):,} classes: more than {MATRIX_CLASSES:,}."
     )
     tables = []
     if len(classes) <= LISTED_CLASSES:
-        samples = answers[0].confusion_cc.sum(axis=1)
+        samples = np.bincount(answers[0].labels_n, minlength=len(classes))
         rows = [
             [name, f"{samples[at]:,}", *(_known(accuracy[at]) for accuracy in accuracies.values())]
             for at, name in enumerate(classes)
@@ -47,13 +51,12 @@ def errors(answers: Sequence[Answers], classes: Sequence[str]) -> Section:
         caption = "Accuracy on the test samples of each class."
         header = ["class", "samples", *accuracies]
         tables = [Table(header=header, rows=rows, caption=caption, folded="Accuracy of each class in numbers")]
+    pictures.insert(0, figures.class_accuracy(accuracies, classes))
     return Section(
         anchor="errors",
         title="What is taken for what",
         tables=tables,
-        figures=[
-            Figure(pictures=[figures.class_accuracy(accuracies, classes), *pictures], caption=f"{per_class} {matrices}")
-        ],
+        figures=[Figure(pictures=pictures, caption=f"{per_class} {how_to_read}")],
     )
 
 

@@ -29,16 +29,25 @@ from kdcache.data.determinism import check_deterministic, check_rows, sampled_cr
 from kdcache.data.loader import Batch, BatchRequest, batch_loader
 from kdcache.data.preprocess import Preprocessor, as_preprocessor
 from kdcache.data.views import Views
+from kdcache.distill.teacher.class_agreement import accuracy_lines
 from kdcache.distill.teacher.dump_manifest import build_manifest
-from kdcache.models.device import evaluation_mode, memory_errors, move_to, resolve_device, to_host
+from kdcache.models.device import evaluation_mode, floating_dtype, memory_errors, move_to, resolve_device, to_host
+from kdcache.models.evaluate import forward
 from kdcache.models.feature_hooks import Taps, pool_features
 from kdcache.models.forward import answer
+from kdcache.models.teacher_outputs import (
+    check_kind,
+    check_same,
+    check_stored_kind,
+    looks_like_sigmoid,
+    to_logits,
+)
 from kdcache.store.cache import check_complete
 from kdcache.store.encodings.floats import LOGITS, as_floats
 from kdcache.store.encodings.registry import encoding_named
 from kdcache.store.layout import predicted_bytes
 from kdcache.store.ledger import Ledger
-from kdcache.store.manifest import NONE, Manifest, Preprocess, ViewRecipe
+from kdcache.store.manifest import NONE, Manifest, OutputRecord, Preprocess, ViewRecipe
 from kdcache.store.repair import prepare_repair
 from kdcache.store.resume import check_target
 from kdcache.store.tally import Tally
@@ -95,9 +104,12 @@ def plan_dump(
     config: DumpConfig | None = None,
     augment: Transform | None = None,
     add_views: int = 0,
+    outputs: OutputRecord | None = None,
 ) -> DumpPlan:
     """Check that a dump can begin and tell what it would write; writes nothing. Arguments as for `dump_teacher`."""
-    return _Dump(teacher, dataset, Path(out), split, teacher_name, preprocess, config, augment, add_views).plan
+    return _Dump(
+        teacher, dataset, Path(out), split, teacher_name, preprocess, config, augment, add_views, outputs=outputs
+    ).plan
 
 
 def dump_teacher(
@@ -112,6 +124,7 @@ def dump_teacher(
     augment: Transform | None = None,
     add_views: int = 0,
     repair: bool = False,
+    outputs: OutputRecord | None = None,
 ) -> DumpResult:
     """Run a teacher once over a dataset and keep its logits.
 
@@ -128,15 +141,20 @@ def dump_teacher(
         augment: a transform of one plain input, instead of the one that `config.augment` names.
         add_views: extend a finished split by so many views; its views can be read meanwhile.
         repair: check everything that stands there, and compute again what is broken or missing.
+        outputs: what the teacher returns (logits, or probabilities, of which log p is stored), and its column for each
+            class of the dataset; None takes it for logits of the classes in order.
 
     Raises:
         DatasetError: a stream without an index, a dataset or a transform that gives another input at a second look,
             wrong labels.
-        TeacherOutputError: logits of the wrong shape, not finite, or beyond the encoding's range.
+        TeacherOutputError: logits of the wrong shape, not finite, or beyond the encoding's range; probabilities that
+            are taken for logits; two answers to one input.
         TargetExists: something else stands at `out`.
         StorageError: the disk refused; what is committed stays, and the same call continues.
     """
-    dump = _Dump(teacher, dataset, Path(out), split, teacher_name, preprocess, config, augment, add_views, repair)
+    dump = _Dump(
+        teacher, dataset, Path(out), split, teacher_name, preprocess, config, augment, add_views, repair, outputs
+    )
     return dump.run()
 
 
@@ -153,8 +171,10 @@ class _Dump:
         augment: Transform | None,
         add_views: int,
         repair: bool = False,
+        outputs: OutputRecord | None = None,
     ) -> None:
         config = config or DumpConfig()
+        self.outputs = outputs or OutputRecord()
         self.out, self.config, self.repair, self.add_views = out, config, repair, add_views
         split = split or (dataset.split if isinstance(dataset, IndexedDataset) else "train")
         self.dataset = as_indexed(dataset, name=type(dataset).__name__, split=split)
@@ -178,7 +198,8 @@ class _Dump:
             shapes = self._probe(taps)
         name = teacher_name or type(teacher).__name__
         record = self.preprocessor.record
-        self.manifest = build_manifest(teacher, self.views, split, name, record, self.device, config, shapes)
+        manifest = build_manifest(teacher, self.views, split, name, record, self.device, config, shapes)
+        self.manifest = replace(manifest, teacher=replace(manifest.teacher, outputs=self.outputs))
         existing = check_target(out, self.manifest, repair=repair, add_views=add_views)
         target = existing or self.manifest
         finished = predicted_bytes(replace(target, views=target.readable_views)) if target.extending else 0
@@ -245,6 +266,7 @@ class _Dump:
             amp=self.config.amp,
             classes=len(self.dataset.classes),
             error=TeacherOutputError,
+            outputs=self.outputs,
         )
         answers = {"logits": logits} | {
             f"features.{layer}": pool_features(features, self.config.pool) for layer, features in taps.take().items()
@@ -258,6 +280,8 @@ class _Dump:
     def _probe(self, taps: Taps) -> dict[str, tuple[int, ...]]:
         """Let the teacher answer for one small batch, so that a wrong teacher is refused before anything is written.
 
+        The first batch is put to it again, alone and with another neighbour, because it must give one answer.
+
         Returns:
             The shape of one row of the features of each layer.
         """
@@ -266,8 +290,9 @@ class _Dump:
         indices = np.arange(min(2, len(self.dataset)))
         requests = [BatchRequest(indices, view) for view in (0, 1)[: 1 if self.views.recipe.is_plain(1) else 2]]
         with evaluation_mode(self.teacher):
-            for batch in batch_loader(self.views, requests, preprocessor=self.preprocessor, device=self.device):
-                for name, answers in self._forward(batch, taps)().items():
+            for request, batch in zip(requests, self._probed(requests), strict=True):
+                found = self._forward(batch, taps)()
+                for name, answers in found.items():
                     if name == LOGITS:
                         encoding.encode(answers, first_sample=0)
                     else:
@@ -279,7 +304,37 @@ class _Dump:
                             "a layer whose output has a row for each sample",
                             "choose another; see --list-layers",
                         )
+                if request.view == 0:
+                    self._check_answers(batch, found["logits"])
         return {layer: shapes[f"features.{layer}"] for layer in self.layers}
+
+    def _check_answers(self, batch: Batch, logits: NDArray[Any]) -> None:
+        """Refuse a teacher that returns something else than it is said to, or two answers to one input.
+
+        Args:
+            batch: the first samples of view 0.
+            logits: the teacher's answer to it.
+        """
+        returned = forward(
+            self.teacher, batch.inputs, preprocessor=self.preprocessor, device=self.device, amp=self.config.amp
+        )
+        check_kind(returned.cpu().double().numpy(), self.outputs, narrow=self.narrow)
+        again = to_logits(returned, self.outputs).to(torch.from_numpy(logits).dtype).cpu().numpy()
+        check_same(logits, again, sample=0, narrow=self.narrow, other_batch=False)
+        last = len(self.dataset) - 1
+        beside = BatchRequest(np.array([0, last if last > 1 else 0]), 0)  # two samples: batch norm takes no single one
+        (other,) = self._probed([beside])
+        with Taps(self.teacher, []) as none:
+            elsewhere = self._forward(other, none)()["logits"]
+        check_same(logits[:1], elsewhere[:1], sample=0, narrow=self.narrow, other_batch=True)
+
+    def _probed(self, requests: list[BatchRequest]) -> Iterable[Batch]:
+        return batch_loader(self.views, requests, preprocessor=self.preprocessor, device=self.device)
+
+    @property
+    def narrow(self) -> bool:
+        """Whether the teacher computes in less than float32."""
+        return self.config.amp != "off" or floating_dtype(self.teacher).itemsize < 4
 
     def _answers(self, loader: Iterable[Batch], taps: Taps) -> Iterator[tuple[Batch, dict[str, NDArray[Any]]]]:
         """Batches with the teacher's answers, one behind, so that the device computes while the host stores."""
@@ -321,9 +376,25 @@ class _Dump:
                     progress.advance(size)
                     if in_flight and in_flight[0].done():
                         in_flight.popleft().result()
+                self._check_shard(view, buffers, first=(view, shard) == pending[0])
                 check_rows(self.views, view, rows, buffers["labels"], buffers["input_crc32c"], sampled(view))
                 while len(in_flight) >= SHARDS_IN_FLIGHT:
                     in_flight.popleft().result()
                 in_flight.append(pool.submit(tally.commit, view, shard, buffers))
             while in_flight:
                 in_flight.popleft().result()
+
+    def _check_shard(self, view: int, buffers: dict[str, NDArray[Any]], *, first: bool) -> None:
+        """Refuse rows of the other kind than said; of the first shard, report how they agree with the labels."""
+        logits, classes = buffers["logits"], self.dataset.classes
+        check_stored_kind(logits, self.outputs, narrow=self.narrow)
+        if not first:
+            return
+        if self.outputs.kind == "logits" and looks_like_sigmoid(logits):
+            log(
+                f"warning: the teacher's outputs all lie between {logits.min():.3g} and {logits.max():.3g}, as from a "
+                "sigmoid; logits are stored as they are, and softmax of these is nearly uniform"
+            )
+        if self.views.recipe.mix == NONE or self.views.recipe.is_plain(view):
+            for line in accuracy_lines(buffers["labels"], logits.argmax(axis=1), classes):
+                log(f"{self.manifest.dataset.split}: {line}")

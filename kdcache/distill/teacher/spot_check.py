@@ -93,6 +93,7 @@ def recompute_rows(
                 amp=manifest.amp,
                 classes=len(cache.classes),
                 error=TeacherOutputError,
+                outputs=manifest.teacher.outputs,
             )
             caught = taps.take()
             answers = {LOGITS: logits} | {
