@@ -14,8 +14,8 @@ from kdcache.core.progress import Progress
 from kdcache.data.dataset import IndexedDataset
 from kdcache.data.loader import batch_loader, consecutive_batches
 from kdcache.data.preprocess import Preprocessor, as_preprocessor
-from kdcache.models.device import autocast, evaluation_mode, floating_dtype, memory_errors, move_to, resolve_device
-from kdcache.models.forward import answer, output_logits
+from kdcache.models.device import evaluation_mode, memory_errors, move_to, resolve_device
+from kdcache.models.forward import answer
 from kdcache.store.manifest import Preprocess
 
 SHOWN_SAMPLES = 5
@@ -92,10 +92,3 @@ def evaluate_model(
             progress.advance(len(batch.labels))
     true_n, predicted_n, top_n, nll_n = (torch.cat(each).numpy() for each in zip(*parts, strict=True))
     return Evaluation(true_n=true_n, predicted_n=predicted_n, top_n=top_n, nll_n=nll_n)
-
-
-def forward(module: nn.Module, inputs: Tensor, *, preprocessor: Preprocessor, device: torch.device, amp: str) -> Tensor:
-    """What a network returns for a batch, (batch, outputs), on the device; the caller sets its mode."""
-    prepared = preprocessor.per_batch(inputs.to(device, non_blocking=True), floating_dtype(module))
-    with autocast(device, amp):
-        return output_logits(module(prepared))

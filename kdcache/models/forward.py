@@ -9,8 +9,16 @@ from torch import Tensor, nn
 
 from kdcache.core.errors import KdcacheError, ModelError
 from kdcache.data.preprocess import Preprocessor
+from kdcache.models.device import autocast, floating_dtype
 from kdcache.models.teacher_outputs import to_logits
 from kdcache.store.manifest import OutputRecord
+
+
+def forward(module: nn.Module, inputs: Tensor, *, preprocessor: Preprocessor, device: torch.device, amp: str) -> Tensor:
+    """What a network returns for a batch, (batch, outputs), on the device; the caller sets its mode."""
+    prepared = preprocessor.per_batch(inputs.to(device, non_blocking=True), floating_dtype(module))
+    with autocast(device, amp):
+        return output_logits(module(prepared))
 
 
 def answer(

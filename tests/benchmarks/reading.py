@@ -131,8 +131,8 @@ def _open(folder: Path, way: str) -> tuple[Callable[[int], Iterator[np.ndarray]]
 def _open_ours(folder: Path, way: str) -> tuple[Callable[[int], Iterator[np.ndarray]], Reader]:
     from kdcache.store.cache import open_cache
     from kdcache.store.row_source import ReadOptions
-    from tests.helpers import logit_source
     from kdcache.store.sampler import batches_of
+    from tests.helpers import logit_source
 
     kind, _, compression = way.removeprefix("kdcache ").partition(", ")
     cache = open_cache(folder / (f"{compression or 'plain'}.zarr"))

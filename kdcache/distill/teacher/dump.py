@@ -32,9 +32,8 @@ from kdcache.data.views import Views
 from kdcache.distill.teacher.class_agreement import accuracy_lines
 from kdcache.distill.teacher.dump_manifest import build_manifest
 from kdcache.models.device import evaluation_mode, floating_dtype, memory_errors, move_to, resolve_device, to_host
-from kdcache.models.evaluate import forward
 from kdcache.models.feature_hooks import Taps, pool_features
-from kdcache.models.forward import answer
+from kdcache.models.forward import answer, forward
 from kdcache.models.teacher_outputs import (
     check_kind,
     check_same,
