@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from kdcache.core.errors import DatasetError, UsageError
+from kdcache.core.errors import DatasetError, KdcacheError, UsageError
 from kdcache.core.plugins import PREFIX, call_with_accepted, describe, did_you_mean, resolve
+from kdcache.core.specs import number, split_spec
 from kdcache.data.transform_fingerprint import describe_object, settings_of
 from kdcache.store.manifest import NONE
 
@@ -114,14 +115,17 @@ def build_transform(spec: str, input_shape: tuple[int, ...] | None) -> Transform
             )
         found: Transform = transform
         return found
-    name, colon, pixels = spec.partition(":")
-    if name not in PRESETS or (colon and not (pixels.isdecimal() and int(pixels) > 0)):
+    name, pixels = split_spec(spec)
+    try:
+        return PRESETS[name](None if pixels is None else number(pixels, int, 1), input_shape)
+    except (KeyError, ValueError) as problem:
+        if isinstance(problem, KdcacheError):  # the preset does not suit the inputs
+            raise
         raise UsageError(
             f"--augment is {spec!r}",
             f"none, {', '.join(PRESETS)} (with :PIXELS behind it), or py:package.module:function",
             did_you_mean(name, [NONE, *PRESETS]),
-        )
-    return PRESETS[name](int(pixels) if colon else None, input_shape)
+        ) from problem
 
 
 def describe_transform(transform: Transform | None) -> dict[str, str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import random
-import re
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from kdcache.core.errors import UsageError
+from kdcache.core.specs import number, split_spec
 from kdcache.store.manifest import NONE
 
 # Shares are whole parts of this, so that a blend of bytes is exact arithmetic, the same in every process.
@@ -99,7 +99,10 @@ def parse_mix(spec: str) -> Mix | None:
         return None
     if spec == "uniform":
         return Mix(alpha=1.0, cut=False)
-    match = re.fullmatch(r"(mixup|cutmix):(\d+(?:\.\d+)?)", spec)
-    if match is None or not float(match[2]) > 0:
-        raise UsageError(f"--mix is {spec!r}", "none, uniform, mixup:ALPHA or cutmix:ALPHA, as mixup:0.8")
-    return Mix(alpha=float(match[2]), cut=match[1] == "cutmix")
+    name, alpha = split_spec(spec)
+    try:
+        if name not in ("mixup", "cutmix"):
+            raise ValueError("an alpha")
+        return Mix(alpha=number(alpha, float, 0, above=True), cut=name == "cutmix")
+    except ValueError as problem:
+        raise UsageError(f"--mix is {spec!r}", "none, uniform, mixup:ALPHA or cutmix:ALPHA, as mixup:0.8") from problem

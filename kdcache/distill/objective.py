@@ -1,44 +1,45 @@
-"""What a network is trained for, and how soft targets come to a batch."""
+"""Objectives: what a network is trained for. The table of losses, and specs of them as users write them."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from torch import Tensor, nn
+from torch import Size, Tensor, nn
 
 from kdcache.core.config import StudentConfig
 from kdcache.core.errors import UsageError
 from kdcache.core.plugins import did_you_mean
+from kdcache.core.specs import number, split_options, split_spec
 from kdcache.data.loader import Batch
 from kdcache.distill import losses
 
 
 class Objective(Protocol):
-    """What a network is trained for. One that is a module has parameters of its own, which are trained along."""
+    """What a network is trained for. The parameters of an objective that is a module are trained too."""
 
     def __call__(self, logits_bc: Tensor, batch: Batch, epochs_done: float = 0.0) -> dict[str, Tensor]:
-        """Scalars by name; `loss` is minimised, the others are shown.
+        """Scalars by name; `loss` is minimised, the others are logged.
 
         Args:
-            logits_bc: the network's, (batch, classes), on the device.
-            batch: labels, soft targets and features on the device, indices on the host.
-            epochs_done: with the part of the present one.
+            logits_bc: Logits of the network, (batch, classes), on the device.
+            batch: Labels, soft targets and features on the device, indices on the host.
+            epochs_done: Epochs since the start of training, with the fraction of the current one.
         """
         ...
 
 
 class Join(Protocol):
-    """Puts soft targets to the inputs of a batch."""
+    """Joins batches with soft targets."""
 
     def start_epoch(self, epoch: int) -> None:
         """Prepare for the batches of an epoch, counted from 0."""
         ...
 
     def __call__(self, batch: Batch) -> Batch:
-        """Given each batch on the host before its step; returns it with soft targets."""
+        """A batch with soft targets; called with each batch on the host, before its step."""
         ...
 
 
@@ -46,7 +47,7 @@ def label_objective(label_smoothing: float) -> Objective:
     """Cross entropy with the labels and nothing else."""
 
     def objective(logits_bc: Tensor, batch: Batch, epochs_done: float = 0.0) -> dict[str, Tensor]:
-        return {"loss": label_loss(logits_bc, batch, label_smoothing)}
+        return {"loss": label_loss(logits_bc, batch, label_smoothing=label_smoothing)}
 
     return objective
 
@@ -57,14 +58,14 @@ def distillation_objective(config: StudentConfig) -> Objective:
     def objective(logits_bc: Tensor, batch: Batch, epochs_done: float = 0.0) -> dict[str, Tensor]:
         assert batch.soft_targets is not None, "distillation needs joined batches"
         soft = losses.kd(logits_bc, batch.soft_targets, temperature=config.temperature)
-        hard = label_loss(logits_bc, batch, config.label_smoothing)
+        hard = label_loss(logits_bc, batch, label_smoothing=config.label_smoothing)
         return {"loss": config.alpha * soft + (1 - config.alpha) * hard, "kd": soft, "cross_entropy": hard}
 
     return objective
 
 
-def label_loss(logits_bc: Tensor, batch: Batch, label_smoothing: float) -> Tensor:
-    """Cross entropy with the labels, or where inputs are mixed with both labels of each, in their shares."""
+def label_loss(logits_bc: Tensor, batch: Batch, *, label_smoothing: float = 0.0) -> Tensor:
+    """Cross entropy with the labels; of mixed inputs with both labels of each, by their parts."""
     if batch.partner_labels is None or batch.shares is None:
         return losses.hard_cross_entropy(logits_bc, batch.labels, label_smoothing=label_smoothing)
     return losses.mixed_cross_entropy(
@@ -72,51 +73,102 @@ def label_loss(logits_bc: Tensor, batch: Batch, label_smoothing: float) -> Tenso
     )
 
 
-@dataclass(frozen=True, slots=True)
-class _Kind:
-    """A loss by name.
+# Arguments of losses, by what they are; a loss names those that it takes in their order.
+STUDENT, TEACHER, LABELS, BATCH, NEGATIVES = "student", "teacher", "labels", "batch", "negatives"
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loss:
+    """A loss by name, and all that it needs.
 
     Attributes:
-        needs: `labels`, `logits` or `features`, of the teacher or the dataset.
+        function: Pure function of tensors; its keyword-only parameters are the options of its spec.
+        arguments: Positional arguments of the function, in their order.
+        features: Whether student and teacher are features, and not logits.
+        comparable: Makes the student's features comparable with the teacher's: takes the shapes of one sample's
+            features, student first, and returns a projection of the student's, or None where none is needed. Raises
+            ValueError with the shapes that would be comparable. None where any shapes are.
+        temperature: Default temperature, where it is not the student's.
+        one_label: Whether inputs must have one label each, so that none can be mixed.
+        dump_options: Options of dump-teacher, beside `--features`, that store the features it needs.
     """
 
     function: Callable[..., Tensor]
-    needs: tuple[str, ...]
+    arguments: tuple[str, ...] = (STUDENT, TEACHER)
+    features: bool = False
+    comparable: Callable[[Shape, Shape], nn.Module | None] | None = None
+    temperature: float | None = None
+    one_label: bool = False
+    dump_options: str = ""
+
+    @property
+    def keywords(self) -> Mapping[str, inspect.Parameter]:
+        """The options of the function."""
+        parameters = inspect.signature(self.function).parameters
+        return {name: each for name, each in parameters.items() if each.kind is each.KEYWORD_ONLY}
 
 
-KINDS: dict[str, _Kind] = {
-    "hard_cross_entropy": _Kind(losses.hard_cross_entropy, ("labels",)),
-    "kd": _Kind(losses.kd, ("logits",)),
-    "soft_cross_entropy": _Kind(losses.soft_cross_entropy, ("logits",)),
-    "logit_mse": _Kind(losses.logit_mse, ("logits",)),
-    "decoupled_kd": _Kind(losses.decoupled_kd, ("logits", "labels")),
-    "dist": _Kind(losses.dist, ("logits",)),
-    "standardized_kd": _Kind(losses.standardized_kd, ("logits",)),
-    "feature_mse": _Kind(losses.feature_mse, ("features",)),
-    "attention_transfer": _Kind(losses.attention_transfer, ("features",)),
-    "similarity_preserving": _Kind(losses.similarity_preserving, ("features",)),
-    "relational_distance": _Kind(losses.relational_distance, ("features",)),
-    "relational_angle": _Kind(losses.relational_angle, ("features",)),
-    "contrastive": _Kind(losses.contrastive, ("features", "negatives")),
+def _same_maps(student: Shape, teacher: Shape) -> None:
+    if not len(student) == len(teacher) == 3 or student[1:] != teacher[1:]:
+        raise ValueError("maps (channels, height, width) of one height and width")
+
+
+def _projected(student: Shape, teacher: Shape) -> nn.Module | None:
+    if student == teacher:
+        return None
+    if len(student) == len(teacher) == 1:
+        return nn.Linear(student[0], teacher[0])
+    if len(student) == len(teacher) == 3 and student[1:] == teacher[1:]:
+        return nn.Conv2d(student[0], teacher[0], 1)
+    raise ValueError("vectors, or maps of one height and width")
+
+
+def _projected_vectors(student: Shape, teacher: Shape) -> nn.Module | None:
+    width = int(Size(teacher).numel())
+    if student != teacher and len(student) != 1:
+        raise ValueError("vectors")
+    return None if student in (teacher, (width,)) else nn.Linear(student[0], width)
+
+
+LOSSES: dict[str, Loss] = {
+    "hard_cross_entropy": Loss(function=label_loss, arguments=(STUDENT, BATCH)),
+    "kd": Loss(function=losses.kd),
+    "soft_cross_entropy": Loss(function=losses.soft_cross_entropy),
+    "logit_mse": Loss(function=losses.logit_mse),
+    "decoupled_kd": Loss(function=losses.decoupled_kd, arguments=(STUDENT, TEACHER, LABELS), one_label=True),
+    "dist": Loss(function=losses.dist),
+    "standardized_kd": Loss(function=losses.standardized_kd),
+    "feature_mse": Loss(function=losses.feature_mse, features=True, comparable=_projected),
+    "attention_transfer": Loss(
+        function=losses.attention_transfer, features=True, comparable=_same_maps, dump_options="--pool none"
+    ),
+    "similarity_preserving": Loss(function=losses.similarity_preserving, features=True),
+    "relational_distance": Loss(function=losses.relational_distance, features=True),
+    "relational_angle": Loss(function=losses.relational_angle, features=True),
+    "contrastive": Loss(
+        function=losses.contrastive,
+        arguments=(STUDENT, TEACHER, NEGATIVES),
+        features=True,
+        comparable=_projected_vectors,
+        temperature=0.1,
+    ),
 }
-
-# Where a loss has no temperature of its own.
-CONTRASTIVE_TEMPERATURE = 0.1
-NEGATIVES = 1024
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ObjectiveSpec:
-    """One part of what is minimised, as it was asked for.
+    """One term of the objective, as it was asked for.
 
     Attributes:
-        name: a key of `KINDS`.
-        weight: of the part in the sum.
-        warmup: epochs over which the weight grows from 0; may be a fraction.
-        layer: of the teacher, where features are compared; empty for the only one that is stored.
-        student_layer: likewise, of the student.
-        negatives: of `contrastive`: how many other samples each is told from.
-        settings: keywords of the loss.
+        name: Key of `LOSSES`.
+        weight: Weight of the term in the sum.
+        warmup: Epochs over which the weight grows from 0; may be a fraction.
+        layer: Layer of the teacher, for losses of features; empty for the only one that is stored.
+        student_layer: Layer of the student, likewise; empty for the penultimate.
+        negatives: Number of samples outside the batch that each sample is contrasted with.
+        settings: Keyword arguments of the loss.
     """
 
     name: str
@@ -124,19 +176,19 @@ class ObjectiveSpec:
     warmup: float = 0.0
     layer: str = ""
     student_layer: str = ""
-    negatives: int = NEGATIVES
+    negatives: int = 1024
     settings: dict[str, float] = field(default_factory=dict)
 
     @property
-    def kind(self) -> _Kind:
-        return KINDS[self.name]
+    def loss(self) -> Loss:
+        return LOSSES[self.name]
 
 
 def parse_objectives(specs: Sequence[str], config: StudentConfig) -> list[ObjectiveSpec]:
-    """What `NAME[:key=value,…]` mean.
+    """The terms that `NAME[:key=value,…]` name.
 
     Args:
-        config: its temperature is that of losses which have no default, its `student_layer` that of features.
+        config: Its temperature is that of losses without a default, its `student_layer` that of losses of features.
 
     Raises:
         UsageError: no such objective, key or value.
@@ -145,55 +197,43 @@ def parse_objectives(specs: Sequence[str], config: StudentConfig) -> list[Object
 
 
 def _parse(spec: str, config: StudentConfig) -> ObjectiveSpec:
-    name, _, text = spec.partition(":")
+    name, options = split_spec(spec)
     name = name.replace("-", "_")
-    if name not in KINDS:
-        known = list(KINDS)
+    if name not in LOSSES:
+        known = list(LOSSES)
         raise UsageError(f"there is no objective {name!r}", f"one of {', '.join(known)}", did_you_mean(name, known))
-    keywords = [
-        each.name
-        for each in inspect.signature(KINDS[name].function).parameters.values()
-        if each.kind is each.KEYWORD_ONLY
-    ]
-    own: dict[str, Any] = {"name": name}
+    loss = LOSSES[name]
+    own: dict[str, Any] = {}
     settings: dict[str, float] = {}
-    words = ("layer", "student_layer") if "features" in KINDS[name].needs else ()
-    numbers = ("weight", "warmup", *(("negatives",) if "negatives" in KINDS[name].needs else ()))
-    for part in filter(None, text.split(",")):
-        key, _, value = part.partition("=")
-        key = key.strip().replace("-", "_")
-        if key in words:
+    layers = ("layer", "student_layer") if loss.features else ()
+    numbers = ("weight", "warmup", *(("negatives",) if NEGATIVES in loss.arguments else ()))
+    for key, value in split_options(options).items():
+        if key in layers:
             own[key] = value
-        elif key in (*numbers, *keywords):
+        elif key in (*numbers, *loss.keywords):
             (own if key in numbers else settings)[key] = _number(spec, key, value)
         else:
-            allowed = ", ".join((*numbers, *words, *keywords))
+            allowed = ", ".join((*numbers, *layers, *loss.keywords))
             raise UsageError(f"--objective {spec} sets {key!r}", f"one of {allowed}", "write NAME:key=value,key=value")
-    if "temperature" in keywords and "temperature" not in settings and not _has_default(name, "temperature"):
-        settings["temperature"] = CONTRASTIVE_TEMPERATURE if name == "contrastive" else config.temperature
-    if "label_smoothing" in keywords:
+    temperature = loss.keywords.get("temperature")
+    if temperature is not None and temperature.default is inspect.Parameter.empty:
+        settings.setdefault("temperature", loss.temperature or config.temperature)
+    if "label_smoothing" in loss.keywords:
         settings.setdefault("label_smoothing", config.label_smoothing)
-    if "features" in KINDS[name].needs:
+    if loss.features:
         own.setdefault("student_layer", config.student_layer)
-    own["negatives"] = int(own.get("negatives", NEGATIVES))
-    return ObjectiveSpec(**own, settings=settings)
-
-
-def _has_default(name: str, keyword: str) -> bool:
-    return inspect.signature(KINDS[name].function).parameters[keyword].default is not inspect.Parameter.empty
+    return ObjectiveSpec(name=name, **own, settings=settings)
 
 
 def _number(spec: str, key: str, text: str) -> float:
     try:
-        value = float(text)
+        if key == "negatives":
+            return number(text, int, 1)
+        return number(text, float, 0, above=key == "temperature")
     except ValueError as problem:
-        raise UsageError(f"--objective {spec}: {key} is {text!r}", "a number") from problem
-    positive = key in ("temperature", "negatives")
-    if not (value > 0 if positive else value >= 0) or value == float("inf"):
-        raise UsageError(f"--objective {spec}: {key} is {text}", "a positive number" if positive else "0 or more")
-    return value
+        raise UsageError(f"--objective {spec}: {key} is {text!r}", str(problem)) from problem
 
 
-def trained_parts(objective: Objective) -> list[nn.Parameter]:
-    """The parameters that an objective brings along."""
+def objective_parameters(objective: Objective) -> list[nn.Parameter]:
+    """The parameters of an objective, which are trained with the network's."""
     return list(objective.parameters()) if isinstance(objective, nn.Module) else []

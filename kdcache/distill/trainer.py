@@ -25,7 +25,7 @@ from kdcache.data.loader import Batch, batch_loader
 from kdcache.data.preprocess import Preprocessor, as_preprocessor
 from kdcache.data.views import Views, as_views
 from kdcache.distill.board import Board
-from kdcache.distill.objective import Join, Objective, trained_parts
+from kdcache.distill.objective import Join, Objective, objective_parameters
 from kdcache.distill.optim import AveragedWeights, build_optimizer, learning_rate_factor
 from kdcache.models.checkpoints import read_checkpoint, save_checkpoint
 from kdcache.models.device import autocast, floating_dtype, memory_errors, move_to, resolve_device, seeded, synchronize
@@ -146,7 +146,8 @@ class _Loop:
         self.loader = batch_loader(
             views, batches, preprocessor=self.preprocessor, workers=config.workers, device=self.device
         )
-        self.optimizer = build_optimizer([*module.parameters(), *trained_parts(objective)], config)
+        self.parameters = [*module.parameters(), *objective_parameters(objective)]
+        self.optimizer = build_optimizer(self.parameters, config)
         # The schedule must not hold the loop: in a cycle of references the workers of the loader would outlive the run.
         steps = len(self.batches)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -263,7 +264,9 @@ class _Loop:
             raise self._model_error(problem, inputs, epoch, step) from problem
         if self.config.clip_norm is not None:
             self.scaler.unscale_(self.optimizer)
-            nn.utils.clip_grad_norm_([*self.module.parameters(), *trained_parts(self.objective)], self.config.clip_norm)
+            nn.utils.clip_grad_norm_(
+                [*self.module.parameters(), *objective_parameters(self.objective)], self.config.clip_norm
+            )
         self.scaler.step(self.optimizer)
         self.learning_rate = self.optimizer.param_groups[0]["lr"]
         if self._has_stepped(epoch, step):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
-from typing import cast
+from dataclasses import dataclass, replace
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from kdcache.core.errors import ModelError
+from kdcache.core.specs import number, split_options, split_spec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,9 +83,19 @@ TEXT_NETWORKS: dict[str, tuple[type[nn.LSTM] | type[nn.GRU], Size]] = {
 }
 
 
+# Kind and range of each option.
+_BOUNDS: dict[str, tuple[type[Any], float, float]] = {
+    "embedding": (int, 1, 2**16),
+    "hidden": (int, 1, 2**16),
+    "layers": (int, 1, 2**16),
+    "dropout": (float, 0, 0.99),
+    "bidirectional": (int, 0, 1),
+}
+
+
 def check_text_network(spec: str) -> None:
     """Refuse a spec that `build_text_network` would refuse."""
-    name, _, options = spec.partition(":")
+    name, options = split_spec(spec)
     _sized(spec, TEXT_NETWORKS[name][1], options)
 
 
@@ -94,25 +105,17 @@ def build_text_network(spec: str, *, vocabulary_size: int, num_classes: int, pad
     Raises:
         ModelError: no such option, or a value that it cannot have.
     """
-    name, _, options = spec.partition(":")
+    name, options = split_spec(spec)
     cell, size = TEXT_NETWORKS[name]
     return Recurrent(cell, vocabulary_size, num_classes, pad_id, _sized(spec, size, options))
 
 
-def _sized(spec: str, size: Size, options: str) -> Size:
-    kinds = {each.name: float if each.name == "dropout" else int for each in fields(Size)}
-    for part in filter(None, options.split(",")):
-        key, _, text = part.partition("=")
-        key = key.strip()
-        if key not in kinds:
-            raise ModelError(f"{spec} sets {key!r}", f"one of {', '.join(kinds)}", "write NAME:option=value,…")
+def _sized(spec: str, size: Size, options: str | None) -> Size:
+    for key, text in split_options(options).items():
+        if key not in _BOUNDS:
+            raise ModelError(f"{spec} sets {key!r}", f"one of {', '.join(_BOUNDS)}", "write NAME:option=value,…")
         try:
-            value = kinds[key](text)
+            size = replace(size, **{key: number(text, *_BOUNDS[key])})
         except ValueError as problem:
-            kind = "number" if key == "dropout" else "whole number"
-            raise ModelError(f"{spec}: {key} is {text!r}", f"a {kind}") from problem
-        low, high = {"dropout": (0, 0.99), "bidirectional": (0, 1)}.get(key, (1, 2**16))
-        if not low <= value <= high:
-            raise ModelError(f"{spec}: {key} is {text}", f"{low} to {high}")
-        size = replace(size, **{key: value})  # type: ignore[arg-type]  # the kinds above are those of the fields
+            raise ModelError(f"{spec}: {key} is {text!r}", str(problem)) from problem
     return size

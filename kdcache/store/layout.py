@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from kdcache.core.errors import UsageError
+from kdcache.core.specs import number, split_spec
 from kdcache.store.encodings.base import Encoding, StoredArray
 from kdcache.store.manifest import ArrayRecord, Manifest
 
@@ -163,7 +165,8 @@ def zstd_level(compression: str) -> int | None:
     """
     if compression == "none":
         return None
-    name, _, level = compression.partition(":")
-    if name == "zstd" and (not level or (level.isdecimal() and 1 <= int(level) <= 9)):
-        return int(level or 5)
+    name, level = split_spec(compression)
+    if name == "zstd":
+        with contextlib.suppress(ValueError):
+            return 5 if level is None else number(level, int, 1, 9)
     raise UsageError(f"compression is {compression!r}", "none, zstd or zstd:LEVEL with a level of 1 to 9")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from numpy.typing import NDArray
 
 from kdcache.core.config import CACHE_MEMORY, ROW_SOURCES, SHUFFLES
 from kdcache.core.errors import UsageError
+from kdcache.core.specs import parse_bytes
 from kdcache.store.chunk_reader import ChunkReader, check_indices
 from kdcache.store.layout import row_bytes
 from kdcache.store.sampler import ExactSampler, Sampler, Schedule, WindowSampler
@@ -20,8 +20,6 @@ from kdcache.store.stream_source import StreamedSource
 
 # Bytes of the rows that are shuffled together where a view is streamed.
 WINDOW_BYTES = 48 << 20
-
-_UNITS = {"": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 # Stored rows by the name of their array, each (n, *row_shape).
 Rows = Mapping[str, Any]
@@ -98,18 +96,6 @@ class ReadOptions:
         for name, value, known in (("row_source", self.row_source, ROW_SOURCES), ("shuffle", self.shuffle, SHUFFLES)):
             if value not in known:
                 raise UsageError(f"{name} is {value!r}", f"one of {', '.join(known)}")
-
-
-def parse_bytes(text: str) -> int:
-    """Bytes in `4GiB`, `500MB` or `1048576`.
-
-    Raises:
-        UsageError: not a size.
-    """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]i?B|)", text.strip())
-    if match is None:
-        raise UsageError(f"the size is {text!r}", f"a number with one of {', '.join(filter(None, _UNITS))}, as 4GiB")
-    return int(float(match[1]) * _UNITS[match[2]])
 
 
 # Arrays of one cache that are read together.

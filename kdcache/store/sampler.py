@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from kdcache.core import rng
 from kdcache.core.errors import UsageError
+from kdcache.core.specs import split_spec
 
 # From an epoch, counted from 0, to the view that it uses.
 Schedule = Callable[[int], int]
@@ -35,9 +36,9 @@ def view_schedule(kind: str, views: Sequence[int], *, available: int, seed: int)
     """
     used = list(views) or list(range(available))
     _check_views(used, available)
-    name, _, fixed = kind.partition(":")
-    if name == "fixed" and fixed.isdecimal():
-        used = [int(fixed)]
+    name, value = split_spec(kind)
+    if name == "fixed" and value is not None and value.isdecimal():
+        used = [int(value)]
         _check_views(used, available)
     elif kind not in ("cycle", "shuffle"):
         raise UsageError(f"--view-schedule is {kind!r}", "cycle, shuffle or fixed:K, with K the number of a view")

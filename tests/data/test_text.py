@@ -756,7 +756,7 @@ REFUSED_MODELS = {
     "lstm": ("images", {}, ["uint8 (1, 8, 8)", "a dataset of texts", "imdb or text-folder:PATH"]),
     "lstm:depth=3": ("text", {}, ["'depth'", "embedding, hidden, layers, dropout, bidirectional"]),
     "lstm:hidden=x": ("text", {}, ["hidden is 'x'", "a whole number"]),
-    "lstm:hidden=0": ("text", {}, ["hidden is 0", "1 to 65536"]),
+    "lstm:hidden=0": ("text", {}, ["hidden is '0'", "1 to 65536"]),
     "lstm:dropout=1": ("text", {}, ["dropout is 1", "0 to 0.99"]),
     "lstm:dropout=nan": ("text", {}, ["dropout is nan", "0 to 0.99"]),
     "lstm:bidirectional=2": ("text", {}, ["bidirectional is 2", "0 to 1"]),

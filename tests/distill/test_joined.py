@@ -168,7 +168,7 @@ def test_pictures_of_several_sizes_are_batched_once_they_are_resized(tmp_path):
     assert logits.shape == (24, 2)
     joined = kdcache.join(Pictures(), kdcache.open_cache(tmp_path / "cache.zarr"), transform=Prepare(fails_on=13))
     joined[12]
-    with pytest.raises(DatasetError, match="fails on sample 13, .*: Prepare raises KeyError: 'the reason'") as caught:
+    with pytest.raises(DatasetError, match=r"fails on sample 13, .*: Prepare raises KeyError: 'the reason'") as caught:
         joined[13]
     assert caught.value.needed
     assert caught.value.remedy

@@ -14,7 +14,7 @@ from kdcache import DumpConfig, StudentConfig, dump_teacher, losses, open_cache,
 from kdcache.core.config import Execution
 from kdcache.core.errors import CacheMismatch, ModelError, UsageError
 from kdcache.data.views import Views
-from kdcache.distill.objective import KINDS, parse_objectives
+from kdcache.distill.objective import LOSSES, parse_objectives
 from kdcache.distill.teacher.spot_check import recompute_rows
 from kdcache.models.checkpoints import read_checkpoint
 from kdcache.models.feature_hooks import PENULTIMATE, Taps, list_layers, pool_features
@@ -178,7 +178,7 @@ def test_every_objective_is_learnt_and_leaves_the_student_alone(paths, spec):
 
 
 def test_every_objective_is_tried():
-    assert {spec.partition(":")[0].replace("-", "_") for spec in SPECS} == set(KINDS)
+    assert {spec.partition(":")[0].replace("-", "_") for spec in SPECS} == set(LOSSES)
 
 
 @pytest.mark.parametrize("settings", [{"row_source": "streamed"}, {"cache_on_device": True}])
@@ -256,8 +256,8 @@ def test_a_run_with_projections_is_resumed_exactly_and_exports_the_student_alone
         ("plain", "kdd", UsageError, ["'kdd'", "kd"]),
         ("plain", "kd:temprature=2", UsageError, ["'temprature'", "temperature"]),
         ("plain", "kd:temperature=warm", UsageError, ["'warm'", "a number"]),
-        ("plain", "kd:temperature=0", UsageError, ["temperature is 0", "positive"]),
-        ("plain", "kd:weight=-1", UsageError, ["weight is -1"]),
+        ("plain", "kd:temperature=0", UsageError, ["temperature is '0'", "above 0"]),
+        ("plain", "kd:weight=-1", UsageError, ["weight is '-1'", "from 0"]),
     ],
 )
 def test_what_cannot_be_is_refused_before_the_first_step(paths, tmp_path, name, spec, error, parts):
@@ -272,7 +272,7 @@ def test_what_cannot_be_is_refused_before_the_first_step(paths, tmp_path, name, 
 
 def test_contrastive_needs_features_that_can_be_drawn(paths):
     settings = config(objective=("contrastive:layer=penultimate",), row_source="streamed")
-    with pytest.raises(UsageError, match="draws from the whole cache"):
+    with pytest.raises(UsageError, match="draws negatives from the whole cache"):
         train_student(Maps(), DATA, paths / "pooled", config=settings)
 
 

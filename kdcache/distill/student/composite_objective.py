@@ -1,8 +1,9 @@
-"""Several objectives in one: each with its weight, on logits, labels, and features of layers inside the student."""
+"""The weighted sum of several objectives, on logits, labels, and features of layers inside the student."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,18 +11,18 @@ from torch import Tensor, nn
 from kdcache.core import rng
 from kdcache.core.errors import CacheMismatch, ModelError, UsageError
 from kdcache.data.loader import Batch
-from kdcache.distill.objective import ObjectiveSpec, label_loss
+from kdcache.distill.objective import BATCH, LABELS, NEGATIVES, STUDENT, TEACHER, ObjectiveSpec
 from kdcache.models.device import evaluation_mode, floating_dtype
 from kdcache.models.feature_hooks import PENULTIMATE, Taps, pool_features
 from kdcache.store.manifest import NONE, FeatureRecord, Manifest
 
 
-def feature_of(manifest: Manifest, spec: ObjectiveSpec) -> FeatureRecord:
-    """The stored features that a part asks for.
+def stored_feature(manifest: Manifest, spec: ObjectiveSpec) -> FeatureRecord:
+    """The stored features that a term needs.
 
     Raises:
         CacheMismatch: the cache does not hold them.
-        UsageError: it holds several, and the part does not say which.
+        UsageError: it holds several, and the term does not say which.
     """
     stored = manifest.features
     layer = spec.layer or (stored[0].layer if len(stored) == 1 else "")
@@ -35,30 +36,28 @@ def feature_of(manifest: Manifest, spec: ObjectiveSpec) -> FeatureRecord:
         if feature.layer == layer:
             return feature
     holds = f"features of {', '.join(feature.layer for feature in stored)}" if stored else "no features"
-    option = f"--features {layer or PENULTIMATE}"
-    if spec.name == "attention_transfer":
-        option += " --pool none"
+    options = " ".join(filter(None, (f"--features {layer or PENULTIMATE}", spec.loss.dump_options)))
     raise CacheMismatch(
         f"the objective {spec.name} compares features{f' of {layer}' if layer else ''}, and the cache holds {holds}",
         "a cache with those features",
-        f"dump the teacher again with {option}, into another folder",
+        f"dump the teacher again with {options}, into another folder",
     )
 
 
-class Composition(nn.Module):
-    """The weighted sum of several objectives, for batches that bring what they need.
+class CompositeObjective(nn.Module):
+    """The weighted sum of several objectives.
 
-    Learns a projection from the student's features to the teacher's where a part needs one width and they differ.
-    Close it when training ends: it listens to layers of the student.
+    Trains a projection from the student's features to the teacher's where a loss needs one width and they differ.
+    Close it when training ends, because it hooks layers of the student.
 
     Args:
-        student: with the layers that the parts name.
-        inputs: a batch that the student takes, to learn the shapes of its features.
-        manifest: of the cache.
-        seed: of the projections.
+        student: The network, with the layers that the terms name.
+        inputs: A batch that the student takes, from which the shapes of its features are known.
+        manifest: Manifest of the cache.
+        seed: Seed of the projections.
 
     Raises:
-        CacheMismatch, UsageError: as for `feature_of`.
+        CacheMismatch, UsageError: as for `stored_feature`.
         ModelError: the student has no such layer, or its features cannot be compared with the teacher's.
     """
 
@@ -67,122 +66,92 @@ class Composition(nn.Module):
     ) -> None:
         super().__init__()
         self._specs = specs
-        self._features = {
-            at: feature_of(manifest, spec) for at, spec in enumerate(specs) if "features" in spec.kind.needs
-        }
-        if manifest.recipe.mix != NONE and any(spec.name == "decoupled_kd" for spec in specs):
-            raise UsageError(
-                f"decoupled_kd needs one label a sample, and inputs are mixed ({manifest.recipe.mix})",
-                "another objective, or a cache without --mix",
-            )
+        self._features = {at: stored_feature(manifest, spec) for at, spec in enumerate(specs) if spec.loss.features}
+        for spec in specs:
+            if spec.loss.one_label and manifest.recipe.mix != NONE:
+                raise UsageError(
+                    f"{spec.name} needs one label per sample, and inputs are mixed ({manifest.recipe.mix})",
+                    "another objective, or a cache without --mix",
+                )
         self._layers = {at: specs[at].student_layer or PENULTIMATE for at in self._features}
         self._taps = Taps(student, list(dict.fromkeys(self._layers.values())))
         self._projections = nn.ModuleDict()
         try:
-            self._learn_shapes(student, inputs, manifest, seed)
+            self._add_projections(student, inputs, manifest, seed)
         except BaseException:
             self.close()
             raise
 
-    def _learn_shapes(self, student: nn.Module, inputs: Tensor, manifest: Manifest, seed: int) -> None:
+    def _add_projections(self, student: nn.Module, inputs: Tensor, manifest: Manifest, seed: int) -> None:
         with evaluation_mode(student):
             student(inputs)
             found = self._taps.take()
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(rng.generator_seed(seed, "projection"))
             for at, feature in self._features.items():
-                shape = tuple(manifest.array(feature.array).row_shape)
-                self._add_projection(at, self._suited(found[self._layers[at]], shape), shape)
+                teacher_shape = tuple(manifest.array(feature.array).row_shape)
+                student_shape = tuple(_pooled_like(found[self._layers[at]], teacher_shape).shape[1:])
+                comparable = self._specs[at].loss.comparable
+                try:
+                    projection = comparable(student_shape, teacher_shape) if comparable else None
+                except ValueError as problem:
+                    raise ModelError(
+                        f"{self._specs[at].name} compares the student's {self._layers[at]}, {student_shape}, with the "
+                        f"teacher's {feature.layer}, {teacher_shape}",
+                        str(problem),
+                        "choose another --student-layer, or dump the teacher's features with --pool avg",
+                    ) from problem
+                if projection is not None:
+                    self._projections[str(at)] = projection
         self._projections.to(inputs.device, floating_dtype(student))
 
     @property
     def arrays(self) -> list[str]:
-        """Names of the arrays whose rows the parts need."""
+        """Names of the feature arrays that the terms need."""
         return list(dict.fromkeys(feature.array for feature in self._features.values()))
 
     @property
     def negatives(self) -> dict[str, int]:
-        """How many rows of other samples the parts need, by array."""
+        """Number of rows of other samples that the terms need, by feature array."""
         wanted: dict[str, int] = {}
         for at, feature in self._features.items():
-            if "negatives" in self._specs[at].kind.needs:
+            if NEGATIVES in self._specs[at].loss.arguments:
                 wanted[feature.array] = max(wanted.get(feature.array, 0), self._specs[at].negatives)
         return wanted
 
     def forward(self, logits_bc: Tensor, batch: Batch, epochs_done: float = 0.0) -> dict[str, Tensor]:
-        """The sum as `loss`, and each part without its weight by name."""
+        """The sum as `loss`, and each term without its weight by name."""
         caught: Mapping[str, Tensor] = self._taps.take() if self._features else {}
         values: dict[str, Tensor] = {}
         total = torch.zeros((), dtype=logits_bc.dtype, device=logits_bc.device)
         for at, spec in enumerate(self._specs):
-            value = self._part(at, spec, logits_bc, batch, caught)
-            name = spec.name if spec.name not in values else f"{spec.name}_{at + 1}"
-            values[name] = value
-            grown = min(epochs_done / spec.warmup, 1.0) if spec.warmup else 1.0
-            total = total + spec.weight * grown * value
+            arguments = self._feature_arguments(at, batch, caught) if at in self._features else {STUDENT: logits_bc}
+            arguments = {TEACHER: batch.soft_targets, LABELS: batch.labels, BATCH: batch} | arguments
+            value = spec.loss.function(*(arguments[name] for name in spec.loss.arguments), **spec.settings)
+            values[spec.name if spec.name not in values else f"{spec.name}_{at + 1}"] = value
+            warmup = min(epochs_done / spec.warmup, 1.0) if spec.warmup else 1.0
+            total = total + spec.weight * warmup * value
         return {"loss": total, **values}
 
     def close(self) -> None:
-        """Stop listening to the student."""
+        """Remove the hooks from the student."""
         self._taps.close()
 
-    def _part(
-        self, at: int, spec: ObjectiveSpec, logits_bc: Tensor, batch: Batch, caught: Mapping[str, Tensor]
-    ) -> Tensor:
-        if spec.name == "hard_cross_entropy":
-            return label_loss(logits_bc, batch, spec.settings["label_smoothing"])
-        if at not in self._features:
-            assert batch.soft_targets is not None, "distillation needs joined batches"
-            labels = (batch.labels,) if "labels" in spec.kind.needs else ()
-            return spec.kind.function(logits_bc, batch.soft_targets, *labels, **spec.settings)
-        assert batch.features is not None, "features were asked for"
+    def _feature_arguments(self, at: int, batch: Batch, caught: Mapping[str, Tensor]) -> dict[str, Any]:
+        assert batch.features is not None, "the join brings the features that `arrays` names"
         array = self._features[at].array
         teacher = batch.features[array]
-        student = self._suited(caught[self._layers[at]], tuple(teacher.shape[1:]))
+        student = _pooled_like(caught[self._layers[at]], tuple(teacher.shape[1:]))
         if str(at) in self._projections:
-            student = self._projections[str(at)](student.to(next(self._projections[str(at)].parameters()).dtype))
-        if "negatives" not in spec.kind.needs:
-            return spec.kind.function(student, teacher, **spec.settings)
-        assert batch.negatives is not None, "negatives were asked for"
-        negatives = batch.negatives[array][: spec.negatives].flatten(1)
-        return spec.kind.function(student, teacher.flatten(1), negatives, **spec.settings)
+            projection = self._projections[str(at)]
+            student = projection(student.to(next(projection.parameters()).dtype))
+        if NEGATIVES not in self._specs[at].loss.arguments:
+            return {STUDENT: student, TEACHER: teacher}
+        assert batch.negatives is not None, "the join brings the negatives that `negatives` names"
+        negatives = batch.negatives[array][: self._specs[at].negatives].flatten(1)
+        return {STUDENT: student, TEACHER: teacher.flatten(1), NEGATIVES: negatives}
 
-    @staticmethod
-    def _suited(student: Tensor, teacher_shape: tuple[int, ...]) -> Tensor:
-        """The student's features, averaged over places where the teacher's were."""
-        return pool_features(student, "avg") if len(teacher_shape) == 1 and student.ndim > 2 else student
 
-    def _add_projection(self, at: int, student: Tensor, teacher_shape: tuple[int, ...]) -> None:
-        """What makes the student's features comparable with the teacher's, if they are not.
-
-        Args:
-            student: features, (batch, ...), averaged where the teacher's are.
-            teacher_shape: of one sample.
-        """
-        spec, found = self._specs[at], tuple(student.shape[1:])
-        if spec.name == "attention_transfer":
-            fits = len(found) == len(teacher_shape) == 3 and found[1:] == teacher_shape[1:]
-            if not fits:
-                raise self._unlike(at, found, teacher_shape, "maps (channels, height, width) of one height and width")
-            return
-        if spec.name not in ("feature_mse", "contrastive") or found == teacher_shape:
-            return
-        if spec.name == "contrastive" or len(found) == len(teacher_shape) == 1:
-            width = int(torch.Size(teacher_shape).numel())
-            if len(found) != 1:
-                raise self._unlike(at, found, teacher_shape, "vectors")
-            if found[0] != width:
-                self._projections[str(at)] = nn.Linear(found[0], width)
-            return
-        if len(found) == len(teacher_shape) == 3 and found[1:] == teacher_shape[1:]:
-            self._projections[str(at)] = nn.Conv2d(found[0], teacher_shape[0], 1)
-            return
-        raise self._unlike(at, found, teacher_shape, "vectors, or maps of one height and width")
-
-    def _unlike(self, at: int, found: tuple[int, ...], teacher_shape: tuple[int, ...], needed: str) -> ModelError:
-        return ModelError(
-            f"{self._specs[at].name} compares the student's {self._layers[at]}, {found}, with the teacher's "
-            f"{self._features[at].layer}, {teacher_shape}",
-            needed,
-            "choose another --student-layer, or dump the teacher's features with --pool avg",
-        )
+def _pooled_like(student: Tensor, teacher_shape: tuple[int, ...]) -> Tensor:
+    """The student's features, averaged over places where the teacher's were."""
+    return pool_features(student, "avg") if len(teacher_shape) == 1 and student.ndim > 2 else student

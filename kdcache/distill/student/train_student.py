@@ -21,6 +21,7 @@ from kdcache.core.errors import CacheIncomplete, UsageError
 from kdcache.core.json_records import canonical_json, to_json
 from kdcache.core.progress import log
 from kdcache.core.run_dir import RunFolder
+from kdcache.core.specs import parse_bytes
 from kdcache.data.augment import Transform
 from kdcache.data.batch_sampler import samples_record, split_validation
 from kdcache.data.dataset import as_indexed
@@ -28,14 +29,14 @@ from kdcache.data.loader import BatchRequest, batch_loader
 from kdcache.data.preprocess import Preprocessor, as_preprocessor
 from kdcache.data.views import Views
 from kdcache.distill.objective import distillation_objective, label_objective, parse_objectives
-from kdcache.distill.student.composite_objective import Composition
+from kdcache.distill.student.composite_objective import CompositeObjective
 from kdcache.distill.student.join_checks import check_ensemble, check_join, inputs_all_checked
 from kdcache.distill.student.soft_targets import CachedTargets, DeviceSource
 from kdcache.distill.trainer import TrainResult, train
 from kdcache.models.device import floating_dtype, memory_errors, move_to, resolve_device
 from kdcache.store.cache import Cache, open_cache
 from kdcache.store.manifest import Preprocess
-from kdcache.store.row_source import ReadOptions, parse_bytes, plan_reading
+from kdcache.store.row_source import ReadOptions, plan_reading
 from kdcache.store.sampler import ExactSampler, Sampler, Schedule, view_schedule
 
 CachePath = Cache | str | os.PathLike[str]
@@ -106,7 +107,7 @@ def train_student(
     preprocessor = as_preprocessor(preprocess or manifest.teacher.preprocess)
     objective = distillation_objective(config) if config.distill else label_objective(config.label_smoothing)
     with contextlib.ExitStack() as stack:
-        composed: Composition | None = None
+        composed: CompositeObjective | None = None
         if config.distill and config.objective:
             objective = composed = _compose(student, views, caches, preprocessor, schedule(0), config)
             stack.callback(composed.close)
@@ -142,7 +143,7 @@ def _compose(
     preprocessor: Preprocessor,
     view: int,
     config: StudentConfig,
-) -> Composition:
+) -> CompositeObjective:
     """What `config.objective` names, listening to the student.
 
     Raises:
@@ -154,12 +155,12 @@ def _compose(
     (batch,) = batch_loader(views, [request], preprocessor=preprocessor, device=device)
     inputs = preprocessor.per_batch(batch.inputs.to(device), floating_dtype(student))
     specs = parse_objectives(config.objective, config)
-    if len(caches) > 1 and any("features" in spec.kind.needs for spec in specs):
+    if len(caches) > 1 and any(spec.loss.features for spec in specs):
         raise UsageError(
             f"{len(caches)} caches are given, and features are compared", "one cache: features of two have no mean"
         )
     with memory_errors(len(inputs), "take a smaller student"):
-        return Composition(specs, student, inputs, caches[0].manifest, seed=config.seed)
+        return CompositeObjective(specs, student, inputs, caches[0].manifest, seed=config.seed)
 
 
 def _taught_by(caches: Sequence[Cache], used: Sequence[int]) -> dict[str, Any]:
@@ -196,7 +197,7 @@ def _open_targets(
     indices: NDArray[np.int64],
     schedule: Schedule,
     config: StudentConfig,
-    composed: Composition | None,
+    composed: CompositeObjective | None,
 ) -> tuple[Sampler, CachedTargets]:
     """The order of the samples, and the join of their soft targets and features."""
     features = composed.arrays if composed else []
