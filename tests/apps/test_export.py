@@ -374,7 +374,7 @@ class Tricky(nn.Module):
 )
 def test_networks_that_cannot_be_exported(root, tmp_path, network, form, parts):
     run = root / network
-    teach(run, dataset="digits", model=f"py:tests.test_export:{network}")
+    teach(run, dataset="digits", model=f"py:tests.apps.test_export:{network}")
     with pytest.raises(ModelError) as refused:
         exported(run, tmp_path, form)
     for part in parts:
