@@ -390,3 +390,15 @@ def test_a_checkpoint_that_does_not_say_what_it_is_of(images, copied, facts):
         asked(copied, images.folder)
     for part in ("does not say what it is of: model, classes", "train-student of this version", "load_weights"):
         assert part in str(refused.value)
+
+
+def test_prediction_draws_nothing_and_has_no_seed(runs, images):
+    result = CliRunner().invoke(app, ["predict", "--run", runs.digits, str(images.folder), "--seed", "1"])
+    assert result.exit_code == 2
+    assert "--seed" in result.stderr
+
+
+def test_a_teacher_that_augments_logs_no_views(tmp_path, capsys):
+    teach(tmp_path / "run", dataset="digits", model="mlp", augment="affine")
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("epoch 1/1: loss")]
+    assert "view" not in line

@@ -1,10 +1,11 @@
 import json
 from dataclasses import dataclass, field
 
+import numpy as np
 import pytest
 
 from kdcache.core.errors import CacheDamaged, UsageError
-from kdcache.core.json_records import canonical_json, differences, from_json, to_json
+from kdcache.core.json_records import brief, canonical_json, differences, from_json, to_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,3 +133,11 @@ def test_differences_pass_over_what_is_ignored_with_everything_below():
     other = Outer(name="β", versions={"torch": "3"})
     ignore = frozenset({"versions", "inner.mean", "many", "count", "rate", "flag"})
     assert differences(FULL, other, ignore=ignore) == [("name", "α", "β"), ("inner.size", 3, None)]
+
+
+def test_values_in_messages_are_short_and_of_one_line():
+    assert brief(np.zeros((3, 224, 224))) == "a ndarray of shape (3, 224, 224) and dtype float64"
+    assert brief(np.float32(1.5)) == repr(np.float32(1.5))
+    assert brief("a\nb") == repr("a\nb")
+    assert len(brief([np.zeros(1000)] * 9)) == 60
+    assert "\n" not in brief([np.eye(9)])

@@ -1,6 +1,7 @@
 import hashlib
 import io
 import os
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -534,3 +535,16 @@ def test_a_spawned_worker_imports_what_was_found_in_the_current_folder(tmp_path,
     batches = loader(open_dataset("py:kd_spawned_data:load", split="train"), [np.arange(4)], workers=1)
     batches.multiprocessing_context = "spawn"
     assert next(iter(batches)).inputs.shape == (4, 1, 2, 2)
+
+
+def test_torchvision_and_scikit_learn_are_imported_for_those_only_who_use_them():
+    """They take 5 s and 2 s."""
+    script = (
+        "import sys\n"
+        "import kdcache.data.loader, kdcache.data.text_files, kdcache.data.views\n"
+        "from kdcache.data.registry import open_dataset\n"
+        "open_dataset('digits', split='train')\n"
+        "print([name for name in ('torchvision', 'sklearn') if name in sys.modules])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout == "[]\n"
