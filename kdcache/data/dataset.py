@@ -263,6 +263,8 @@ def as_indexed(dataset: Any, *, name: str, split: str, classes: Sequence[str] | 
         count, labels = len(dataset), _known_labels(dataset)
         if classes is None:
             classes = _known_classes(dataset)
+    except KdcacheError:
+        raise
     except Exception as problem:  # the user's own properties
         raise DatasetError(
             f"{name} does not tell its length, labels and classes: {type(dataset).__qualname__} raises "

@@ -28,6 +28,9 @@ TEXTS = FileKind("texts", "TEXT.txt", (".txt",))
 # Folders that systems leave beside the user's files without a dot: macOS in archives, Synology for its thumbnails.
 _LEFTOVERS = ("__MACOSX", "@eaDir")
 
+# Whose classes must be the same; other folders beside them are looked at only where they are asked for.
+_SPLITS = ("train", "test", "val")
+
 
 class LeftOut:
     """Counts what is passed over, by reason."""
@@ -97,7 +100,8 @@ def split_folder(spec: str, split: str, kind: FileKind) -> tuple[Path, tuple[str
     """
     root = Path(spec.partition(":")[2])
     names = _folders(root) if root.is_dir() else []
-    classes = {name: found for name in names if (found := tuple(_folders(root / name)))}
+    wanted = [name for name in names if name in (*_SPLITS, split)]
+    classes = {name: found for name in wanted if (found := tuple(_folders(root / name)))}
     chosen = "val" if split == "test" and "test" not in classes and "val" in classes else split
     if chosen not in classes:
         what = f"holds {', '.join(names[:8]) or 'no folders'}" if root.is_dir() else "is no folder"
@@ -110,7 +114,7 @@ def split_folder(spec: str, split: str, kind: FileKind) -> tuple[Path, tuple[str
     if chosen != split:
         why = "test/ holds no class folders" if split in names else "there is no test/"
         log(f"{spec}: the split test is read from val/: {why}")
-    for other in sorted({"train", "test", "val"} & set(classes)):
+    for other in classes:
         if classes[other] != classes[chosen]:
             raise DatasetError(
                 f"{root / chosen} has the classes {_brief(classes[chosen])}; {root / other} has "

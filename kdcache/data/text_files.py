@@ -102,9 +102,11 @@ def open_text_folder(spec: str, split: str) -> TextDataset:
 
 def _imdb_files(folder: Path) -> Iterator[tuple[str, str, bytes]]:
     """Class, place and content of the reviews' files."""
+    left_out = LeftOut()
     for name in IMDB_CLASSES:
         if (folder / name).is_dir():
-            yield from (_read(name, path) for path in find_files(str(folder / name), TEXTS, LeftOut()))
+            yield from (_read(name, path) for path in find_files(str(folder / name), TEXTS, left_out))
+    left_out.log("imdb")
 
 
 def _read(class_name: str, path: str) -> tuple[str, str, bytes]:

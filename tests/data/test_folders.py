@@ -174,3 +174,18 @@ def test_every_type_of_the_table_is_read(tmp_path):
     first = read_image(tmp_path / "animated.gif")
     assert first[0].float().mean() > 250
     assert first[2].float().mean() < 5
+
+
+def test_a_folder_beside_the_splits_is_looked_at_only_where_it_is_asked_for(plain, monkeypatch):
+    (plain / "lost+found").mkdir()
+    scan = os.scandir
+
+    def refusing(path):
+        if os.fspath(path).endswith("lost+found"):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    assert len(open_dataset(f"folder:{plain}", split="train")) == 18
+    with pytest.raises(DatasetError, match=r"lost\+found cannot be read: Permission denied"):
+        open_dataset(f"folder:{plain}", split="lost+found")
