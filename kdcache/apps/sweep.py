@@ -25,6 +25,7 @@ from kdcache.core.options import merge, narrow
 from kdcache.core.progress import log
 from kdcache.models.build import build, load_teacher, open_data
 from kdcache.store.cache import open_cache
+from kdcache.store.manifest import NONE
 
 RESULT, HEAT_MAP = "sweep.json", "sweep.png"
 
@@ -81,7 +82,14 @@ def sweep(settings: Sweep) -> Report:
     out = Path(settings.out)
     _check(settings)
     for path in settings.cache:
-        open_cache(path, allow_partial=settings.allow_partial)
+        mix = open_cache(path, allow_partial=settings.allow_partial).manifest.recipe.mix
+        if settings.val_fraction and mix != NONE:
+            raise UsageError(
+                f"--val-fraction is {settings.val_fraction:g}, and the inputs of {path} are mixed ({mix}) with any "
+                "sample, also with those that would be held out to choose a setting by",
+                "--val-fraction 0 with mixed inputs",
+                "give --val-fraction 0: settings then stay in the order of the grid, and none is chosen",
+            )
     with storage_errors("create", out):
         make_folder(out)
     with PathLock(out, "sweep"):
@@ -100,6 +108,12 @@ def _check(settings: Sweep) -> None:
             "at least one setting to train with",
             "leave it out for the default",
         )
+    if settings.objective and settings.alpha != Sweep().alpha:
+        raise UsageError(
+            f"--alpha {','.join(map(str, settings.alpha))} is given beside --objective",
+            "one of the two: an objective has its own weights",
+            "leave out --alpha, or write the weights as kd:weight=0.9",
+        )
 
 
 def _sweep(settings: Sweep, out: Path) -> Report:
@@ -114,8 +128,9 @@ def _sweep(settings: Sweep, out: Path) -> Report:
     live = None if settings.teacher is None else _live_cost(settings, threads=slots[0].threads)
     log(f"students: {len(jobs)}, settings: {len(grid)}, at once: {len(slots)}; each logs to {out}/NAME.log")
     outcomes = run_all(jobs, out, slots)
-    rows = _rows(grid, seeds, outcomes, chosen_by_validation=settings.val_fraction > 0)
+    rows = _rows(grid, seeds, outcomes)
     data: dict[str, Any] = {
+        "sorted_by": "validation" if settings.val_fraction else "grid",
         "settings": rows,
         "failed": {name: outcome.error for name, outcome in outcomes.items() if outcome.error is not None},
         "train_seconds": sum(sum(each.result["epoch_seconds"]) for each in outcomes.values() if each.result),
@@ -123,8 +138,9 @@ def _sweep(settings: Sweep, out: Path) -> Report:
     if live is not None:
         data["live"] = live | {"train_seconds": data["train_seconds"] * live["ratio"]}
     lines = _lines(rows, data, out)
-    if any(row["score"] is not None for row in rows):
-        lines += draw_heat_map(rows, out / HEAT_MAP)
+    shown = rows if settings.val_fraction else [row | {"score": _mean_of(row["test_accuracy"])} for row in rows]
+    if any(row["score"] is not None for row in shown):
+        lines += draw_heat_map(shown, out / HEAT_MAP)
     write_durable(out / RESULT, (json.dumps(data, indent=2) + "\n").encode())
     return Report(data | {"out": str(out)}, "\n".join(lines), exit_code=1 if data["failed"] else 0)
 
@@ -143,10 +159,10 @@ def _run_settings(settings: Sweep, setting: Setting, seed: int) -> dict[str, Any
     return dict(to_json(merge(TrainStudent, shared | own, where="sweep")))
 
 
-def _rows(
-    grid: Sequence[Setting], seeds: Sequence[int], outcomes: dict[str, Outcome], *, chosen_by_validation: bool
-) -> list[dict[str, Any]]:
-    """A row for each setting, best first, those without a finished student last."""
+def _rows(grid: Sequence[Setting], seeds: Sequence[int], outcomes: dict[str, Outcome]) -> list[dict[str, Any]]:
+    """A row for each setting, best on the validation part first, those without a finished student last; without a
+    validation part in the order of the grid, because the test split chooses nothing.
+    """
     rows = []
     for setting in grid:
         runs = [f"{setting.folder}-seed{seed}" for seed in seeds]
@@ -154,7 +170,6 @@ def _rows(
         judged = [each.result["test_accuracy"] for each in done if each.result]
         tests = [accuracy for accuracy in judged if accuracy is not None]
         validations = [each.val_accuracy for each in done if each.val_accuracy is not None]
-        scores = validations if chosen_by_validation else tests
         rows.append(
             {
                 "name": setting.name,
@@ -165,7 +180,7 @@ def _rows(
                 "finished": len(done),
                 "test_accuracy": tests,
                 "val_accuracy": validations,
-                "score": statistics.mean(scores) if scores else None,
+                "score": _mean_of(validations),
             }
         )
     return sorted(rows, key=lambda row: -1.0 if row["score"] is None else row["score"], reverse=True)
@@ -179,7 +194,8 @@ def _live_cost(settings: Sweep, *, threads: int) -> dict[str, Any]:
     record = manifest.dataset
     dataset = open_data(settings, settings.dataset or record.name, record.split, hint=record.data_root)
     own = teacher_input(settings, settings.checkpoint)
-    teacher = load_teacher(own, str(settings.teacher), settings.checkpoint, dataset, manifest.recipe)
+    outputs = manifest.teacher.outputs
+    teacher = load_teacher(own, str(settings.teacher), settings.checkpoint, dataset, manifest.recipe, outputs=outputs)
     student = build(settings.student, dataset, settings, 0, manifest.teacher.preprocess, training=True)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
@@ -201,7 +217,9 @@ def _live_cost(settings: Sweep, *, threads: int) -> dict[str, Any]:
 def _plain(settings: Sweep) -> StudentConfig:
     """The sweep's way of training, with one temperature and alpha: neither changes what a step costs."""
     shared = to_json(settings)
-    names = {each.name for each in fields(StudentConfig)} - {"temperature", "alpha", "objective", "views"}
+    # The measured cache is one of plain samples and of the one live teacher.
+    elsewhere = {"views", "view_schedule", "cache_weights", "allow_partial"}
+    names = {each.name for each in fields(StudentConfig)} - {"temperature", "alpha", "objective"} - elsewhere
     return merge(StudentConfig, {name: shared[name] for name in names if name in shared}, where="sweep")
 
 
@@ -217,7 +235,9 @@ def _lines(rows: list[dict[str, Any]], data: dict[str, Any], out: Path) -> list[
     lines = ["  ".join(f"{cell:<{width}}" for cell, width in zip(line, widths, strict=True)).rstrip() for line in table]
     lines.insert(1, "  ".join("-" * width for width in widths))
     if not by_validation:
-        lines.append("sorted by the test split; to choose a setting without looking at it, give --val-fraction 0.1")
+        lines.append("in the order of the grid: without --val-fraction nothing is held out that could choose a setting")
+    else:
+        lines.append("sorted by accuracy on the validation part of the training split; the test split chooses nothing")
     lines.append(
         f"training took {data['train_seconds']:,.1f} s of all students together; {out / RESULT} has every number"
     )
@@ -231,6 +251,10 @@ def _lines(rows: list[dict[str, Any]], data: dict[str, Any], out: Path) -> list[
         )
     lines += [f"failed: {name}: {error}" for name, error in data["failed"].items()]
     return lines
+
+
+def _mean_of(values: list[float]) -> float | None:
+    return statistics.mean(values) if values else None
 
 
 def _mean(values: list[float]) -> str:

@@ -6,7 +6,8 @@ answer without importing torch.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 from kdcache.core.errors import UsageError
 from kdcache.core.options import Settings, option
@@ -352,6 +353,13 @@ class Sweep(CacheUse, DatasetSource, Input):
     teacher: str | None = option(None, f"Measure what the sweep would cost with this live teacher: {MODEL_HELP}")
     checkpoint: str | None = option(None, "The live teacher's weights.")
     out: str = option("", "Folder for the runs, the table and the heat map.", required=True)
+    val_fraction: float = option(
+        0.1,
+        "Part of the training split kept out of training, by whose accuracy settings are sorted; with 0 they stay in "
+        "the order of the grid.",
+        minimum=0,
+        maximum=0.9,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -378,10 +386,27 @@ class Export(DatasetSource):
     tolerance: float = option(1e-4, "Largest difference of a logit x, as a part of 1 + |x|.", above=0)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Bench(StudentConfig, DatasetSource, Input):
-    """`kdcache bench`."""
+def _of(settings_class: type[Settings], name: str) -> Any:
+    """An option of other settings: its default, its bounds and its help text."""
+    (found,) = (each for each in fields(settings_class) if each.name == name)
+    return field(default=found.default, metadata=found.metadata)
 
+
+@dataclass(frozen=True, kw_only=True)
+class Bench(Execution, TeacherOutput, DatasetSource, Input):
+    """`kdcache bench`: of the options of `train-student` those that an epoch's time depends on."""
+
+    optimizer: str = _of(TrainConfig, "optimizer")
+    learning_rate: float = _of(TrainConfig, "learning_rate")
+    momentum: float = _of(TrainConfig, "momentum")
+    weight_decay: float = _of(TrainConfig, "weight_decay")
+    clip_norm: float | None = _of(TrainConfig, "clip_norm")
+    ema: float | None = _of(TrainConfig, "ema")
+    cache_memory: str = _of(CacheUse, "cache_memory")
+    cache_on_device: bool = _of(CacheUse, "cache_on_device")
+    verify_inputs: str = _of(CacheUse, "verify_inputs")
+    feed: str = _of(CacheUse, "feed")
+    shuffle: str = _of(CacheUse, "shuffle")
     dataset: str = option("digits", DATASET_HELP)
     teacher: str = option("cnn", MODEL_HELP)
     checkpoint: str | None = option(None, "The teacher's weights; its speed does not depend on them.")

@@ -9,16 +9,23 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from torch import nn
 
 from kdcache.analysis.matrix_plots import draw_heat_map
 from kdcache.apps import sweep_workers
-from kdcache.apps.sweep import grid_of
-from kdcache.core.config import Sweep
+from kdcache.apps.bench import bench
+from kdcache.apps.sweep import _rows, grid_of
+from kdcache.core.config import Bench, StudentConfig, Sweep, TrainConfig
 from kdcache.core.errors import UsageError
 from kdcache.core.file_lock import PathLock
 from kdcache.core.system import core_count
+from kdcache.distill.objective import distillation_objective
+from kdcache.distill.student.train_student import train_student
+from kdcache.distill.teacher.live_teacher import LiveTargets
+from kdcache.distill.trainer import train
+from kdcache.store.manifest import Preprocess
 from tests.dying import die
-from tests.helpers import answer, kdcache, refused, tree
+from tests.helpers import answer, kdcache, refused, synthetic, tree
 
 QUICK = ("--epochs", "2", "--device", "cpu", "--batch-size", "64", "--learning-rate", "0.003")
 
@@ -46,7 +53,7 @@ def test_a_sweep_trains_every_setting_and_seed_and_sorts_them(scene):
     for row in rows:
         results = [json.loads((scene.out / run / "result.json").read_text()) for run in row["runs"]]
         assert row["test_accuracy"] == [result["test_accuracy"] for result in results]
-        assert row["score"] == pytest.approx(sum(row["test_accuracy"]) / 2)
+        assert row["score"] == pytest.approx(sum(row["val_accuracy"]) / 2)
     assert json.loads((scene.out / "sweep.json").read_text()) == {k: v for k, v in found.items() if k != "out"}
     assert (scene.out / "sweep.png").read_bytes().startswith(b"\x89PNG")
 
@@ -62,6 +69,8 @@ def test_a_swept_student_is_the_one_that_train_student_makes(scene, tmp_path):
         1,
         "--seed",
         1,
+        "--val-fraction",
+        0.1,
         *QUICK,
         "--out",
         tmp_path,
@@ -104,12 +113,45 @@ def test_a_failed_student_stops_no_other_and_is_tried_again(scene, tmp_path):
         assert "--features penultimate" in found["failed"]["T2-kd+feature_mse-seed0"]
 
 
-def test_validation_chooses_where_there_is_one(scene, tmp_path):
-    command = ("sweep", "--cache", scene.cache, "--temperature", "2,8", *QUICK, "--out", tmp_path)
-    command += ("--val-fraction", "0.2")
-    for row in answer(*command)["settings"]:
+def test_validation_chooses_unless_it_is_left_out(scene, tmp_path):
+    command = ("sweep", "--cache", scene.cache, "--temperature", "8,2", *QUICK, "--out")
+    found = answer(*command, tmp_path / "by-default")
+    assert found["sorted_by"] == "validation"
+    for row in found["settings"]:
         assert row["score"] == row["val_accuracy"][0] != row["test_accuracy"][0]
-    assert "validation" in kdcache(*command).stdout
+    assert "sorted by accuracy on the validation part" in kdcache(*command, tmp_path / "by-default").stdout
+    without = (*command, tmp_path / "without", "--val-fraction", "0")
+    found = answer(*without)
+    assert found["sorted_by"] == "grid"
+    assert [(row["temperature"], row["score"], row["val_accuracy"]) for row in found["settings"]] == [
+        (8, None, []),
+        (2, None, []),
+    ]
+    assert "in the order of the grid" in kdcache(*without).stdout
+    assert (tmp_path / "without" / "sweep.png").is_file()
+
+
+def test_the_test_split_never_sorts():
+    def outcome(validation, test):
+        return sweep_workers.Outcome(result={"test_accuracy": test}, error=None, val_accuracy=validation)
+
+    grid = grid_of(Sweep(temperature=(1.0, 2.0)))
+    names = [f"{point.folder}-seed0" for point in grid]
+    rows = _rows(grid, [0], dict(zip(names, (outcome(0.5, 0.9), outcome(0.6, 0.1)), strict=True)))
+    assert [row["temperature"] for row in rows] == [2, 1]
+    rows = _rows(grid, [0], dict(zip(names, (outcome(None, 0.1), outcome(None, 0.9)), strict=True)))
+    assert [row["temperature"] for row in rows] == [1, 2]
+
+
+def test_a_sweep_of_mixed_inputs_has_no_validation_part_and_says_so(scene, tmp_path):
+    cache = tmp_path / "mixed.zarr"
+    answer("dump-teacher", *scene.teach, "--mix", "uniform", "--device", "cpu", "--out", cache)
+    command = ("sweep", "--cache", cache, *QUICK, "--out", tmp_path / "sweep")
+    message = refused(2, *command)
+    assert "mixed (uniform)" in message
+    assert "give --val-fraction 0" in message
+    assert not (tmp_path / "sweep").exists()
+    assert answer(*command, "--val-fraction", "0")["sorted_by"] == "grid"
 
 
 def test_a_student_whose_process_dies_takes_no_other_with_it(tmp_path, monkeypatch):
@@ -228,7 +270,7 @@ def test_what_a_sweep_refuses(scene, tmp_path):
 
 
 def test_bench_tells_when_the_cache_has_paid(scene):
-    command = ("bench", "--student", "mlp", *scene.teach, *QUICK, "--rounds", "1")
+    command = ("bench", "--student", "mlp", *scene.teach, *QUICK[2:], "--rounds", "1")
     found = answer(*command)
     assert found["samples"] == 1437
     assert set(found["epoch_seconds"]) == {"labels only", "from the cache", "with the live teacher"}
@@ -241,13 +283,67 @@ def test_bench_tells_when_the_cache_has_paid(scene):
     assert "the cache has paid after" in text or "saves no time" in text
 
 
-def test_bench_refuses_what_it_would_not_follow():
-    for option in (("--objective", "dist"), ("--no-distill",), ("--views", "1")):
-        assert "leave it out" in refused(2, "bench", *option)
+def test_bench_has_no_option_that_it_would_not_follow():
+    for option in (("--objective", "dist"), ("--no-distill",), ("--views", "1"), ("--epochs", "3")):
+        assert "No such option" in refused(2, "bench", *option)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("feed", "streamed"),
+        ("shuffle", "window"),
+        ("cache_memory", "1MiB"),
+        ("cache_on_device", True),
+        ("verify_inputs", "all"),
+        ("optimizer", "sgd"),
+        ("clip_norm", 0.5),
+        ("ema", 0.9),
+        ("seed", 3),
+        ("batch_size", 64),
+    ],
+)
+def test_bench_reads_the_cache_as_it_is_told(monkeypatch, name, value):
+    seen = []
+
+    def watch(student, dataset, cache, *, config, preprocess):
+        seen.append(config)
+        return train_student(student, dataset, cache, config=config, preprocess=preprocess)
+
+    monkeypatch.setattr("kdcache.apps.bench.train_student", watch)
+    bench(Bench(teacher="mlp", samples=64, rounds=1, device="cpu", **{name: value}))
+    assert {getattr(config, name) for config in seen} == {value}
+    if name != "verify_inputs":
+        assert {config.verify_inputs for config in seen} == {"sample"}  # what a student's training does by default
+
+
+def test_a_live_teacher_shares_the_students_inputs_and_is_walked_once_an_epoch():
+    walks = []
+
+    class Teacher(nn.Sequential):
+        def eval(self):
+            walks.append(len(walks))
+            return super().eval()
+
+    teacher = Teacher(nn.Flatten(), nn.Dropout(0.5), nn.Linear(16, 4))
+    dataset = synthetic(40)
+    live = LiveTargets(teacher, Preprocess(), classes=4)
+    shared = []
+
+    def objective(logits_bc, batch, epochs_done=0.0):
+        shared.append(batch.inputs.device == next(teacher.parameters()).device and not batch.inputs.is_inference())
+        return distillation_objective(StudentConfig())(logits_bc, batch, epochs_done)
+
+    config = TrainConfig(epochs=2, batch_size=8, device="cpu")
+    student = nn.Sequential(nn.Flatten(), nn.Linear(16, 4))
+    train(student, dataset, objective=objective, preprocess=Preprocess(), config=config, join=live)
+    assert walks == [0, 1]
+    assert len(shared) == 10
+    assert all(shared)
 
 
 def test_bench_needs_no_weights(scene):
-    result = kdcache("bench", "--teacher", "resnet8x4", "--samples", "64", "--rounds", "1", *QUICK)
+    result = kdcache("bench", "--teacher", "resnet8x4", "--samples", "64", "--rounds", "1", *QUICK[2:])
     assert result.exit_code == 0, result.output
     assert "without a checkpoint" in result.stderr
 

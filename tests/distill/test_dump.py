@@ -107,7 +107,7 @@ def test_a_stopped_dump_continues_to_the_very_same_files(tmp_path, shards_before
     dataset = synthetic(45)
     dump_teacher(Network(16, 4), dataset, out=tmp_path / "whole", config=CONFIG)
     # The 2 rows that are tried first, the shards, and one batch of two of the shard that is lost.
-    stopping = Network(16, 4, stop_after=2 + 16 * shards_before + 8)
+    stopping = Network(16, 4, stop_after=6 + 16 * shards_before + 8)
     with pytest.raises(Interrupted):
         dump_teacher(stopping, dataset, out=tmp_path / "stopped", config=CONFIG)
     assert stopping.training
@@ -307,7 +307,7 @@ def test_workers_change_nothing(tmp_path):
 def test_labels_that_only_the_samples_tell_are_recorded(tmp_path):
     plain = synthetic(37)
     known = dump_teacher(Network(16, 4), plain, out=tmp_path / "known", config=CONFIG)
-    stopping = Network(16, 4, stop_after=2 + 16)
+    stopping = Network(16, 4, stop_after=6 + 16)
     with pytest.raises(Interrupted):
         dump_teacher(stopping, Items(plain), out=tmp_path / "items", config=CONFIG)
     items = dump_teacher(Network(16, 4), Items(plain), out=tmp_path / "items", config=CONFIG)
