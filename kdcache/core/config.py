@@ -405,7 +405,7 @@ class Bench(Execution, TeacherOutput, DatasetSource, Input):
     cache_memory: str = _of(CacheUse, "cache_memory")
     cache_on_device: bool = _of(CacheUse, "cache_on_device")
     verify_inputs: str = _of(CacheUse, "verify_inputs")
-    feed: str = _of(CacheUse, "feed")
+    row_source: str = _of(CacheUse, "row_source")
     shuffle: str = _of(CacheUse, "shuffle")
     dataset: str = option("digits", DATASET_HELP)
     teacher: str = option("cnn", MODEL_HELP)

@@ -152,6 +152,8 @@ def build(
     built = _construct(
         spec, dataset, settings, seed, default, training=training, checkpoint=checkpoint or {}, classes=classes
     )
+    if not training and not checkpoint:
+        check_class_names(spec, class_names(built.module, spec, {}), classes, exact=False)
     _probe(built, Views(dataset, recipe or ViewRecipe()), seed)
     return built
 

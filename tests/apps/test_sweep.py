@@ -291,7 +291,7 @@ def test_bench_has_no_option_that_it_would_not_follow():
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("feed", "streamed"),
+        ("row_source", "streamed"),
         ("shuffle", "window"),
         ("cache_memory", "1MiB"),
         ("cache_on_device", True),

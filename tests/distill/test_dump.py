@@ -123,7 +123,7 @@ def test_a_finished_dump_is_left_as_it_is(tmp_path):
     dataset = synthetic(37)
     first = dump_teacher(Network(16, 4), dataset, out=tmp_path / "c", config=CONFIG)
     before = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*")}
-    teacher = Network(16, 4, stop_after=2)
+    teacher = Network(16, 4, stop_after=6)
     again = dump_teacher(teacher, dataset, out=tmp_path / "c", config=CONFIG)
     assert (again.computed_rows, again.rows, again.manifest) == (0, 37, first.manifest)
     assert {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*")} == before

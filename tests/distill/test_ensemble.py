@@ -256,7 +256,7 @@ def test_memory_is_what_all_caches_together_may_hold(made, capsys):
 
 def test_a_partial_cache_and_a_whole_one_share_what_both_have(tmp_path, made):
     with pytest.raises(Interrupted):
-        dump(tmp_path / "c", teacher=Sums(seed=1, stop_after=4 + 40))
+        dump(tmp_path / "c", teacher=Sums(seed=1, stop_after=10 + 40))
     with pytest.raises(CacheIncomplete):
         learn([made(), tmp_path / "c"])
     seen = watched(
@@ -267,7 +267,7 @@ def test_a_partial_cache_and_a_whole_one_share_what_both_have(tmp_path, made):
 
 def test_a_partial_cache_and_a_whole_one_need_no_further_flags(tmp_path, made):
     with pytest.raises(Interrupted):
-        dump(tmp_path / "c", teacher=Sums(seed=1, stop_after=4 + 40))
+        dump(tmp_path / "c", teacher=Sums(seed=1, stop_after=10 + 40))
     learn([made(), tmp_path / "c"], allow_partial=True, views=(0,), epochs=1)
 
 

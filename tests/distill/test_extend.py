@@ -40,7 +40,7 @@ from tests.helpers import COLUMNS, Interrupted, Items, logit_source, synthetic, 
 # Three shards of 16, 16 and 12 rows.
 SAMPLES = synthetic(44)
 SHARDS, SHARD_ROWS = 3, 16
-PROBED = 4
+PROBED = 10  # two batches of two, each twice, and one of two with another neighbour
 
 
 class Jitter:

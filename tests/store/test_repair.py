@@ -110,7 +110,7 @@ def test_a_partial_cache_gives_what_is_committed_and_nothing_else(tmp_path, whol
     original, compression = whole
     out = tmp_path / "c.zarr"
     with pytest.raises(Interrupted):
-        dump(out, compression=compression, teacher=Network(16, 4, stop_after=2 + 40))
+        dump(out, compression=compression, teacher=Network(16, 4, stop_after=6 + 40))
     with pytest.raises(CacheIncomplete, match="2 of 4 shards"):
         open_cache(out)
     cache, full = open_cache(out, allow_partial=True), open_cache(original)

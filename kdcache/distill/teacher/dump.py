@@ -279,7 +279,7 @@ class _Dump:
     def _probe(self, taps: Taps) -> dict[str, tuple[int, ...]]:
         """Let the teacher answer for one small batch, so that a wrong teacher is refused before anything is written.
 
-        The first batch is put to it again, alone and with another neighbour, because it must give one answer.
+        It answers for the batch twice, and for its first sample beside another one, because it must give one answer.
 
         Returns:
             The shape of one row of the features of each layer.
@@ -291,6 +291,10 @@ class _Dump:
         with evaluation_mode(self.teacher):
             for request, batch in zip(requests, self._probed(requests), strict=True):
                 found = self._forward(batch, taps)()
+                returned = forward(
+                    self.teacher, batch.inputs, preprocessor=self.preprocessor, device=self.device, amp=self.config.amp
+                )
+                check_kind(returned.cpu().double().numpy(), self.outputs, narrow=self.narrow)
                 for name, answers in found.items():
                     if name == LOGITS:
                         encoding.encode(answers, first_sample=0)
@@ -303,28 +307,23 @@ class _Dump:
                             "a layer whose output has a row for each sample",
                             "choose another; see --list-layers",
                         )
+                again = to_logits(returned, self.outputs).cpu().double().numpy()
+                check_same(found["logits"], again, sample=0, narrow=self.narrow, other_batch=False)
                 if request.view == 0:
-                    self._check_answers(batch, found["logits"])
+                    self._check_beside_another(found["logits"])
         return {layer: shapes[f"features.{layer}"] for layer in self.layers}
 
-    def _check_answers(self, batch: Batch, logits: NDArray[Any]) -> None:
-        """Refuse a teacher that returns something else than it is said to, or two answers to one input.
+    def _check_beside_another(self, logits: NDArray[Any]) -> None:
+        """Refuse a teacher whose answer to a sample depends on what is beside it in the batch.
 
         Args:
-            batch: the first samples of view 0.
-            logits: the teacher's answer to it.
+            logits: the teacher's answer to the first samples of view 0.
         """
-        returned = forward(
-            self.teacher, batch.inputs, preprocessor=self.preprocessor, device=self.device, amp=self.config.amp
-        )
-        check_kind(returned.cpu().double().numpy(), self.outputs, narrow=self.narrow)
-        again = to_logits(returned, self.outputs).to(torch.from_numpy(logits).dtype).cpu().numpy()
-        check_same(logits, again, sample=0, narrow=self.narrow, other_batch=False)
         last = len(self.dataset) - 1
         beside = BatchRequest(np.array([0, last if last > 1 else 0]), 0)  # two samples: batch norm takes no single one
-        (other,) = self._probed([beside])
+        (batch,) = self._probed([beside])
         with Taps(self.teacher, []) as none:
-            elsewhere = self._forward(other, none)()["logits"]
+            elsewhere = self._forward(batch, none)()["logits"]
         check_same(logits[:1], elsewhere[:1], sample=0, narrow=self.narrow, other_batch=True)
 
     def _probed(self, requests: list[BatchRequest]) -> Iterable[Batch]:
