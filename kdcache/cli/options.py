@@ -17,6 +17,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
+from kdcache.cli.early import check_early
 from kdcache.core.command_result import Report
 from kdcache.core.errors import KdcacheError, UsageError
 from kdcache.core.json_records import to_json
@@ -31,13 +32,13 @@ OWN, GENERAL = "Options", "General"
 PANELS = {
     "Loss": ("temperature", "alpha", "distill", "objective", "student_layer", "label_smoothing"),
     "Optimisation": (
-        *("epochs", "batch_size", "optimizer", "learning_rate", "weight_decay", "schedule", "warmup_epochs"),
+        *("epochs", "optimizer", "learning_rate", "weight_decay", "schedule", "warmup_epochs"),
         *("val_fraction", "momentum", "milestones", "gamma", "clip_norm", "ema"),
     ),
     "Data and preprocessing": ("dataset", "data_root", "download", "mean", "std", "size"),
     "Views": ("augment", "mix", "views", "view_seed", "plain_view", "view_schedule", "add_views"),
     "Text": ("max_tokens", "vocabulary_size", "tokenizer"),
-    "Machine": ("device", "workers", "amp", "seed"),
+    "Execution": ("device", "batch_size", "workers", "amp", "seed"),
     "Storage": ("features", "pool", "encoding", "compression", "shard_rows"),
     "Reading the cache": (
         *("verify_inputs", "allow_partial", "cache_weights", "cache_memory", "cache_on_device", "input_memory"),
@@ -57,6 +58,7 @@ def command_of(app: typer.Typer, settings_class: type[Settings], name: str, exam
             settings: Any = None
             try:
                 settings = _settings(settings_class, given, file)
+                check_early(settings)
                 report = function(settings)
             except KdcacheError as problem:
                 _show(f"error: {problem}", problem if debug else None)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from kdcache.core.errors import UsageError
-from kdcache.core.options import Settings, option
+from kdcache.core.options import Settings, check_effective, option
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,12 +39,12 @@ AUGMENT_HELP = (
     "none, affine, crop-flip, crop-flip-randaugment, resized-crop-flip (:PIXELS behind it for another size) or "
     "py:package.module:function."
 )
-DATASET_HELP = (
-    "digits, mnist, fashion-mnist, cifar10, cifar100, imdb, folder:PATH, text-folder:PATH or "
-    "py:package.module:function."
-)
+DATASET_NAMES = ("digits", "mnist", "fashion-mnist", "cifar10", "cifar100", "imdb")
+DATASET_HELP = f"{', '.join(DATASET_NAMES)}, folder:PATH, text-folder:PATH or py:package.module:function."
+IMAGE_MODELS = ("cnn", "mlp", "resnet20", "resnet56", "resnet110", "resnet8x4", "resnet32x4")
+MODEL_NAMES = (*IMAGE_MODELS, "lstm", "gru")
 MODEL_HELP = (
-    "cnn, mlp, resnet20, resnet56, resnet110, resnet8x4, resnet32x4, torchvision:NAME[@WEIGHTS], timm:NAME, "
+    f"{', '.join(IMAGE_MODELS)}, torchvision:NAME[@WEIGHTS], timm:NAME, "
     "for text lstm, gru (sized as lstm:hidden=128,embedding=64) or hf:NAME, or py:package.module:factory."
 )
 
@@ -223,6 +223,10 @@ class StudentConfig(CacheUse):
         not_with=("distill",),
     )
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_effective(self, ["objective"] if self.objective else [])
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainTeacher(TrainConfig, Augmenting, DatasetSource, Input):
@@ -292,6 +296,8 @@ class Inspect(Settings):
 @dataclass(frozen=True, kw_only=True)
 class Verify(DatasetSource, Input, Execution):
     """`kdcache verify`."""
+
+    inherited_only_with = ("teacher",)
 
     cache: str = option("", "A cache made by dump-teacher.", argument=True, required=True)
     split: tuple[str, ...] = option((), "Split to check; repeat for several. [default: all]")

@@ -10,7 +10,7 @@ import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from kdcache.core.errors import UsageError
 from kdcache.core.json_records import from_json, to_json
@@ -59,9 +59,14 @@ def option(
 class Settings:
     """Base of all settings: checks every value against its bounds.
 
+    Attributes:
+        inherited_only_with: other settings without one of which no inherited setting has an effect, as `only_with`.
+
     Raises:
         UsageError: a value is out of bounds or not among the choices.
     """
+
+    inherited_only_with: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
         for each in fields(self):
@@ -97,8 +102,11 @@ def check_effective(settings: Settings, given: Iterable[str]) -> None:
         UsageError: one of them is without effect; the message names the other setting.
     """
     rules = {each.name: each for each in fields(settings)}
+    own = vars(type(settings)).get("__annotations__", {})
     for name in given:
         only_with, not_with = rules[name].metadata["only_with"], rules[name].metadata["not_with"]
+        if name not in own:
+            only_with = only_with or settings.inherited_only_with
         flag = flag_of(name, off=rules[name].default is True)
         if only_with and not any(_holds(settings, rules, condition) for condition in only_with):
             needed = [_spelled(rules, condition) for condition in only_with]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 from collections.abc import Iterable
 from typing import Any
@@ -14,6 +15,43 @@ from kdcache.core.config import TrainConfig
 from kdcache.models.feature_hooks import remove_taps
 
 
+class _Eager(torch.optim.Optimizer):
+    """An optimiser without the wrappers that torch puts around these methods for `torch.compile`.
+
+    Their first call imports torch's compiler, sympy and much else: as long again as `import torch`, in every run, for
+    a step that is never compiled here.
+    """
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        inspect.unwrap(super().add_param_group)(self, param_group)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        inspect.unwrap(super().zero_grad)(self, set_to_none)
+
+    def state_dict(self) -> dict[str, Any]:
+        state: dict[str, Any] = inspect.unwrap(super().state_dict)(self)
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        inspect.unwrap(super().load_state_dict)(self, state_dict)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        return inspect.unwrap(super().step)(self, closure)
+
+
+class _SGD(_Eager, torch.optim.SGD):
+    pass
+
+
+class _Adam(_Eager, torch.optim.Adam):
+    pass
+
+
+class _AdamW(_Eager, torch.optim.AdamW):
+    pass
+
+
 def build_optimizer(given: Iterable[nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
     """The optimiser that a config names, over those of the given parameters that train."""
     parameters = [parameter for parameter in given if parameter.requires_grad]
@@ -21,10 +59,10 @@ def build_optimizer(given: Iterable[nn.Parameter], config: TrainConfig) -> torch
     options: dict[str, Any] = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
     options["fused"] = all(parameter.device.type in ("cpu", "cuda") for parameter in parameters)
     if config.optimizer == "sgd":
-        return torch.optim.SGD(parameters, momentum=config.momentum, nesterov=config.momentum > 0, **options)
+        return _SGD(parameters, momentum=config.momentum, nesterov=config.momentum > 0, **options)
     if config.optimizer == "adamw":
-        return torch.optim.AdamW(parameters, **options)
-    return torch.optim.Adam(parameters, **options)
+        return _AdamW(parameters, **options)
+    return _Adam(parameters, **options)
 
 
 def learning_rate_factor(config: TrainConfig, step: int, steps_an_epoch: int) -> float:

@@ -72,14 +72,26 @@ def _with_room(split: Path, found: Manifest | None, views: int, add_views: int) 
     return replace(found, views=wanted)
 
 
+def check_free(path: Path) -> bool:
+    """Whether a path is free for a new cache; False where there is a cache.
+
+    Raises:
+        TargetExists: something else stands there.
+        CacheDamaged: a cache stands there that cannot be read.
+    """
+    if is_cache(path):
+        return False
+    if os.path.lexists(path) and not (path.is_dir() and _is_free(path)):
+        raise TargetExists(
+            f"{path} exists and is not a kdcache cache",
+            "a free path, an empty folder, or a cache",
+            "choose another --out; nothing was changed",
+        )
+    return True
+
+
 def _same_dump(path: Path, manifest: Manifest, *, repair: bool, exact_versions: bool) -> Manifest | None:
-    if not is_cache(path):
-        if os.path.lexists(path) and not (path.is_dir() and _is_free(path)):
-            raise TargetExists(
-                f"{path} exists and is not a kdcache cache",
-                "a free path, an empty folder, or a cache",
-                "choose another --out; nothing was changed",
-            )
+    if check_free(path):
         return None
     split = path / manifest.dataset.split
     if not split.exists():
