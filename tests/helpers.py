@@ -182,6 +182,7 @@ def kdcache(*arguments: object, stdin: str = "") -> Result:
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
     assert "Traceback" not in result.output
+    assert "error: unexpected " not in result.output, result.output
     return result
 
 

@@ -24,6 +24,8 @@ from kdcache.core.json_records import to_json
 from kdcache.core.options import Settings, check_effective, flag_of, merge, read_settings, suggestion
 from kdcache.core.plugins import describe
 
+# Command → the class of its settings, entered as commands are defined.
+SETTINGS_CLASSES: dict[str, type[Settings]] = {}
 INTERRUPTED = 130
 UNEXPECTED = "error: unexpected "
 
@@ -51,6 +53,7 @@ def command_of(app: typer.Typer, settings_class: type[Settings], name: str, exam
     """Register a function of settings as a command whose options are the fields of `settings_class`."""
 
     names = {each.name for each in dataclasses.fields(settings_class)}
+    SETTINGS_CLASSES[name] = settings_class
 
     def register(function: Callable[[Any], Report]) -> Callable[[Any], Report]:
         def command(**given: Any) -> None:

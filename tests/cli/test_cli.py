@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import typer
+from typer.testing import CliRunner
 
 from kdcache.cli.app import app
 from tests.helpers import answer, kdcache, refused, tree
@@ -87,7 +88,8 @@ def test_a_stage_done_again_does_nothing(pipeline):
 
 
 def test_the_student_alone(pipeline, tmp_path):
-    found = answer(*pipeline.learn, "--no-distill", "--out", tmp_path / "alone")
+    learn = ("train-student", "--cache", pipeline.cache, "--student", "mlp", *EPOCHS)
+    found = answer(*learn, "--no-distill", "--out", tmp_path / "alone")
     assert found["role"] == "student alone"
     assert 0.5 < found["test_accuracy"] <= 1
     entry = json.loads((tmp_path / "alone" / "metrics.jsonl").read_text().splitlines()[0])
@@ -425,3 +427,101 @@ def test_a_damaged_result_is_named(pipeline, tmp_path):
     shutil.copytree(pipeline.student, tmp_path / "run")
     (tmp_path / "run" / "result.json").write_text("{")
     assert "result.json is damaged" in refused(2, "compare", tmp_path / "run")
+
+
+# ---- --debug, and what nobody foresaw
+
+
+def raising(problem):
+    def command(*_):
+        raise problem
+
+    return command
+
+
+def test_an_unforeseen_exception_is_one_line_and_the_traceback_comes_with_debug(monkeypatch, tmp_path):
+    def explore():
+        return {}["a key"]
+
+    monkeypatch.setattr("kdcache.apps.doctor.examine", lambda settings: explore())
+    result = CliRunner().invoke(app, ["doctor", str(tmp_path)])
+    assert result.exit_code == 1
+    assert result.stdout == ""
+    assert result.stderr.splitlines()[0].startswith("error: unexpected KeyError: 'a key' (")
+    assert f"{__file__}, line " in result.stderr
+    assert result.stderr.splitlines()[1] == "  to do:  run the same command with --debug for the traceback"
+    debugged = CliRunner().invoke(app, ["doctor", str(tmp_path), "--debug"])
+    assert debugged.exit_code == 1
+    assert "Traceback (most recent call last)" in debugged.stderr
+    assert "in explore" in debugged.stderr
+    assert debugged.stderr.splitlines()[-1].startswith("error: unexpected KeyError")
+
+
+def test_debug_shows_the_cause_of_a_refusal(tmp_path):
+    plain = CliRunner().invoke(app, ["evaluate", "--run", str(tmp_path)])
+    debugged = CliRunner().invoke(app, ["evaluate", "--run", str(tmp_path), "--debug"])
+    assert plain.exit_code == debugged.exit_code == 2
+    assert "Traceback" not in plain.stderr
+    assert "FileNotFoundError" in debugged.stderr
+    assert debugged.stderr.endswith(plain.stderr)
+
+
+@pytest.mark.parametrize("problem", [KeyboardInterrupt(), SystemExit(7)])
+def test_what_stops_a_command_on_purpose_is_no_defect(monkeypatch, tmp_path, problem):
+    monkeypatch.setattr("kdcache.apps.doctor.examine", raising(problem))
+    result = CliRunner().invoke(app, ["doctor", str(tmp_path)])
+    assert result.exit_code == (7 if isinstance(problem, SystemExit) else 130)
+    assert "unexpected" not in result.stderr
+
+
+# ---- mistakes that need no torch
+
+
+@pytest.mark.parametrize(
+    ("exit_code", "arguments", "parts"),
+    [
+        (0, ["--help"], ["train-student"]),
+        (2, ["train-student", "--cache", "c", "--out", "r", "--lr", "1"], ["--learning-rate"]),
+        (2, ["train-teacher", "--out", "r", "--epochs", "0"], ["--epochs is 0"]),
+        (2, ["train-teacher", "--out", "r", "--device", "toaster"], ["--device is 'toaster'", "cuda:N"]),
+        (2, ["train-student", "--cache", "{cache}", "--out", "r", "--cache-memory", "much"], ["'much'", "4GiB"]),
+        (1, ["train-student", "--cache", "nowhere", "--out", "r"], ["no cache at nowhere", "dump-teacher"]),
+        (1, ["sweep", "--cache", "nowhere", "--out", "r"], ["no cache at nowhere"]),
+        (1, ["plot-temperature", "nowhere", "--out", "r.png"], ["no cache at nowhere"]),
+        (1, ["train-student", "--cache", "{cache}", "--out", "{student}"], ["already holds a run", "--resume"]),
+        (1, ["train-teacher", "--out", "{teacher}"], ["already holds a run", "--resume"]),
+        (1, ["dump-teacher", "--checkpoint", "{teacher}/best.pt", "--out", "{teacher}"], ["is not a kdcache cache"]),
+        (1, ["dump-teacher", "--checkpoint", "nowhere.pt", "--out", "c"], ["nowhere.pt does not exist", "correct"]),
+        (1, ["dump-teacher", "--checkpoint", "{teacher}", "--out", "c"], ["is a folder", ".safetensors"]),
+        (1, ["train-teacher", "--tokenizer", "t.json", "--out", "r"], ["t.json does not exist", "tokenizer.json"]),
+        (1, ["train-teacher", "--dataset", "mnits", "--out", "r"], ["no dataset 'mnits'", "did you mean mnist"]),
+        (1, ["train-teacher", "--dataset", "folder:nowhere", "--out", "r"], ["is no folder", "correct the path"]),
+        (1, ["train-teacher", "--model", "resnet21", "--out", "r"], ["no model 'resnet21'", "resnet20"]),
+        (2, ["evaluate", "--run", "nowhere"], ["no run at nowhere", "train-teacher"]),
+        (2, ["predict", "--run", "nowhere", "one.png"], ["no run at nowhere"]),
+        (2, ["export", "--run", "nowhere", "--out", "s.pt2"], ["no run at nowhere"]),
+        (2, ["report", "nowhere", "--out", "r.html"], ["no run at nowhere"]),
+        (2, ["compare", "nowhere"], ["no run at nowhere"]),
+    ],
+)
+def test_a_mistake_is_named_where_torch_cannot_even_be_imported(pipeline, tmp_path, exit_code, arguments, parts):
+    given = [each.format(**vars(pipeline)) for each in arguments]
+    code = "import sys; sys.modules['torch'] = None; from kdcache.cli.app import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", code, *given], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=120
+    )
+    assert done.returncode == exit_code, done.stderr
+    for part in parts:
+        assert part in done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_names_that_are_known_without_torch_are_those_that_are_built():
+    from kdcache.core.config import DATASET_NAMES, MODEL_NAMES
+    from kdcache.data.registry import DATASETS
+    from kdcache.models.cnn import NETWORKS
+    from kdcache.models.rnn import TEXT_NETWORKS
+
+    assert set(DATASET_NAMES) == {*DATASETS, "imdb"}
+    assert set(MODEL_NAMES) == {*NETWORKS, *TEXT_NETWORKS}
