@@ -18,6 +18,7 @@ from kdcache.core.config import (
     DumpTeacher,
     Evaluate,
     Execution,
+    Inference,
     StudentConfig,
     TrainConfig,
     TrainStudent,
@@ -183,7 +184,9 @@ def verify_with_teacher(settings: Verify) -> Report:
             views,
             cache,
             rows=settings.rows,
-            execution=narrow(Execution, settings),
+            execution=Execution(
+                device=settings.device, batch_size=settings.batch_size, workers=settings.workers, seed=settings.seed
+            ),
             tokenizer=built.preprocessor.tokenizer,
         )
         data["splits"][split]["recomputed"] = dataclasses.asdict(found)
@@ -252,7 +255,7 @@ def evaluate(settings: Evaluate) -> Report:
     dataset = open_data(settings, settings.dataset or trained.dataset, settings.split, hint=trained.data_root)
     check_classes(str(trained.checkpoint), trained.classes, dataset)
     evaluation = evaluate_model(
-        trained.module, dataset, preprocess=trained.preprocessor, config=narrow(Execution, settings)
+        trained.module, dataset, preprocess=trained.preprocessor, config=narrow(Inference, settings)
     )
     data = {
         "run": settings.run,

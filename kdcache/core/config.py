@@ -14,12 +14,18 @@ from kdcache.core.options import Settings, check_effective, option
 
 
 @dataclass(frozen=True, kw_only=True)
-class Inference(Settings):
-    """How a network is run over samples."""
+class Loading(Settings):
+    """Where samples are loaded and networks run."""
 
     device: str = option("auto", "auto (a GPU when there is one), cpu, cuda, cuda:N or mps.")
     batch_size: int = option(128, "Samples in a batch.", minimum=1)
     workers: int = option(0, "Processes that load samples; 0 loads in the main one.", minimum=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inference(Loading):
+    """How a network is run over samples."""
+
     amp: str = option("off", "Automatic mixed precision: off, bf16 or fp16.", choices=("off", "bf16", "fp16"))
 
 
@@ -278,7 +284,7 @@ class TrainStudent(StudentConfig, DatasetSource, Input):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluate(Execution, DatasetSource):
+class Evaluate(Inference, DatasetSource):
     """`kdcache evaluate`."""
 
     run: str = option("", "Folder of a run.", required=True)
@@ -294,7 +300,7 @@ class Inspect(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Verify(DatasetSource, Input, Execution):
+class Verify(DatasetSource, Input, Loading):
     """`kdcache verify`."""
 
     inherited_only_with = ("teacher",)
@@ -304,6 +310,7 @@ class Verify(DatasetSource, Input, Execution):
     teacher: str | None = option(None, f"Recompute some rows with this teacher: {MODEL_HELP}")
     checkpoint: str | None = option(None, "The teacher's weights.", only_with=("teacher",))
     rows: int = option(256, "With --teacher: how many rows of each split.", minimum=1, only_with=("teacher",))
+    seed: int = option(0, "With --teacher: draws the rows.", minimum=0, only_with=("teacher",))
     tolerance: float = option(
         0.01,
         "With --teacher: largest difference of a logit or feature x, as a part of 1 + |x|.",

@@ -28,7 +28,7 @@ RUNS = {
         "--out {0}/out --checkpoint {0}/t/best.pt --list-layers",
     ],
     "train-student": [
-        "--cache {0}/c.zarr --out {0}/out --epochs 1 --device cpu",
+        "--cache {0}/c.zarr --out {0}/out --epochs 1 --device cpu --optimizer sgd --schedule step",
         "--cache {0}/c.zarr --out {0}/features --epochs 1 --device cpu --objective feature_mse",
     ],
     "evaluate": ["--run {}/t --device cpu"],
