@@ -152,9 +152,12 @@ class RunFolder:
 
 
 def _has_epochs(path: Path) -> bool:
-    """Whether an epoch of the run in a folder has finished."""
+    """Whether an epoch of the run in a folder has finished, and left something that is worth keeping."""
+    if (path / LAST).exists() or (path / RESULT).exists():
+        return True
+    # A run killed between the two checkpoints of its first epoch has a best.pt too, and no metrics.
     metrics = path / METRICS
-    return (path / LAST).exists() or (path / RESULT).exists() or (metrics.exists() and metrics.stat().st_size > 0)
+    return (path / BEST).exists() and metrics.exists() and metrics.stat().st_size > 0
 
 
 def _more(before: Any, now: Any) -> bool:

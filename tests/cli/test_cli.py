@@ -525,3 +525,96 @@ def test_the_names_that_are_known_without_torch_are_those_that_are_built():
 
     assert set(DATASET_NAMES) == {*DATASETS, "imdb"}
     assert set(MODEL_NAMES) == {*NETWORKS, *TEXT_NETWORKS}
+
+
+ODD_MODELS = """
+import torch
+from torch import nn
+
+
+class KeepsATable(nn.Module):
+    def __init__(self, classes):
+        super().__init__()
+        self.fc, self.table = nn.Linear(64, classes), None
+
+    def forward(self, inputs):
+        logits = self.fc(inputs.flatten(1))
+        if self.table is None:
+            self.table = torch.linspace(0.9, 1.1, logits.shape[1])
+        return logits * self.table
+
+
+class FailsOnFullBatches(nn.Linear):
+    def forward(self, inputs):
+        if len(inputs) > 2:
+            raise ValueError("expected at most two samples")
+        return super().forward(inputs.flatten(1))
+
+
+class Lazy(nn.Module):
+    def __init__(self, classes):
+        super().__init__()
+        self.conv, self.fc = nn.LazyConv2d(4, 3), nn.LazyLinear(classes)
+
+    def forward(self, inputs):
+        return self.fc(self.conv(inputs).relu().flatten(1))
+
+
+def keeps_a_table(num_classes):
+    return KeepsATable(num_classes)
+
+
+def lazy(num_classes):
+    return Lazy(num_classes)
+
+
+def fails(num_classes):
+    return FailsOnFullBatches(64, num_classes)
+"""
+
+
+@pytest.fixture
+def odd_models(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "odd_models_of_test_cli.py").write_text(ODD_MODELS)
+    return "py:odd_models_of_test_cli:{}".format
+
+
+@pytest.mark.parametrize("name", ["keeps_a_table", "lazy"])
+@pytest.mark.parametrize("options", [(), ("--ema", "0.9", "--val-fraction", "0.2")])
+def test_networks_that_change_in_their_first_forward_pass_train_and_resume(pipeline, odd_models, name, options):
+    learn = (*pipeline.learn, "--student", odd_models(name), *options)
+    first = answer(*learn, "--epochs", "1", "--out", "run")
+    longer = answer("train-student", "--resume", "--epochs", "2", "--out", "run")
+    whole = answer(*learn, "--epochs", "2", "--out", "whole")
+    assert first["test_accuracy"] != longer["test_accuracy"] == whole["test_accuracy"]
+    assert answer("evaluate", "--run", "run", "--device", "cpu")["test_accuracy"] == whole["test_accuracy"]
+
+
+def test_a_network_that_fails_on_full_batches_is_quoted_and_leaves_no_folder(pipeline, odd_models, tmp_path):
+    message = refused(1, *pipeline.learn, "--student", odd_models("fails"), "--out", "run")
+    assert "FailsOnFullBatches fails at epoch 1, step 1 of 23, on a batch of shape (64, 1, 8, 8)" in message
+    assert "ValueError: expected at most two samples" in message
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_starts_from_given_weights_and_needs_them_no_more_once_begun(pipeline, tmp_path):
+    shutil.copy(pipeline.student / "best.pt", tmp_path / "start.pt")
+    start = ("--init", tmp_path / "start.pt", "--learning-rate", "1e-9", "--epochs", "1")
+    found = answer(*pipeline.learn, *start, "--out", tmp_path / "run")
+    assert found["test_accuracy"] == pipeline.student_answer["test_accuracy"]
+    recorded = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert recorded["init"] == str(tmp_path / "start.pt")
+    (tmp_path / "start.pt").unlink()
+    again = answer("train-student", "--resume", "--epochs", "2", "--out", tmp_path / "run")
+    assert again["test_accuracy"] == found["test_accuracy"]
+    other = refused(2, "train-student", "--resume", "--init", "other.pt", "--out", tmp_path / "run")
+    assert "init was" in other or "other.pt does not exist" in other
+
+
+def test_weights_that_do_not_fit_are_no_start(pipeline, tmp_path):
+    message = refused(1, *pipeline.learn, "--init", pipeline.teacher / "best.pt", "--out", tmp_path / "run")
+    assert "does not fit the model" in message
+    assert not (tmp_path / "run").exists()
+    message = refused(1, *pipeline.learn, "--init", tmp_path / "none.pt", "--out", tmp_path / "run")
+    assert "none.pt does not exist" in message

@@ -53,10 +53,8 @@ def stop(step, parts):
 
 def test_a_second_process_is_refused_and_changes_nothing(tmp_path):
     folder = tmp_path / "run"
-    child = subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    try:
+    command = [sys.executable, "-c", HOLD, str(folder)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
         assert child.stdout.readline() == "held\n"
         before = tree(folder)
         with pytest.raises(CacheBusy) as caught:
@@ -64,9 +62,7 @@ def test_a_second_process_is_refused_and_changes_nothing(tmp_path):
         assert f"another training run writes to {folder} (process {child.pid})" in caught.value.found
         assert caught.value.exit_code == 1
         assert tree(folder) == before
-    finally:
         child.kill()
-        child.wait()
     fit(config(epochs=1), run=run_folder(folder, config(epochs=1)))  # the lock went with its process
     assert not (folder / ".lock").exists()
     assert len(read_metrics(folder)) == 1
