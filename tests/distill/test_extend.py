@@ -606,7 +606,14 @@ def tiny(split):
     return Items(synthetic({"train": 44, "test": 20}[split], seed=len(split)))
 
 
-TINY = ("--dataset", "py:tests.distill.test_extend:tiny", "--augment", "py:tests.distill.test_extend:Jitter", "--device", "cpu")
+TINY = (
+    "--dataset",
+    "py:tests.distill.test_extend:tiny",
+    "--augment",
+    "py:tests.distill.test_extend:Jitter",
+    "--device",
+    "cpu",
+)
 
 
 @pytest.fixture(scope="module")

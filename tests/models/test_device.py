@@ -1,0 +1,237 @@
+"""What the loop and the losses ask of a device, looked at without one."""
+
+import contextlib
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from kdcache import StudentConfig, TrainConfig, losses
+from kdcache.core.errors import KdcacheError
+from kdcache.data.loader import Batch
+from kdcache.distill.objective import distillation_objective, label_objective
+from kdcache.distill.optim import AveragedWeights
+from kdcache.models import device
+from tests.helpers import Network
+
+
+class Waits(TorchDispatchMode):
+    """Collects the operations whose result the host must wait for."""
+
+    NAMES = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "unique")
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        by_mask = name in ("index", "index_put_", "index_put") and any(
+            index is not None and index.dtype == torch.bool for index in args[1]
+        )
+        if name in self.NAMES or by_mask:
+            self.found.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+def numbers(*shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)), requires_grad=True)
+
+
+LABELS = torch.arange(6) % 4
+LOSSES = {
+    "hard_cross_entropy": lambda: losses.hard_cross_entropy(numbers(6, 4), LABELS, label_smoothing=0.1),
+    "mixed_cross_entropy": lambda: losses.mixed_cross_entropy(numbers(6, 4), LABELS, LABELS, torch.rand(6)),
+    "kd": lambda: losses.kd(numbers(6, 4), numbers(6, 4), temperature=2.0),
+    "soft_cross_entropy": lambda: losses.soft_cross_entropy(numbers(6, 4), numbers(6, 4)),
+    "logit_mse": lambda: losses.logit_mse(numbers(6, 4), numbers(6, 4)),
+    "decoupled_kd": lambda: losses.decoupled_kd(numbers(6, 4), numbers(6, 4), LABELS, temperature=2.0),
+    "dist": lambda: losses.dist(numbers(6, 4), numbers(6, 4)),
+    "standardized_kd": lambda: losses.standardized_kd(numbers(6, 4), numbers(6, 4)),
+    "feature_mse": lambda: losses.feature_mse(numbers(6, 5), numbers(6, 5)),
+    "attention_transfer": lambda: losses.attention_transfer(numbers(6, 2, 3, 3), numbers(6, 5, 3, 3)),
+    "similarity_preserving": lambda: losses.similarity_preserving(numbers(6, 5), numbers(6, 7)),
+    "relational_distance": lambda: losses.relational_distance(numbers(6, 5), numbers(6, 7)),
+    "relational_angle": lambda: losses.relational_angle(numbers(6, 5), numbers(6, 7)),
+    "contrastive": lambda: losses.contrastive(numbers(6, 5), numbers(6, 5), numbers(8, 5), temperature=0.1),
+}
+
+
+def test_every_loss_is_looked_at():
+    named = {name for name in losses.__all__ if name != "kd_with_labels"}
+    assert named == set(LOSSES)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_no_loss_waits_for_the_device(name):
+    with Waits() as waits:
+        LOSSES[name]().backward()
+    assert waits.found == []
+
+
+def test_what_waits_is_noticed():
+    mask = torch.tensor([True, False])
+    with Waits() as waits:
+        mask.any().item()
+        torch.ones(2)[mask]
+        mask.nonzero()
+    assert waits.found == ["_local_scalar_dense", "index", "nonzero"]
+
+
+@pytest.mark.parametrize("settings", [{}, {"clip_norm": 1.0, "ema": 0.9}, {"optimizer": "sgd"}])
+@pytest.mark.parametrize("distilled", [False, True])
+def test_no_step_waits_for_the_device(monkeypatch, settings, distilled):
+    """All of `_step` but what optimisers do with their counters, which are on the host."""
+    from kdcache.data.batch_sampler import EpochBatches
+    from kdcache.data.preprocess import Preprocessor
+    from kdcache.data.views import as_views
+    from kdcache.distill.trainer import _Loop
+    from kdcache.store.manifest import Preprocess
+    from kdcache.store.sampler import ExactOrder
+    from tests.helpers import synthetic
+
+    config = TrainConfig(device="cpu", batch_size=16, **settings)
+    objective = distillation_objective(StudentConfig(device="cpu")) if distilled else label_objective(0.1)
+    batches = EpochBatches(ExactOrder(np.arange(64), 0), 16)
+    dataset = as_views(synthetic(64))
+    network, preprocessor = Network(16, 4), Preprocessor(Preprocess())
+    loop = _Loop(network, dataset, objective, preprocessor, config, batches, None, None, lambda _: {}, None)
+    inputs, labels = dataset.dataset.fetch(np.arange(16))
+    batch = Batch(inputs, labels, torch.arange(16), soft_targets=torch.randn(16, 4) if distilled else None)
+    loop._step(batch, 0, 0)
+    monkeypatch.setattr(loop.optimizer, "step", lambda: None)
+    # The counter of the average stays on the host: on a device it would be waited for.
+    host = contextlib.nullcontext() if loop.average is None else _counted_in_python(monkeypatch, loop.average)
+    with host, Waits() as waits:
+        loop._step(batch, 0, 1)
+    assert waits.found == []
+
+
+def _counted_in_python(monkeypatch, average):
+    assert average.n_averaged.device.type == "cpu"
+    del average._buffers["n_averaged"]
+    average.n_averaged = 1
+    return contextlib.nullcontext()
+
+
+def test_the_average_is_torchs():
+    from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+    network = Network(16, 4)
+    theirs = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(0.8), use_buffers=True)
+    ours = AveragedWeights(network, 0.8)
+    for _ in range(4):
+        with torch.no_grad():
+            for parameter in network.parameters():
+                parameter.add_(torch.randn_like(parameter))
+        network.train()(torch.randn(8, 16))
+        theirs.update_parameters(network)
+        ours.update(network)
+    assert ours.state_dict().keys() == theirs.state_dict().keys()
+    for name, value in theirs.state_dict().items():
+        assert torch.equal(ours.state_dict()[name], value), name
+
+
+class OnSecondGpu:
+    """A tensor that says it is on the second of two GPUs."""
+
+    device, shape, dtype = torch.device("cuda:1"), (2,), torch.float32
+
+
+def test_a_copy_to_the_host_is_awaited_on_the_stream_of_its_device(monkeypatch):
+    seen = []
+
+    class Host:
+        def copy_(self, tensor, non_blocking):
+            seen.append(("copy", non_blocking))
+
+        def numpy(self):
+            seen.append("read")
+            return np.zeros(2)
+
+    class Event:
+        def record(self, stream=None):
+            seen.append(("record", stream))
+
+        def synchronize(self):
+            seen.append("wait")
+
+    @contextlib.contextmanager
+    def current(device):
+        seen.append(("enter", device))
+        yield
+        seen.append("leave")
+
+    monkeypatch.setattr(device.torch, "empty", lambda *_, **__: Host())
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "device", current)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"stream of {device}")
+    device.to_host(OnSecondGpu())()
+    second = torch.device("cuda:1")
+    order = [("enter", second), ("copy", True), ("record", "stream of cuda:1"), "leave", "wait", "read"]
+    assert seen == order
+
+
+@pytest.mark.parametrize(("name", "made_current"), [("cuda:1", ["cuda:1"]), ("cuda", []), ("auto", []), ("cpu", [])])
+def test_a_numbered_gpu_becomes_the_current_one(monkeypatch, name, made_current):
+    seen = []
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: torch.device("cuda"))
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: seen.append(str(device)))
+    device.resolve_device(name)
+    assert seen == made_current
+    device.device_count(name)  # asks, and changes nothing
+    assert seen == made_current
+
+
+def test_what_is_joined_after_the_pinning_loader_is_pinned_too(monkeypatch):
+    class Value:
+        device = torch.device("cpu")
+
+        def __init__(self, pinned=False):
+            self.pinned = pinned
+
+        def pin_memory(self):
+            return Value(pinned=True)
+
+        def to(self, device, non_blocking):
+            return str(device), self.pinned, non_blocking
+
+    batch = Batch(Value(), Value(), "indices", soft_targets=Value(), features={"f": Value()}, negatives={"f": Value()})
+    on_gpu = batch.to(torch.device("cuda:1"))
+    assert on_gpu.soft_targets == on_gpu.features["f"] == on_gpu.negatives["f"] == ("cuda:1", True, True)
+    assert batch.to(torch.device("cpu")).soft_targets == ("cpu", False, True)
+
+
+def test_a_device_that_has_no_room_for_the_weights_is_named():
+    class TooLarge(nn.Linear):
+        def to(self, device):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore")
+
+    with pytest.raises(KdcacheError) as caught:
+        device.move_to(TooLarge(10, 10), torch.device("cuda:1"))
+    assert caught.value.found == (
+        "cuda:1 ran out of memory while TooLarge was moved there: CUDA out of memory. Tried to allocate 2 GiB."
+    )
+    assert "440 bytes" in caught.value.needed
+    assert "--device" in caught.value.remedy
+
+
+def test_what_a_network_keeps_of_an_evaluation_can_be_trained_with():
+    class Keeps(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear, self.table = nn.Linear(4, 4), None
+
+        def forward(self, inputs):
+            if self.table is None:
+                self.table = torch.ones(4)
+            return self.linear(inputs) * self.table
+
+    module = Keeps()
+    with device.evaluation_mode(module):
+        assert not module(torch.ones(2, 4)).requires_grad
+    module(torch.ones(2, 4)).sum().backward()
+    assert not module.table.is_inference()
