@@ -33,7 +33,7 @@ def _check_names(given: dict[str, Any]) -> None:
     if not re.fullmatch(r"auto|(cpu|cuda|mps|xpu|hpu|mtia)(:\d+)?", device):
         raise UsageError(f"--device is {device!r}", "auto, cpu, cuda, cuda:N or mps")
     if {"cache_memory", "input_memory"} & given.keys():
-        from kdcache.store.row_source import parse_bytes
+        from kdcache.core.specs import parse_bytes
 
         for name in ("cache_memory", "input_memory"):
             parse_bytes(given.get(name, "0"))

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from kdcache.cli import early, options
+from kdcache.cli import early
+from kdcache.cli import options as cli_options
 from kdcache.cli.app import app
 from kdcache.cli.options import PANELS, SETTINGS_CLASSES
 from kdcache.core import config, json_records, options
@@ -18,7 +19,7 @@ from kdcache.core.errors import UsageError
 from kdcache.core.options import ALIASES, Settings, check_effective, flag_of, suggestion
 from tests.helpers import answer, kdcache, refused
 
-MACHINERY = {module.__file__ for module in (options, config, dataclasses, early, json_records, options)} | {"<string>"}
+MACHINERY = {module.__file__ for module in (cli_options, config, dataclasses, early, json_records, options)} | {"<string>"}
 
 # What each command is run with, so that together every setting is read. bench and sweep: tests of their own.
 RUNS = {
