@@ -27,7 +27,7 @@ from kdcache.distill.student.train_student import train_student
 from kdcache.distill.teacher.dump import dump_teacher
 from kdcache.distill.teacher.live_teacher import LiveTargets
 from kdcache.distill.trainer import TrainResult, train
-from kdcache.models.build import build, dataset_preprocess, load_teacher, open_data
+from kdcache.models.build import build, check_checkpoint_key, dataset_preprocess, load_teacher, open_data
 from kdcache.models.checkpoints import read_checkpoint
 from kdcache.models.device import move_to, resolve_device
 from kdcache.models.registry import BuiltModel, count_parameters
@@ -104,8 +104,10 @@ def build_pair(settings: Bench, dataset: IndexedDataset) -> tuple[BuiltModel, Bu
             ViewRecipe(),
             kind=settings.teacher_outputs,
             class_map=settings.class_map,
+            checkpoint_key=settings.checkpoint_key,
         )
     else:
+        check_checkpoint_key(settings.checkpoint, settings.checkpoint_key)
         log(f"the teacher {settings.teacher} is timed as it is built, without a checkpoint")
         teacher = build(settings.teacher, dataset, settings, 0, default, training=True)
         teacher = replace(teacher, outputs=OutputRecord(kind=settings.teacher_outputs))
@@ -195,7 +197,7 @@ def geometry_of(built: BuiltModel) -> tuple[Any, ...]:
     """What a loader does to a sample for a network: where two networks agree in it, they can share a batch."""
     record = built.preprocess
     tokens = (record.max_tokens, record.tokenizer_sha256, record.pad_id)
-    return (record.resize, record.crop, record.interpolation, record.antialias, *tokens)
+    return (record.resize, record.stretch, record.crop, record.interpolation, record.antialias, *tokens)
 
 
 def _text(data: dict[str, Any], measured: Measured) -> str:

@@ -116,6 +116,8 @@ def _resized(record: Preprocess, size: tuple[int, int]) -> tuple[int, int]:
     """The size after `Preprocess.resize`, which torchvision itself is asked for: it rounds the longer side."""
     if record.resize is None:
         return size
+    if record.stretch:
+        return record.resize, record.resize
     blank = torch.zeros(1, *size, dtype=torch.uint8)
     height, width = functional.resize(blank, [record.resize], interpolation=InterpolationMode.NEAREST).shape[1:]
     return height, width

@@ -100,6 +100,7 @@ def _load_teacher(settings: DumpTeacher, dataset: IndexedDataset, recipe: ViewRe
         recipe,
         kind=settings.teacher_outputs,
         class_map=settings.class_map,
+        checkpoint_key=settings.checkpoint_key,
     )
 
 
@@ -175,8 +176,15 @@ def verify_with_teacher(settings: Verify) -> Report:
         record = cache.manifest.dataset
         dataset = open_data(settings, settings.dataset or record.name, split, hint=record.data_root)
         recipe = cache.manifest.recipe
-        outputs = cache.manifest.teacher.outputs
-        built = load_teacher(settings, str(settings.teacher), settings.checkpoint, dataset, recipe, outputs=outputs)
+        built = load_teacher(
+            settings,
+            str(settings.teacher),
+            settings.checkpoint,
+            dataset,
+            recipe,
+            outputs=cache.manifest.teacher.outputs,
+            checkpoint_key=settings.checkpoint_key,
+        )
         views = Views(dataset, recipe)
         check_join(cache, views)
         found = recompute_rows(

@@ -238,6 +238,7 @@ def _probabilities(trained: TrainedNetwork, inputs: GivenInputs, settings: Predi
                 device=device,
                 amp=settings.amp,
                 classes=len(trained.classes),
+                samples=batch.indices,
             ).cpu()
             wrong = np.flatnonzero(~torch.isfinite(logits_bc).all(dim=1).numpy())
             if len(wrong):

@@ -98,9 +98,11 @@ def sweep(settings: Sweep) -> Report:
 
 def _check(settings: Sweep) -> None:
     """What needs no cache to be refused."""
-    if settings.checkpoint and not settings.teacher:
+    if (settings.checkpoint or settings.checkpoint_key) and not settings.teacher:
         raise UsageError(
-            "--checkpoint is given without --teacher", "both, to measure the live teacher", "add --teacher"
+            "--checkpoint or --checkpoint-key is given without --teacher",
+            "a teacher, to measure it live",
+            "add --teacher",
         )
     if not all(settings.objective) or not grid_of(settings):
         raise UsageError(
@@ -194,8 +196,15 @@ def _live_cost(settings: Sweep, *, threads: int) -> dict[str, Any]:
     record = manifest.dataset
     dataset = open_data(settings, settings.dataset or record.name, record.split, hint=record.data_root)
     own = teacher_input(settings, settings.checkpoint)
-    outputs = manifest.teacher.outputs
-    teacher = load_teacher(own, str(settings.teacher), settings.checkpoint, dataset, manifest.recipe, outputs=outputs)
+    teacher = load_teacher(
+        own,
+        str(settings.teacher),
+        settings.checkpoint,
+        dataset,
+        manifest.recipe,
+        outputs=manifest.teacher.outputs,
+        checkpoint_key=settings.checkpoint_key,
+    )
     student = build(settings.student, dataset, settings, 0, manifest.teacher.preprocess, training=True)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)

@@ -46,12 +46,13 @@ AUGMENT_HELP = (
     "py:package.module:function."
 )
 DATASET_NAMES = ("digits", "mnist", "fashion-mnist", "cifar10", "cifar100", "imdb")
+CHECKPOINT_KEY_HELP = "Entry of the checkpoint that holds the weights, where several fit, such as state_dict_ema."
 DATASET_HELP = f"{', '.join(DATASET_NAMES)}, folder:PATH, text-folder:PATH or py:package.module:function."
 IMAGE_MODELS = ("cnn", "mlp", "resnet20", "resnet56", "resnet110", "resnet8x4", "resnet32x4")
 MODEL_NAMES = (*IMAGE_MODELS, "lstm", "gru")
 MODEL_HELP = (
     f"{', '.join(IMAGE_MODELS)}, torchvision:NAME[@WEIGHTS], timm:NAME, "
-    "for text lstm, gru (sized as lstm:hidden=128,embedding=64) or hf:NAME, or py:package.module:factory."
+    "hf:NAME, for text lstm, gru (sized as lstm:hidden=128,embedding=64), or py:package.module:factory."
 )
 
 
@@ -71,6 +72,8 @@ class Input(Settings):
     mean: tuple[float, ...] | None = option(None, "Mean of each channel, as 0.5,0.5,0.5.")
     std: tuple[float, ...] | None = option(None, "Standard deviation of each channel, as 0.2,0.2,0.2.", above=0)
     size: int | None = option(None, "Resize and crop to a square of this many pixels.", minimum=1)
+    resize: int | None = option(None, "Instead of --size: pixels of the shorter side after resizing.", minimum=1)
+    crop: int | None = option(None, "Instead of --size: pixels of the square cropped from the centre.", minimum=1)
     max_tokens: int | None = option(
         None,
         "Of text: longer ones are cut to so many tokens. [default: the teacher's, or 256; of hf: up to 512]",
@@ -86,6 +89,18 @@ class Input(Settings):
         if len(self.mean or ()) != len(self.std or ()):
             raise UsageError(
                 f"--mean is {self.mean} and --std is {self.std}", "both, or neither, with one number a channel"
+            )
+        if self.size is not None and (self.resize is not None or self.crop is not None):
+            raise UsageError(
+                f"--size {self.size} is given, and --resize or --crop with it",
+                "--size, which sets both, or --resize and --crop",
+                "leave out --size",
+            )
+        if self.resize is not None and self.crop is not None and self.crop > self.resize:
+            raise UsageError(
+                f"--resize is {self.resize} and --crop is {self.crop}",
+                "a crop that lies within the image",
+                "give a --crop of at most --resize",
             )
 
 
@@ -252,6 +267,7 @@ class DumpTeacher(DumpConfig, TeacherOutput, DatasetSource, Input):
     dataset: str = option("digits", DATASET_HELP)
     teacher: str = option("cnn", MODEL_HELP)
     checkpoint: str | None = option(None, "The teacher's weights: .pt, .pth or .safetensors.")
+    checkpoint_key: str | None = option(None, CHECKPOINT_KEY_HELP)
     split: tuple[str, ...] = option(("train",), "Split to dump; repeat for several.")
     out: str = option("", "The cache, a folder such as runs/mnist.zarr.", required=True)
     list_layers: bool = option(False, "Show the teacher's layers and the shapes that they give, and do nothing else.")
@@ -309,6 +325,7 @@ class Verify(DatasetSource, Input, Loading):
     split: tuple[str, ...] = option((), "Split to check; repeat for several. [default: all]")
     teacher: str | None = option(None, f"Recompute some rows with this teacher: {MODEL_HELP}")
     checkpoint: str | None = option(None, "The teacher's weights.", only_with=("teacher",))
+    checkpoint_key: str | None = option(None, CHECKPOINT_KEY_HELP, only_with=("checkpoint",))
     rows: int = option(256, "With --teacher: how many rows of each split.", minimum=1, only_with=("teacher",))
     seed: int = option(0, "With --teacher: draws the rows.", minimum=0, only_with=("teacher",))
     tolerance: float = option(
@@ -365,6 +382,7 @@ class Sweep(CacheUse, DatasetSource, Input):
     jobs: int | None = option(None, "Students trained at once. [default: one for each GPU, or each core]", minimum=1)
     teacher: str | None = option(None, f"Measure what the sweep would cost with this live teacher: {MODEL_HELP}")
     checkpoint: str | None = option(None, "The live teacher's weights.")
+    checkpoint_key: str | None = option(None, CHECKPOINT_KEY_HELP)
     out: str = option("", "Folder for the runs, the table and the heat map.", required=True)
     val_fraction: float = option(
         0.1,
@@ -423,6 +441,7 @@ class Bench(Execution, TeacherOutput, DatasetSource, Input):
     dataset: str = option("digits", DATASET_HELP)
     teacher: str = option("cnn", MODEL_HELP)
     checkpoint: str | None = option(None, "The teacher's weights; its speed does not depend on them.")
+    checkpoint_key: str | None = option(None, CHECKPOINT_KEY_HELP)
     student: str = option("mlp", MODEL_HELP)
     rounds: int = option(3, "Times that each epoch is measured, in turn.", minimum=1)
     samples: int | None = option(None, "Measure on so many samples of the training split. [default: all]", minimum=2)

@@ -143,7 +143,8 @@ class Preprocessor:
             )
         record = self.record
         if record.resize is not None:
-            image = resize(image, [record.resize], record.interpolation, antialias=record.antialias)
+            size = [record.resize] * (2 if record.stretch else 1)
+            image = resize(image, size, record.interpolation, antialias=record.antialias)
         if record.crop is not None:
             image = _center_crop(image, record.crop)
         return image
@@ -194,6 +195,8 @@ class Preprocessor:
             return None
         if record.crop is not None:
             return channels, record.crop, record.crop
+        if record.stretch and record.resize is not None:
+            return channels, record.resize, record.resize
         if input_shape is None or record.resize is None:
             return None
         height, width = input_shape[1:]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from kdcache.data.preprocess import Preprocessor
 from kdcache.data.registry import open_dataset
 from kdcache.data.text_preprocess import is_sequences, recorded_tokenizer, sequence_preprocessor
 from kdcache.data.views import Views, as_views
-from kdcache.models.checkpoints import fit_weights, read_checkpoint
+from kdcache.models.checkpoints import fit_weights, fits, read_checkpoint
 from kdcache.models.device import evaluation_mode
 from kdcache.models.forward import answer
 from kdcache.models.registry import (
@@ -55,6 +56,7 @@ def load_teacher(
     kind: str = LOGITS,
     class_map: str | None = None,
     outputs: OutputRecord | None = None,
+    checkpoint_key: str | None = None,
 ) -> BuiltModel:
     """A teacher with its weights, and how its outputs become logits of the dataset's classes.
 
@@ -62,20 +64,32 @@ def load_teacher(
         kind: what it returns, `logits` or `probabilities`.
         class_map: a JSON file from each class of the dataset to the teacher's output; None takes them in order.
         outputs: both of these, as a cache recorded them.
+        checkpoint_key: entry of the checkpoint that holds the weights, where several fit.
 
     Raises:
         UsageError: it has no weights, or the class map is wrong.
         CheckpointError: the checkpoint cannot be read or does not fit.
         ModelError: it cannot be built, or names other classes than the dataset's and there is no class map.
     """
+    check_checkpoint_key(checkpoint_path, checkpoint_key)
     checkpoint = read_checkpoint(checkpoint_path) if checkpoint_path else {}
     wanted = read_class_map(class_map, dataset.classes) if class_map else {}
     if outputs is not None:
         kind, wanted = outputs.kind, dict(zip(dataset.classes, outputs.columns, strict=False))
     default = dataset_preprocess(dataset)
     heads = _head_classes(checkpoint, wanted) if wanted else dataset.classes
-    built = _construct(spec, dataset, settings, 0, default, training=False, checkpoint=checkpoint, classes=heads)
-    names = class_names(built.module, spec, checkpoint)
+    built = _construct(
+        spec,
+        dataset,
+        settings,
+        0,
+        default,
+        training=False,
+        checkpoint=checkpoint,
+        classes=heads,
+        checkpoint_key=checkpoint_key,
+    )
+    names = class_names(built.module, built.class_names, checkpoint)
     columns: tuple[int, ...] = ()
     if wanted:
         columns = resolve_columns(wanted, names, len(names) or (head_width(checkpoint) if checkpoint else None))
@@ -85,7 +99,7 @@ def load_teacher(
     built = replace(built, outputs=OutputRecord(kind=kind, columns=columns))
     _probe(built, Views(dataset, recipe), 0)
     if checkpoint_path:
-        fit_weights(built.module, checkpoint, checkpoint_path)
+        fit_weights(built.module, checkpoint, checkpoint_path, key=checkpoint_key)
     elif not built.has_weights:
         raise UsageError(
             f"the teacher {spec} has random weights",
@@ -101,6 +115,12 @@ def _head_classes(checkpoint: dict[str, Any], class_map: dict[str, int | str]) -
         return tuple(description["classes"])
     count = head_width(checkpoint) or 1 + max((at for at in class_map.values() if isinstance(at, int)), default=0)
     return tuple(map(str, range(max(count, len(class_map)))))
+
+
+def check_checkpoint_key(checkpoint: str | None, key: str | None) -> None:
+    """Refuse a key without the file whose entry it names."""
+    if key is not None and checkpoint is None:
+        raise UsageError(f"--checkpoint-key is {key!r}, and there is no --checkpoint", "both", "add --checkpoint FILE")
 
 
 def open_data(settings: DatasetSource, spec: str, split: str, hint: str | None = None) -> IndexedDataset:
@@ -143,17 +163,18 @@ def build(
     checkpoint: dict[str, Any] | None = None,
     recipe: ViewRecipe | None = None,
 ) -> BuiltModel:
-    """A network for a dataset; what a kdcache checkpoint recorded of its preprocessing goes before the default.
+    """A network for a dataset. The preprocessing in a kdcache checkpoint goes before the default.
 
     Args:
-        recipe: of the views that the network will see beside the plain samples.
+        checkpoint: What will be loaded into the network; its weights are not loaded here.
+        recipe: Recipe of the views that the network will see beside the plain samples.
     """
     classes = dataset.classes
     built = _construct(
         spec, dataset, settings, seed, default, training=training, checkpoint=checkpoint or {}, classes=classes
     )
     if not training and not checkpoint:
-        check_class_names(spec, class_names(built.module, spec, {}), classes, exact=False)
+        check_class_names(spec, class_names(built.module, built.class_names, {}), classes, exact=False)
     _probe(built, Views(dataset, recipe or ViewRecipe()), seed)
     return built
 
@@ -168,11 +189,13 @@ def _construct(
     training: bool,
     checkpoint: dict[str, Any],
     classes: tuple[str, ...],
+    checkpoint_key: str | None = None,
 ) -> BuiltModel:
-    """`build` without a look at what the network answers.
+    """A network without a trial forward pass. The preprocessing in a kdcache checkpoint goes before the default.
 
     Args:
-        classes: of the network's outputs.
+        classes: Names of the network's outputs.
+        checkpoint_key: Entry of the checkpoint that holds the weights, where several fit.
     """
     if checkpoint and "kdcache" in checkpoint:
         default = recorded_preprocess(checkpoint, Path(spec))
@@ -202,8 +225,11 @@ def _construct(
         mean=settings.mean,
         std=settings.std,
         size=settings.size,
+        resize=settings.resize,
+        crop=settings.crop,
         default=default,
         replace_head=training,
+        fits=partial(fits, content=checkpoint, key=checkpoint_key) if checkpoint else None,
     )
 
 
@@ -219,9 +245,9 @@ def _build_reader(
     classes: tuple[str, ...],
 ) -> BuiltModel:
     """A network for texts or token ids."""
-    if settings.mean or settings.size:
+    if settings.mean or settings.size or settings.resize or settings.crop:
         raise ModelError(
-            f"--mean, --std or --size is given, and {dataset.name} has no images",
+            f"--mean, --std, --size, --resize or --crop is given, and {dataset.name} has no images",
             "images",
             "leave it out; --max-tokens and --vocabulary-size are for texts",
         )
@@ -263,22 +289,16 @@ def _probe(built: BuiltModel, views: Views, seed: int) -> None:
         for source, view in looks:
             request = BatchRequest(indices, view)
             (batch,) = batch_loader(source, [request], preprocessor=preprocessor, device=device)
-            try:
-                answer(
-                    built.module,
-                    batch.inputs,
-                    preprocessor=preprocessor,
-                    device=device,
-                    amp="off",
-                    classes=classes,
-                    outputs=built.outputs,
-                )
-            except RuntimeError as problem:
-                raise ModelError(
-                    f"{built.spec} fails on a batch of {tuple(batch.inputs.shape)}: {problem}",
-                    "a network that takes the dataset's inputs",
-                    "give --size, --mean and --std as the network needs them, or take another network",
-                ) from problem
+            answer(
+                built.module,
+                batch.inputs,
+                preprocessor=preprocessor,
+                device=device,
+                amp="off",
+                classes=classes,
+                outputs=built.outputs,
+                samples=batch.indices,
+            )
 
 
 def recorded_preprocess(checkpoint: dict[str, Any], path: Path) -> Preprocess:

@@ -186,7 +186,8 @@ def _foreign_object(problem: Exception) -> str:
 
 def _damaged(path: Path, problem: Exception) -> CheckpointError:
     reason = next(iter(str(problem).splitlines()), "")[:200]
-    if isinstance(problem, pickle.UnpicklingError):  # without torch's advice, which is around what it met
+    if isinstance(problem, pickle.UnpicklingError) or "weights_only" in str(problem):
+        # Without torch's advice, which is around what it met.
         met = re.search(r"WeightsUnpickler error: (.*?)(?:\. |$)", str(problem), re.MULTILINE)
         reason = met[1][:200] if met else "not a pickle of tensors and plain types"
     return CheckpointError(

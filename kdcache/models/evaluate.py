@@ -83,7 +83,13 @@ def evaluate_model(
     ):
         for batch in loader:
             logits = answer(
-                module, batch.inputs, preprocessor=preprocessor, device=device, amp=config.amp, classes=classes
+                module,
+                batch.inputs,
+                preprocessor=preprocessor,
+                device=device,
+                amp=config.amp,
+                classes=classes,
+                samples=batch.indices,
             )
             log_p = logits.float().log_softmax(dim=1)
             top, predicted = log_p.max(dim=1)

@@ -8,17 +8,39 @@ import torch
 from torch import Tensor, nn
 
 from kdcache.core.errors import KdcacheError, ModelError
+from kdcache.core.plugins import describe
 from kdcache.data.preprocess import Preprocessor
 from kdcache.models.device import autocast, floating_dtype
 from kdcache.models.teacher_outputs import to_logits
 from kdcache.store.manifest import OutputRecord
 
 
-def forward(module: nn.Module, inputs: Tensor, *, preprocessor: Preprocessor, device: torch.device, amp: str) -> Tensor:
-    """What a network returns for a batch, (batch, outputs), on the device; the caller sets its mode."""
+def forward(
+    module: nn.Module,
+    inputs: Tensor,
+    *,
+    preprocessor: Preprocessor,
+    device: torch.device,
+    amp: str,
+    samples: Tensor | None = None,
+) -> Tensor:
+    """What a network returns for a batch, (batch, outputs), on the device; the caller sets its mode.
+
+    Args:
+        inputs: (batch, …), after `Preprocessor.per_sample`.
+        samples: Indices of the samples, (batch,), for messages.
+
+    Raises:
+        ModelError: the network raises an exception of its own.
+    """
     prepared = preprocessor.per_batch(inputs.to(device, non_blocking=True), floating_dtype(module))
-    with autocast(device, amp):
-        return output_logits(module(prepared))
+    try:
+        with autocast(device, amp):
+            return output_logits(module(prepared))
+    except (KdcacheError, torch.OutOfMemoryError):
+        raise
+    except Exception as problem:  # the network is code of the user's: it may raise anything
+        raise _failure(problem, module, prepared, samples) from problem
 
 
 def answer(
@@ -31,17 +53,19 @@ def answer(
     classes: int,
     error: type[KdcacheError] = ModelError,
     outputs: OutputRecord | None = None,
+    samples: Tensor | None = None,
 ) -> Tensor:
     """What a network says to a batch, (batch, classes), on the device; the caller sets its mode.
 
     Args:
         inputs: (batch, …), after `Preprocessor.per_sample`.
         outputs: of a teacher: how logits are made of what it returns; None takes these for logits.
+        samples: their indices, (batch,), for messages.
 
     Raises:
-        ModelError: or the given `error`, for an answer of another shape.
+        ModelError: the network raises an exception of its own; or the given `error`, for logits of another shape.
     """
-    logits = forward(module, inputs, preprocessor=preprocessor, device=device, amp=amp)
+    logits = forward(module, inputs, preprocessor=preprocessor, device=device, amp=amp, samples=samples)
     if outputs is not None:
         logits = to_logits(logits, outputs)
     if logits.shape != (len(inputs), classes):
@@ -67,3 +91,41 @@ def output_logits(output: Any) -> Tensor:
         "a tensor of logits (batch, classes), or an object with a logits attribute",
         "wrap it in a module that returns the logits",
     )
+
+
+def _failure(problem: Exception, module: nn.Module, inputs: Tensor, samples: Tensor | None) -> ModelError:
+    """What a network's own exception means for the user, with the size that the network expects where it says one."""
+    which = "" if samples is None or not len(samples) else f" (samples {int(samples.min())} to {int(samples.max())})"
+    remedy = "see where it is raised, and take a network that takes such batches"
+    if inputs.ndim == 4:
+        size = expected_size(module)
+        given = f"{inputs.shape[2]} × {inputs.shape[3]} pixels"
+        if size is not None and tuple(inputs.shape[2:]) != (size, size):
+            remedy = f"give --size {size}: the network is made for {size} × {size} pixels, and these are {given}"
+        elif size is None:
+            remedy += f"; if it is for larger images than {given}, give --size, such as --size 224"
+    return ModelError(
+        f"{type(module).__name__} fails on a batch of shape {tuple(inputs.shape)}{which}: {describe(problem)}",
+        "a network that takes the dataset's inputs",
+        remedy,
+    )
+
+
+def expected_size(module: nn.Module) -> int | None:
+    """Side in pixels of the square images that a network is made for; None where it does not say so.
+
+    Looks where torchvision's, timm's and transformers' networks keep it.
+    """
+    patches = getattr(module, "patch_embed", None)
+    settings, config = getattr(module, "default_cfg", None), getattr(module, "config", None)
+    places = (
+        getattr(module, "image_size", None),
+        getattr(patches, "img_size", None),
+        getattr(config, "image_size", None),
+        settings.get("input_size") if isinstance(settings, dict) else None,
+    )
+    for place in places:
+        size = place[-1] if isinstance(place, list | tuple) and place else place
+        if isinstance(size, int):
+            return size
+    return None

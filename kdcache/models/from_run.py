@@ -97,7 +97,13 @@ def load_trained(folder: Path) -> TrainedNetwork:
     else:
         preprocessor = Preprocessor(record)
         module = build_model(
-            spec, num_classes=len(classes), input_shape=shape, seed=0, default=record, replace_head=True
+            spec,
+            num_classes=len(classes),
+            input_shape=shape,
+            seed=0,
+            default=record,
+            replace_head=True,
+            fits=lambda module: True,  # its weights come from the checkpoint
         ).module
     fit_weights(module, checkpoint, path)
     return TrainedNetwork(

@@ -1,11 +1,13 @@
-"""Sequence classifiers of the Hugging Face hub or of a local folder, with their own tokenizers."""
+"""Classifiers of the Hugging Face hub or of a local folder: of texts with their tokenizer, of images with theirs."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -13,9 +15,12 @@ from kdcache.core.errors import ModelError
 from kdcache.core.plugins import require_extra
 from kdcache.data.preprocess import Preprocessor
 from kdcache.data.tokenizer import Tokenizer
+from kdcache.models.pretrained import Published, fitting_head
 from kdcache.store.manifest import Preprocess
 
 DEFAULT_TOKENS = 512
+# Torch and Pillow resize uint8 images up to so many levels of 255 apart.
+_LEVELS = 3.0
 _SAMPLE = "It was 9 o'clock – a naïve, well-known <br />sentence; wasn't it?"
 
 
@@ -90,6 +95,144 @@ def _loaded(transformers: Any, name: str, num_classes: int, replace_head: bool) 
     if replace_head and config.num_labels != num_classes:
         head = {"num_labels": num_classes, "ignore_mismatched_sizes": True}
     return config, tokenizer, transformers.AutoModelForSequenceClassification.from_pretrained(name, **head)
+
+
+def image_classifier(
+    spec: str,
+    name: str,
+    num_classes: int,
+    replace_head: bool,
+    fits: Callable[[nn.Module], bool] | None,
+    *,
+    check: bool,
+) -> Published:
+    """A trained image classifier and the preprocessing of its image processor.
+
+    Args:
+        name: on the hub, or a local folder that `save_pretrained` wrote, with its image processor.
+        replace_head: draw a new head where that of the weights has another count, to train it.
+        fits: whether a checkpoint that will be loaded fits a network; the weights are then not read.
+        check: refuse an image processor whose pixels the preprocessing does not reproduce; False where the user sets
+            the geometry.
+
+    Raises:
+        ModelError: it cannot be fetched or read, or its image processor does what a `Preprocess` record cannot say.
+        MissingExtra: transformers is not installed.
+    """
+    transformers = require_extra("transformers", "hf", spec)
+    try:
+        with _quiet(transformers):
+            config = transformers.AutoConfig.from_pretrained(name)
+            processor = transformers.AutoImageProcessor.from_pretrained(name)
+            build = transformers.AutoModelForImageClassification
+            own_classes = count = config.num_labels
+            if fits is not None:
+
+                def built(classes: int) -> nn.Module:
+                    config.num_labels = classes
+                    return cast(nn.Module, build.from_config(config))
+
+                names = class_names(config)
+                module, count = fitting_head(built, fits, num_classes, own_classes)
+            else:
+                names = class_names(config)
+                head: dict[str, Any] = {}
+                if replace_head and own_classes != num_classes:
+                    count, head = num_classes, {"num_labels": num_classes, "ignore_mismatched_sizes": True}
+                module = build.from_pretrained(name, **head)
+    except Exception as problem:  # the hub's client raises errors of several libraries
+        raise ModelError(
+            f"{spec} could not be read or fetched as an image classifier: {type(problem).__name__}: "
+            f"{str(problem)[:300]}",
+            "a folder that save_pretrained wrote, with its image processor, or a model of the hub and a connection",
+            "check the name",
+        ) from problem
+    record = _image_preprocess(spec, processor, getattr(config, "num_channels", 3), check=check)
+    return Published(module.float().train(), record, names if count == own_classes else None)
+
+
+def class_names(config: Any) -> tuple[str, ...] | None:
+    """The class names in a configuration of transformers; None where it only numbers them."""
+    names = tuple(str(config.id2label[at]) for at in range(config.num_labels))
+    return None if all(re.fullmatch(r"LABEL_\d+", name) for name in names) else names
+
+
+def _image_preprocess(spec: str, processor: Any, channels: int, *, check: bool) -> Preprocess:
+    """An image processor as a record, compared with the processor itself on images."""
+
+    def side(size: Any, what: str) -> int | None:
+        return cast("int | None", getattr(size, what, None))
+
+    resize = crop = None
+    stretch = False
+    size = processor.size if processor.do_resize else None
+    if size is not None and side(size, "shortest_edge") and not side(size, "longest_edge"):
+        resize = side(size, "shortest_edge")
+        crop_part = getattr(processor, "crop_pct", None)
+        if crop_part and resize:  # ConvNeXt: small images are cropped from larger ones, large ones are stretched
+            crop, stretch = (resize, False) if resize < 384 else (None, True)
+            resize = int(resize / crop_part) if crop else resize
+    elif size is not None and side(size, "height") == side(size, "width"):
+        resize, stretch = side(size, "height"), True
+    if getattr(processor, "do_center_crop", False):
+        crop_size = processor.crop_size
+        crop = side(crop_size, "height") if side(crop_size, "height") == side(crop_size, "width") else None
+    # x · factor − mean, over std, as a mean and a std of x / 255.
+    scale = 255 * processor.rescale_factor if processor.do_rescale else 255.0
+    mean, std = (0.0,) * channels, (1.0,) * channels
+    if processor.do_normalize:
+        mean = tuple(np.ravel(processor.image_mean).tolist())[:channels]
+        std = tuple(np.ravel(processor.image_std).tolist())[:channels]
+    known = {0: "nearest", 2: "bilinear", 3: "bicubic"}
+    resample = int(processor.resample) if processor.do_resize else 2
+    record = Preprocess(
+        resize=resize,
+        crop=crop,
+        stretch=stretch and resize is not None,
+        interpolation=known.get(resample, "bilinear"),
+        mean=tuple(value / scale for value in mean),
+        std=tuple(value / scale for value in std),
+    )
+    if check:
+        _check_pixels(spec, processor, record, channels)
+    return record
+
+
+def _check_pixels(spec: str, processor: Any, record: Preprocess, channels: int) -> None:
+    """Refuse a record that does not give the pixels of an image processor, whatever the processor does besides."""
+    preprocessor = Preprocessor(record)
+    largest, allowed = 0.0, _LEVELS / 255 / min(record.std)
+    sizes = []
+    for height, width in ((61, 83), (83, 61), (400, 300)):
+        rows, columns = np.mgrid[:height, :width]
+        # Smooth and with edges: noise alone would hide a shift by a pixel, a gradient alone a wrong interpolation.
+        plane = (127 + 60 * np.sin(rows / 5) + 60 * np.cos(columns / 7) * ((rows + columns) % 40 < 20)).astype(np.uint8)
+        image = np.stack([plane, plane[::-1], plane[:, ::-1]][:channels])
+        wanted = torch.as_tensor(np.asarray(processor(image, return_tensors="np")["pixel_values"]))[0]
+        found = preprocessor.per_batch(preprocessor.per_sample(torch.from_numpy(image))[None], torch.float32)[0]
+        sizes.append((tuple(wanted.shape[1:]), tuple(found.shape[1:])))
+        if wanted.shape != found.shape:
+            largest = float("inf")
+            break
+        largest = max(largest, _difference(wanted, found, may_shift=record.crop is not None))
+    if not largest <= allowed:
+        raise ModelError(
+            f"the image processor of {spec} ({type(processor).__name__}) does what a preprocessing record cannot say: "
+            f"it makes {sizes[-1][0]} pixels where the record makes {sizes[-1][1]}, values up to {largest:.2g} apart",
+            "resizing the shorter side or to a square (nearest, bilinear or bicubic), a square centre crop, a mean and "
+            "a std",
+            "give --size PIXELS (or --resize and --crop), with --mean and --std where they differ, to set it yourself",
+        )
+
+
+def _difference(wanted_chw: Tensor, found_chw: Tensor, *, may_shift: bool) -> float:
+    """The largest difference of a pixel; of a crop with an odd margin, also one pixel aside, as each library rounds."""
+    height, width = wanted_chw.shape[1] - 1, wanted_chw.shape[2] - 1
+    differences = [float((wanted_chw - found_chw).abs().max())]
+    for down, right in ((0, 1), (1, 0), (1, 1)) if may_shift else ():
+        shifted = wanted_chw[:, down : height + down, right : width + right]
+        differences.append(float((shifted - found_chw[:, :height, :width]).abs().max()))
+    return min(differences)
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
@@ -16,8 +16,8 @@ from kdcache.core.json_records import canonical_json
 from kdcache.core.plugins import PREFIX, call_with_accepted, describe, did_you_mean, resolve
 from kdcache.data.preprocess import Preprocessor
 from kdcache.models.cnn import NETWORKS
-from kdcache.models.huggingface import load_classifier
-from kdcache.models.pretrained import timm_model, torchvision_model
+from kdcache.models.huggingface import class_names, image_classifier, load_classifier
+from kdcache.models.pretrained import Published, timm_model, torchvision_model
 from kdcache.models.rnn import TEXT_NETWORKS, build_text_network, check_text_network
 from kdcache.store.manifest import OutputRecord, Preprocess
 
@@ -32,6 +32,7 @@ class BuiltModel:
         has_weights: whether the spec brought weights, so that the module may teach as it is. A `py:` factory answers
             for its own; what it returns is taken as trained.
         outputs: of a teacher: how logits are made of what it returns.
+        class_names: names of the module's outputs, where its weights bring some; None where they do not.
     """
 
     module: nn.Module
@@ -39,6 +40,7 @@ class BuiltModel:
     spec: str
     has_weights: bool
     outputs: OutputRecord = field(default_factory=OutputRecord)
+    class_names: tuple[str, ...] | None = None
 
     @property
     def preprocess(self) -> Preprocess:
@@ -55,20 +57,27 @@ def build_model(
     mean: tuple[float, ...] | None = None,
     std: tuple[float, ...] | None = None,
     size: int | None = None,
+    resize: int | None = None,
+    crop: int | None = None,
     default: Preprocess | None = None,
     replace_head: bool = False,
+    fits: Callable[[nn.Module], bool] | None = None,
 ) -> BuiltModel:
     """Build a model from its spec.
 
     Args:
-        spec: a name of `NETWORKS`, `torchvision:NAME[@WEIGHTS]`, `timm:NAME[.TAG]` or `py:package.module:factory`.
+        spec: a name of `NETWORKS`, `torchvision:NAME[@WEIGHTS]`, `timm:NAME[.TAG]`, `hf:NAME` of an image classifier
+            or `py:package.module:factory`.
         num_classes: classes of the dataset. Weights keep the head they were trained with, unless `replace_head`.
         input_shape: of one shared input; None where samples differ in size.
         seed: from which the initial weights are drawn; global generators are left as they were.
         mean: per channel, instead of what the weights or the dataset bring; goes with `std`.
         size: side of the square that inputs are resized and cropped to, in pixels, instead of what the weights bring.
+        resize: pixels of the shorter side after resizing, instead of `size`.
+        crop: pixels of the square cropped from the centre, instead of `size`.
         default: the preprocessing of a module that brings none; None scales uint8 to [0, 1] and no more.
         replace_head: draw a new head of `num_classes` where that of the weights has another count, to train it.
+        fits: whether a checkpoint that will be loaded fits a module: published weights are then not fetched.
 
     Raises:
         ModelError: no such model or weights, a failed download, a factory that fails, or inputs that cannot fit.
@@ -80,13 +89,16 @@ def build_model(
         )
     kind, _, name = spec.partition(":")
     preprocess = default or Preprocess()
-    own: Preprocess | None = None
+    published = Published()
     module: nn.Module | None = None
+    geometry_given = size is not None or crop is not None
     with _initial_weights(seed):
         if kind == "torchvision":
-            module, own = torchvision_model(spec, name, num_classes, replace_head)
+            published = torchvision_model(spec, name, num_classes, replace_head, fits)
         elif kind == "timm":
-            module, own = timm_model(spec, name, num_classes, replace_head, size)
+            published = timm_model(spec, name, num_classes, replace_head, fits, size or crop)
+        elif kind == "hf":
+            published = image_classifier(spec, name, num_classes, replace_head, fits, check=not geometry_given)
         elif spec.startswith(PREFIX):
             module = _from_factory(spec, num_classes=num_classes)
         elif spec not in NETWORKS:
@@ -96,26 +108,45 @@ def build_model(
                 f"{', '.join(names)}, torchvision:NAME, timm:NAME, hf:NAME or py:package.module:factory",
                 did_you_mean(kind, names),
             )
+        module = module or published.module
+        own = published.preprocess
         preprocess = own or preprocess
         try:
             if mean is not None and std is not None:
                 preprocess = replace(preprocess, mean=mean, std=std)
             if size is not None:
-                preprocess = replace(preprocess, resize=size, crop=size)
+                preprocess = replace(preprocess, resize=size, crop=size, stretch=False)
+            if resize is not None:
+                preprocess = replace(preprocess, resize=resize, stretch=False)
+            if crop is not None:
+                preprocess = replace(preprocess, crop=crop)
+            if (preprocess.crop or 0) > (preprocess.resize or preprocess.crop or 0):
+                raise ModelError(
+                    f"the preprocessing of {spec} resizes to {preprocess.resize} pixels and crops {preprocess.crop}",
+                    "a crop that lies within the image",
+                    "give --resize and --crop, or --size, which sets both",
+                )
+        except ModelError:
+            raise
         except ValueError as problem:
             raise ModelError(f"the preprocessing of {spec} makes no sense: {problem}") from problem
-        if kind in ("torchvision", "timm"):
+        if kind in ("torchvision", "timm", "hf"):
             preprocess = _three_channels(preprocess, input_shape)
         shape = _network_input(spec, preprocess, input_shape)
         if module is None:
             module = NETWORKS[spec](shape, num_classes)
-    trained = own is not None or spec.startswith(PREFIX)
-    return BuiltModel(module=module, preprocessor=Preprocessor(preprocess), spec=spec, has_weights=trained)
+    return BuiltModel(
+        module=module,
+        preprocessor=Preprocessor(preprocess),
+        spec=spec,
+        has_weights=own is not None or spec.startswith(PREFIX),
+        class_names=published.class_names,
+    )
 
 
 def reads_sequences(spec: str) -> bool:
     """Whether a spec names a network that takes token ids and nothing else."""
-    return spec.partition(":")[0] in (*TEXT_NETWORKS, "hf")
+    return spec.partition(":")[0] in TEXT_NETWORKS
 
 
 def check_reader(spec: str, *, is_text: bool) -> None:
@@ -177,7 +208,8 @@ def build_text_model(
                     "the tokenizer that it was trained with",
                     "give the folder its tokenizer back; the run's tokenizer.json is a copy of it",
                 )
-            return BuiltModel(module=module, preprocessor=own, spec=spec, has_weights=True)
+            names = class_names(module.get_submodule("model").config)
+            return BuiltModel(module=module, preprocessor=own, spec=spec, has_weights=True, class_names=names)
         assert preprocessor is not None, "of a model that brings none"
         record = preprocessor.record
         ids = max(record.vocabulary_size or 0, record.pad_id + 1)

@@ -136,25 +136,19 @@ def _are_probabilities(output_bk: NDArray[Any], narrow: bool) -> bool:
     return bool(np.abs(output_bk.sum(axis=1, dtype=np.float64) - 1).max() <= tolerance)
 
 
-def class_names(module: nn.Module, spec: str, checkpoint: Mapping[str, Any]) -> tuple[str, ...]:
-    """Names of a teacher's outputs, in order, where it brings some: of its checkpoint, of a Hugging Face config's
-    `id2label`, of torchvision's weights or of timm's; else empty.
+def class_names(module: nn.Module, published: tuple[str, ...] | None, checkpoint: Mapping[str, Any]) -> tuple[str, ...]:
+    """Names of a teacher's outputs, in order, where it brings some: of its checkpoint, of its published weights, or
+    those in an `id2label` of a Hugging Face configuration; else empty.
     """
     if isinstance(description := checkpoint.get("kdcache"), Mapping):
         return tuple(description["classes"])
+    if published is not None:
+        return published
     for holder in (module, getattr(module, "model", None)):
         id2label = getattr(getattr(holder, "config", None), "id2label", None)
         if isinstance(id2label, Mapping) and id2label:
             return tuple(str(id2label[at]) for at in sorted(id2label))
-    if checkpoint:
-        return ()  # of the names below, which belong to weights that it replaces
-    name, at, weights = spec.removeprefix("torchvision:").partition("@")
-    if spec.startswith("torchvision:") and at:
-        import torchvision  # type: ignore[import-untyped]
-
-        return tuple(torchvision.models.get_model_weights(name)[weights].meta.get("categories") or ())
-    config = getattr(module, "pretrained_cfg", None)
-    return tuple(config.get("label_names") or ()) if spec.startswith("timm:") and isinstance(config, Mapping) else ()
+    return ()
 
 
 def check_class_names(spec: str, names: Sequence[str], classes: Sequence[str], *, exact: bool) -> None:

@@ -101,7 +101,7 @@ def _describe(split_path: Path, manifest: Manifest, committed: int, shards: int,
     shape = "of varying size" if dataset.input_shape is None else "×".join(map(str, dataset.input_shape))
     classes = ", ".join(dataset.classes[:10]) + (", …" if len(dataset.classes) > 10 else "")
     plain = to_json(Preprocess())
-    steps = [f"{key} {value}" for key, value in to_json(teacher.preprocess).items() if value != plain[key]]
+    steps = [f"{key} {value}" for key, value in to_json(teacher.preprocess).items() if value != plain.get(key)]
     preprocess = ", ".join(steps) or "none but scaling to [0, 1]"
     features = "; ".join(
         f"{each.layer} ({'×'.join(map(str, manifest.array(each.array).row_shape))}), pool {each.pool}"

@@ -41,6 +41,7 @@ class Preprocess:
 
     Attributes:
         resize: length of the shorter side after resizing, in pixels; None keeps the size.
+        stretch: whether both sides get the length `resize`, whatever the image's aspect ratio.
         crop: side of the centre square kept after resizing, in pixels; None keeps everything.
         interpolation: how pixels are resampled: `nearest`, `bilinear` or `bicubic`.
         antialias: whether resampling smooths first.
@@ -62,6 +63,7 @@ class Preprocess:
     pad_id: int = 0
     vocabulary_size: int | None = None
     tokenizer_sha256: str = ""
+    stretch: bool = field(default=False, metadata=ADDED)
 
     def __post_init__(self) -> None:
         if len(self.mean) != len(self.std):
@@ -73,6 +75,8 @@ class Preprocess:
         for name in ("resize", "crop"):
             if (size := getattr(self, name)) is not None and size < 1:
                 raise ValueError(f"{name} is {size}: it must be at least 1 pixel")
+        if self.stretch and self.resize is None:
+            raise ValueError("stretch is given without resize: it needs a length")
         if (self.max_tokens is None) != (self.vocabulary_size is None):
             raise ValueError(
                 f"max_tokens is {self.max_tokens}, vocabulary_size {self.vocabulary_size}: both or neither"

@@ -19,7 +19,9 @@ from kdcache.core.errors import UsageError
 from kdcache.core.options import ALIASES, Settings, check_effective, flag_of, suggestion
 from tests.helpers import answer, kdcache, refused
 
-MACHINERY = {module.__file__ for module in (cli_options, config, dataclasses, early, json_records, options)} | {"<string>"}
+MACHINERY = {module.__file__ for module in (cli_options, config, dataclasses, early, json_records, options)} | {
+    "<string>"
+}
 
 # What each command is run with, so that together every setting is read. bench and sweep: tests of their own.
 RUNS = {

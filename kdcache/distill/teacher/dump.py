@@ -266,6 +266,7 @@ class _Dump:
             classes=len(self.dataset.classes),
             error=TeacherOutputError,
             outputs=self.outputs,
+            samples=batch.indices,
         )
         answers = {"logits": logits} | {
             f"features.{layer}": pool_features(features, self.config.pool) for layer, features in taps.take().items()
