@@ -21,6 +21,8 @@ READY := .venv/.ready
 # Settings that change a result are part of its folder's name, so a stage never passes for another one.
 TEACHER_RUN := $(OUT)/teacher-$(TEACHER)-$(EPOCHS)-$(AUGMENT)
 CACHE := $(OUT)/$(TEACHER)-$(EPOCHS)-$(AUGMENT).zarr
+# Beside the cache, because other Zarr readers warn of files in it that are no part of it.
+DUMPED := $(CACHE).dumped
 ALONE_RUN := $(OUT)/alone-$(STUDENT)-$(EPOCHS)
 STUDENT_RUN := $(OUT)/student-$(STUDENT)-$(EPOCHS)-$(TEACHER)-$(AUGMENT)-T$(TEMPERATURE)-a$(ALPHA)
 SOURCE := --data-root $(DATA)
@@ -47,7 +49,7 @@ demo: ## the whole pipeline on the embedded digits
 	@$(MAKE) --no-print-directory pipeline DATASET=digits EPOCHS=100
 
 teacher: $(TEACHER_RUN)/result.json ## train a teacher
-dump: $(CACHE)/.dumped ## run the teacher once, keep its logits
+dump: $(DUMPED) ## run the teacher once, keep its logits
 student: $(STUDENT_RUN)/result.json ## train a student from the cache
 
 pipeline: $(TEACHER_RUN)/result.json $(ALONE_RUN)/result.json $(STUDENT_RUN)/result.json ## all three, a table and a page
@@ -62,16 +64,20 @@ $(TEACHER_RUN)/result.json: | $(READY)
 	$(KDCACHE) train-teacher --dataset $(DATASET) $(SOURCE) --model $(TEACHER) --epochs $(EPOCHS) \
 		--augment $(AUGMENT) --schedule cosine --learning-rate 2e-3 --out $(TEACHER_RUN) $(call resume,$(TEACHER_RUN)) $(ARGS)
 
-$(CACHE)/.dumped: $(TEACHER_RUN)/result.json | $(READY)
+$(DUMPED): $(TEACHER_RUN)/result.json $(if $(wildcard $(CACHE)/zarr.json),,no-cache) | $(READY)
 	$(KDCACHE) dump-teacher --dataset $(DATASET) $(SOURCE) --teacher $(TEACHER) \
 		--checkpoint $(TEACHER_RUN)/best.pt --split train --split test --out $(CACHE)
 	@touch $@
 
-$(STUDENT_RUN)/result.json: $(CACHE)/.dumped | $(READY)
+# A stamp whose cache is gone counts for nothing.
+.PHONY: no-cache
+no-cache:
+
+$(STUDENT_RUN)/result.json: $(DUMPED) | $(READY)
 	$(KDCACHE) train-student --cache $(CACHE) $(SOURCE) --student $(STUDENT) --epochs $(EPOCHS) \
 		--temperature $(TEMPERATURE) --alpha $(ALPHA) --out $(STUDENT_RUN) $(call resume,$(STUDENT_RUN)) $(ARGS)
 
-$(ALONE_RUN)/result.json: $(CACHE)/.dumped | $(READY)
+$(ALONE_RUN)/result.json: $(DUMPED) | $(READY)
 	$(KDCACHE) train-student --cache $(CACHE) $(SOURCE) --student $(STUDENT) --epochs $(EPOCHS) \
 		--no-distill --out $(ALONE_RUN) $(call resume,$(ALONE_RUN)) $(ARGS)
 

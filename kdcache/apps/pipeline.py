@@ -26,7 +26,7 @@ from kdcache.core.config import (
     Verify,
 )
 from kdcache.core.errors import CacheDamaged
-from kdcache.core.json_records import to_json
+from kdcache.core.json_records import counted, to_json
 from kdcache.core.options import narrow
 from kdcache.core.plugins import require_extra
 from kdcache.core.progress import log
@@ -129,6 +129,7 @@ def _dump_split(settings: DumpTeacher, split: str) -> Report:
         "config": narrow(DumpConfig, settings),
         "add_views": settings.add_views,
         "outputs": built.outputs,
+        "allow_device_change": settings.allow_device_change,
     }
     if settings.dry_run:
         plan = plan_dump(built.module, dataset, **arguments)
@@ -144,10 +145,12 @@ def _dump_split(settings: DumpTeacher, split: str) -> Report:
         state = "; already complete" if data["complete"] else ""
         return Report(
             data,
-            f"{split}: {plan.rows:,} rows, {plan.bytes:,} bytes in {plan.shards} shards; "
+            f"{split}: {counted(plan.rows, 'row')}, {counted(plan.bytes, 'byte')} in {counted(plan.shards, 'shard')}; "
             f"{plan.free_bytes:,} bytes are free: it {fits}{state}",
         )
-    result = dump(built.module, dataset, **arguments, repair=settings.repair)
+    result = dump(
+        built.module, dataset, **arguments, repair=settings.repair, accept_new_bytes=settings.accept_new_bytes
+    )
     accuracy = result.manifest.teacher.accuracy
     data = {
         "split": split,
@@ -160,7 +163,8 @@ def _dump_split(settings: DumpTeacher, split: str) -> Report:
     }
     return Report(
         data,
-        f"{settings.out}/{split}: {result.rows:,} rows ({result.computed_rows:,} now, {result.seconds:.1f} s), "
+        f"{settings.out}/{split}: {counted(result.rows, 'row')} ({result.computed_rows:,} now, "
+        f"{result.seconds:.1f} s), "
         f"teacher accuracy {'not known: view 0 is mixed' if accuracy is None else f'{accuracy:.2%}'}",
     )
 
@@ -173,8 +177,8 @@ def verify_with_teacher(settings: Verify) -> Report:
     lines, data, exit_code = [report.text], report.data, 0
     for split in data["splits"]:
         cache = open_cache(settings.cache, split)
-        record = cache.manifest.dataset
-        dataset = open_data(settings, settings.dataset or record.name, split, hint=record.data_root)
+        local = cache.local
+        dataset = open_data(settings, settings.dataset or local.dataset, split, hint=local.data_root)
         recipe = cache.manifest.recipe
         built = load_teacher(
             settings,
@@ -201,8 +205,9 @@ def verify_with_teacher(settings: Verify) -> Report:
         same = found.same_weights and found.largest_difference <= settings.tolerance
         exit_code = exit_code if same else CacheDamaged.exit_code
         lines.append(
-            f"{split}: {found.rows} rows recomputed; difference up to {found.largest_difference:.2g} of 1 + |x| in "
-            f"{found.array} at sample {found.sample} in view {found.view}, tolerance {settings.tolerance:g}"
+            f"{split}: {counted(found.rows, 'row')} recomputed; difference up to "
+            f"{found.largest_difference:.2g} of 1 + |x| in {found.array} "
+            f"at sample {found.sample} in view {found.view}, tolerance {settings.tolerance:g}"
             + ("" if found.same_weights else "; the teacher's weights are not those of the manifest")
         )
     data["whole"] = exit_code == 0
@@ -214,13 +219,13 @@ def train_student(settings: TrainStudent) -> Report:
     _check_plots(settings.plots)
     caches = [open_cache(path, "train", allow_partial=settings.allow_partial) for path in settings.cache]
     manifest = caches[0].manifest
-    record = manifest.dataset
-    spec = settings.dataset or record.name
-    dataset = open_data(settings, spec, record.split, hint=record.data_root)
+    local = caches[0].local
+    spec = settings.dataset or local.dataset
+    dataset = open_data(settings, spec, manifest.dataset.split, hint=local.data_root)
     default, recipe = manifest.teacher.preprocess, manifest.recipe
     check_recorded(caches[0], Views(dataset, recipe))  # before the student sees an input
     built = _build_student(settings, dataset, default, recipe)
-    test = open_test(settings, spec, hint=record.data_root)
+    test = open_test(settings, spec, hint=local.data_root)
     config = narrow(StudentConfig, settings)
     run = _run_folder("train-student", settings, built)
     result = learn_from_cache(

@@ -192,9 +192,10 @@ def _live_cost(settings: Sweep, *, threads: int) -> dict[str, Any]:
     """What an epoch costs with the live teacher, as a ratio to one from the cache: measured in turn."""
     import torch
 
-    manifest = open_cache(settings.cache[0], allow_partial=settings.allow_partial).manifest
-    record = manifest.dataset
-    dataset = open_data(settings, settings.dataset or record.name, record.split, hint=record.data_root)
+    cache = open_cache(settings.cache[0], allow_partial=settings.allow_partial)
+    manifest, local = cache.manifest, cache.local
+    spec = settings.dataset or local.dataset
+    dataset = open_data(settings, spec, manifest.dataset.split, hint=local.data_root)
     own = teacher_input(settings, settings.checkpoint)
     teacher = load_teacher(
         own,

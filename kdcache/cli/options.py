@@ -22,6 +22,7 @@ from kdcache.core.command_result import Report
 from kdcache.core.errors import KdcacheError, UsageError
 from kdcache.core.json_records import to_json
 from kdcache.core.options import Settings, check_effective, flag_of, merge, read_settings, suggestion
+from kdcache.core.paths import local_path
 from kdcache.core.plugins import describe
 
 # Command → the class of its settings, entered as commands are defined.
@@ -201,7 +202,7 @@ def _settings(settings_class: type[Settings], given: dict[str, Any], file: str |
 
         from kdcache.core.run_dir import read_config
 
-        layers = [read_config(Path(given["out"]))]
+        layers = [read_config(Path(local_path(given["out"], "--out")))]
     hints = typing.get_type_hints(settings_class)
     flags = {
         name: _numbers(name, value, hints[name]) if isinstance(value, str) and "tuple" in str(hints[name]) else value
@@ -215,7 +216,8 @@ def _settings(settings_class: type[Settings], given: dict[str, Any], file: str |
     asked = [name for name, value in from_file.items() if name in names and value not in (defaults[name], None)]
     check_effective(settings, dict.fromkeys([*flags, *asked]))
     for each in dataclasses.fields(settings_class):
-        if each.metadata["required"] and not getattr(settings, each.name):
+        spared = each.metadata["unless"] and getattr(settings, each.metadata["unless"])
+        if each.metadata["required"] and not spared and not getattr(settings, each.name):
             flag = each.name.upper() if each.metadata["argument"] else flag_of(each.name)
             raise UsageError(f"{flag} is missing", each.metadata["help"], "see --help")
     return settings

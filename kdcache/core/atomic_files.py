@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from kdcache.core.errors import KdcacheError, StorageError
+from kdcache.core.errors import KdcacheError, StorageError, TargetExists
 
 TEMPORARY = ".tmp"
 
@@ -19,6 +19,18 @@ _REMEDIES = {
     errno.EROFS: "remount the disk writable, or choose another folder",
     errno.EACCES: "give yourself permission to write there, or choose another folder",
     errno.EPERM: "give yourself permission to write there, or choose another folder",
+    errno.ENOTDIR: "choose a path that does not lead through a file",
+    errno.EISDIR: "choose the path of a file",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.EMFILE: "raise the limit of open files (ulimit -n), or open fewer at once (--workers, --jobs)",
+    errno.ENFILE: "close other programs, or raise the system's limit of open files",
+}
+_NEEDED = {
+    errno.ENOTDIR: "a folder",
+    errno.EISDIR: "a file",
+    errno.ENAMETOOLONG: "a name of at most 255 bytes",
+    errno.EMFILE: "a file descriptor: this process has as many files open as it may",
+    errno.ENFILE: "a file descriptor: the system has as many files open as it may",
 }
 
 
@@ -30,10 +42,10 @@ def storage_errors(action: str, path: Path) -> Iterator[None]:
     except OSError as problem:
         if isinstance(problem, KdcacheError):
             raise
-        remedy = _REMEDIES.get(problem.errno or 0, "look at the disk")
-        needed = "a disk that takes it"
-        if action == "read":
-            remedy, needed = "give yourself permission to read it, or look at the disk", "a disk that gives it"
+        code = problem.errno or 0
+        remedy, needed = _REMEDIES.get(code, "look at the disk"), _NEEDED.get(code, "a writable location")
+        if action == "read" and code not in _NEEDED:
+            remedy, needed = "give yourself permission to read it, or look at the disk", "a readable file"
         raise StorageError(
             f"could not {action} {path}: {problem.strerror or problem}",
             needed,
@@ -50,8 +62,27 @@ def sync_folder(path: Path) -> None:
         os.close(descriptor)
 
 
+def check_folder(path: Path) -> None:
+    """Refuse a path that cannot be a folder, because it or one above it is a file.
+
+    Raises:
+        TargetExists: it is.
+    """
+    there = path.absolute()
+    while not os.path.lexists(there):
+        there = there.parent
+    if not there.is_dir():
+        kind = "a file" if there.exists() else "a link to nothing"
+        raise TargetExists(
+            f"{there} is {kind}, not a folder",
+            f"a folder at {path}, or a free path",
+            "choose another --out; nothing was changed",
+        )
+
+
 def make_folder(path: Path) -> None:
     """Create a folder and the ones above it, durably."""
+    check_folder(path)
     missing = []
     while not path.exists():
         missing.append(path)

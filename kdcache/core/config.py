@@ -152,6 +152,8 @@ class DumpConfig(Execution, Augmenting):
     )
     encoding: str = option("float16", "How logits are stored: float16, float32 or float64.")
     compression: str = option("none", "none or zstd:LEVEL. Logits hardly compress, and uncompressed ones read faster.")
+    license: str = option("", "License of the cache, such as CC-BY-4.0, for its manifest.")
+    citation: str = option("", "What to cite for the cache, for its manifest.")
     shard_rows: int | None = option(None, "Rows of a shard, a power of two. [default: 16384, fewer if rows are large]")
 
 
@@ -269,7 +271,7 @@ class DumpTeacher(DumpConfig, TeacherOutput, DatasetSource, Input):
     checkpoint: str | None = option(None, "The teacher's weights: .pt, .pth or .safetensors.")
     checkpoint_key: str | None = option(None, CHECKPOINT_KEY_HELP)
     split: tuple[str, ...] = option(("train",), "Split to dump; repeat for several.")
-    out: str = option("", "The cache, a folder such as runs/mnist.zarr.", required=True)
+    out: str = option("", "The cache, a folder such as runs/mnist.zarr.", required=True, unless="list_layers")
     list_layers: bool = option(False, "Show the teacher's layers and the shapes that they give, and do nothing else.")
     dry_run: bool = option(False, "Tell rows, bytes and shards, and write nothing.", not_with=("list_layers",))
     add_views: int = option(
@@ -282,6 +284,14 @@ class DumpTeacher(DumpConfig, TeacherOutput, DatasetSource, Input):
         False,
         "Check what stands at --out, and compute again what is broken or missing.",
         not_with=("list_layers", "dry_run"),
+    )
+    accept_new_bytes: bool = option(
+        False,
+        "With --repair: replace rows even where they are not what was committed; the cache's digest changes.",
+        only_with=("repair",),
+    )
+    allow_device_change: bool = option(
+        False, "Continue a dump on another device or with other settings of it; recorded in the manifest."
     )
 
 

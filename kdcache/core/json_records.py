@@ -118,6 +118,15 @@ def _differences(old: Any, new: Any, prefix: str, ignore: frozenset[str]) -> typ
         yield prefix, old, new
 
 
+def counted(count: int, singular: str, plural: str = "") -> str:
+    """A number with its noun: `1 shard`, `2 shards`, `1,000 rows`.
+
+    Args:
+        plural: where it is not the singular with an s.
+    """
+    return f"{count:,} {singular if count == 1 else plural or singular + 's'}"
+
+
 def brief(value: Any) -> str:
     """A value for a message, on one line and cut where it is long; of a tensor or an array its type and shape."""
     shape, dtype = getattr(value, "shape", None), getattr(value, "dtype", None)

@@ -14,8 +14,13 @@ from typing import Any, ClassVar, TypeVar
 
 from kdcache.core.errors import UsageError
 from kdcache.core.json_records import from_json, to_json
+from kdcache.core.paths import local_path, local_spec
 
 T = TypeVar("T", bound="Settings")
+
+# Options whose values are paths, and those whose values may hold one, wherever they occur.
+PATHS = frozenset({"out", "cache", "run", "runs", "data_root", "checkpoint", "tokenizer", "inputs", "path"})
+SPECS = frozenset({"dataset", "model", "teacher", "student"})
 
 
 def option(
@@ -30,6 +35,7 @@ def option(
     required: bool = False,
     only_with: tuple[str, ...] = (),
     not_with: tuple[str, ...] = (),
+    unless: str = "",
 ) -> Any:
     """A setting: its default, its help text and what it may be.
 
@@ -40,6 +46,7 @@ def option(
         only_with: other settings without one of which this one has no effect, as `NAME=VALUE`, or `NAME` for any value
             but its default.
         not_with: other settings that leave this one without effect, spelled alike.
+        unless: flag with which a required value may be missing.
     """
     metadata = {
         "help": help,
@@ -51,27 +58,31 @@ def option(
         "required": required,
         "only_with": only_with,
         "not_with": not_with,
+        "unless": unless,
     }
     return field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Base of all settings: checks every value against its bounds.
+    """Base of all settings: checks every value against its bounds, and expands `~` in paths.
 
     Attributes:
         inherited_only_with: other settings without one of which no inherited setting has an effect, as `only_with`.
 
     Raises:
-        UsageError: a value is out of bounds or not among the choices.
+        UsageError: a value is out of bounds or not among the choices, or no path on this machine.
     """
 
     inherited_only_with: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
         for each in fields(self):
-            value, rule = getattr(self, each.name), each.metadata
-            flag = "--" + each.name.replace("_", "-")
+            rule = each.metadata
+            flag = each.name.upper() if rule.get("argument") else "--" + each.name.replace("_", "-")
+            if each.name in PATHS | SPECS:
+                object.__setattr__(self, each.name, _expanded(getattr(self, each.name), each.name, flag))
+            value = getattr(self, each.name)
             if value is None or not rule:
                 continue
             if rule["choices"] and value not in rule["choices"]:
@@ -130,13 +141,20 @@ def _spelled(rules: Mapping[str, Field[Any]], condition: str) -> str:
     return f"{flag_of(name, off=name in rules and rules[name].default is True)} {value}".rstrip()
 
 
+def _expanded(value: Any, name: str, flag: str) -> Any:
+    expand = local_path if name in PATHS else local_spec
+    if isinstance(value, tuple):
+        return tuple(expand(each, flag) for each in value)
+    return expand(value, flag) if isinstance(value, str) else value
+
+
 def read_settings(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The settings in a TOML file or in a run's config.json, as plain values.
 
     Raises:
         UsageError: the file is missing or is neither.
     """
-    path = Path(path)
+    path = Path(local_path(os.fspath(path), "--config"))
     try:
         text = path.read_text()
         data = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from kdcache.core.atomic_files import make_folder, storage_errors, write_durable
+from kdcache.core.atomic_files import check_folder, make_folder, storage_errors, write_durable
 from kdcache.core.errors import TargetExists, UsageError
 from kdcache.core.file_lock import PathLock
 
@@ -32,13 +32,14 @@ class RunFolder:
         tokenizer: the JSON of the network's tokenizer, if it reads text.
 
     Raises:
-        TargetExists: a new run meets the files of another one.
+        TargetExists: a new run meets the files of another one, or a file that is no folder.
         UsageError: a run to resume is not there, has lost its state, or has other settings; only `epochs` may grow.
     """
 
     def __init__(self, path: Path, settings: dict[str, Any], *, resume: bool, tokenizer: str | None = None) -> None:
         self.path, self._tokenizer, self._resume = path, tokenizer, resume
         self._settings = {name: value for name, value in settings.items() if name != "resume"}
+        check_folder(path)
         self._made: list[Path] = []
         self._check()
 

@@ -217,6 +217,7 @@ def _construct(
             "texts, or token ids of a dataset that tells its vocabulary_size",
             "leave it out",
         )
+    _check_channels_first(spec, dataset, settings)
     return build_model(
         spec,
         num_classes=len(classes),
@@ -230,6 +231,23 @@ def _construct(
         default=default,
         replace_head=training,
         fits=partial(fits, content=checkpoint, key=checkpoint_key) if checkpoint else None,
+    )
+
+
+def _check_channels_first(spec: str, dataset: IndexedDataset, settings: Input) -> None:
+    """Refuse arrays of (height, width, channels), which would be taken for images of `height` channels.
+
+    Code of the user's may want them so, and the mlp takes any shape.
+    """
+    shape = dataset.input_shape or ()
+    any_shape = spec.startswith("py:") or (spec == "mlp" and not (settings.size or settings.mean))
+    if len(shape) != 3 or shape[2] not in (1, 3, 4) or min(shape[:2]) < 8 or any_shape:
+        return
+    height, width, channels = shape
+    raise ModelError(
+        f"an input of {dataset.name} has shape {shape}, which looks like (height, width, channels)",
+        f"channels first: {(channels, height, width)}",
+        "let the dataset return array.transpose(2, 0, 1), tensor.permute(2, 0, 1), or a PIL image",
     )
 
 

@@ -14,11 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdcache.core.errors import CacheDamaged, CacheIncomplete, CacheNotFound
+from kdcache.core.paths import local_path
 from kdcache.store.chunk_reader import REPAIR, ChunkReader, sample_indices
 from kdcache.store.encodings.floats import LOGITS
 from kdcache.store.encodings.registry import encoding_of, logit_arrays
 from kdcache.store.ledger import Ledger
-from kdcache.store.manifest import Manifest, is_cache, read_manifest
+from kdcache.store.local_paths import LocalPaths, read_local
+from kdcache.store.manifest import Manifest, enclosing_cache, is_cache, read_manifest
 from kdcache.store.row_source import ReadOptions, plan_reading
 from kdcache.store.sampler import always, batches_of
 
@@ -29,7 +31,11 @@ def cache_splits(path: str | os.PathLike[str]) -> list[str]:
     Raises:
         CacheNotFound: there is no cache at the path.
     """
-    root = Path(path)
+    root = Path(local_path(os.fspath(path), "the cache"))
+    if (cache := enclosing_cache(root)) is not None:
+        raise CacheNotFound(
+            f"no cache at {root}: it lies inside the cache {cache}", "the cache itself", f"give {cache}"
+        )
     if not is_cache(root):
         found = "nothing is there" if not root.exists() else "what is there is something else"
         raise CacheNotFound(
@@ -51,6 +57,7 @@ def open_cache(path: str | os.PathLike[str], split: str = "train", *, allow_part
         CacheIncomplete: its dump has not finished.
         CacheDamaged: manifest or ledger fail their checksums.
     """
+    path = local_path(os.fspath(path), "the cache")
     splits = cache_splits(path)
     if split not in splits:
         raise CacheNotFound(
@@ -69,6 +76,7 @@ class Cache:
     Attributes:
         manifest: Provenance of the split.
         path: Folder of the split.
+        local: Where its dataset was when it was dumped, as a hint.
         encoding: How its logits are stored.
         logit_arrays: Names of the arrays that hold its logits.
     """
@@ -76,6 +84,7 @@ class Cache:
     def __init__(self, split_path: Path, *, allow_partial: bool = False) -> None:
         self.path = split_path
         self.manifest: Manifest = read_manifest(split_path)
+        self.local: LocalPaths = read_local(split_path, self.manifest)
         self._partial = allow_partial and not self.manifest.complete
         ledger = Ledger(split_path, self.manifest, views=self.manifest.readable_views)
         if not self._partial:

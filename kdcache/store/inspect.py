@@ -11,12 +11,14 @@ from typing import Any
 
 from kdcache.core.command_result import Report
 from kdcache.core.errors import CacheDamaged, CacheIncomplete, CacheNotFound
-from kdcache.core.json_records import to_json
+from kdcache.core.json_records import counted, to_json
+from kdcache.core.paths import local_path
 from kdcache.core.progress import Progress
 from kdcache.store.cache import cache_splits
 from kdcache.store.chunk_reader import REPAIR
 from kdcache.store.ledger import Ledger
-from kdcache.store.manifest import Manifest, Preprocess, read_manifest
+from kdcache.store.local_paths import LocalPaths, read_local
+from kdcache.store.manifest import Manifest, Preprocess, cache_sha256, read_manifest, recorded_sha256
 from kdcache.store.verify import SplitReport, verify_split
 
 
@@ -27,11 +29,16 @@ def inspect_cache(path: str | os.PathLike[str]) -> Report:
         CacheNotFound, CacheDamaged: the cache cannot be read.
         CacheIncomplete: not even one split was begun.
     """
+    path = local_path(os.fspath(path), "the cache")
     splits = {name: _inspect_split(Path(path) / name) for name in cache_splits(path)}
     if not splits:
         raise CacheIncomplete(f"the cache {path} has no split yet", "a dump", "run dump-teacher again")
-    data = {"cache": str(path), "splits": {name: split[0] for name, split in splits.items()}}
-    return Report(data, "\n\n".join(text for _, text in splits.values()))
+    details = {name: split[0] for name, split in splits.items()}
+    finished = all(each["complete"] and not each["views_being_added"] for each in details.values())
+    digest = cache_sha256({name: each["sha256"] for name, each in details.items()}) if finished else None
+    cited = f"{digest}, the digest to cite for the whole cache" if digest else "to cite once every split is complete"
+    texts = [f"{path}\n  sha256  {cited}", *(text for _, text in splits.values())]
+    return Report({"cache": str(path), "sha256": digest, "splits": details}, "\n\n".join(texts))
 
 
 def verify_cache(path: str | os.PathLike[str], splits: Sequence[str] = ()) -> Report:
@@ -40,6 +47,7 @@ def verify_cache(path: str | os.PathLike[str], splits: Sequence[str] = ()) -> Re
     Raises:
         CacheNotFound: no cache there, or not one of these splits.
     """
+    path = local_path(os.fspath(path), "the cache")
     names = cache_splits(path)
     if missing := [name for name in splits if name not in names]:
         raise CacheNotFound(f"the cache {path} has no split {missing[0]!r}", f"of {', '.join(names) or '(none yet)'}")
@@ -54,8 +62,9 @@ def verify_cache(path: str | os.PathLike[str], splits: Sequence[str] = ()) -> Re
     whole = bool(reports) and not any(report.problems for report in reports.values())
     lines = [] if reports else [f"{path} has no split yet"]
     for name, report in reports.items():
-        state = f"{len(report.problems)} problems" if report.problems else "whole"
-        lines.append(f"{Path(path) / name}: {state}; {report.bytes:,} bytes of {report.shards} shards checked")
+        state = counted(len(report.problems), "problem") if report.problems else "whole"
+        shards = counted(report.shards, "shard")
+        lines.append(f"{Path(path) / name}: {state}; {counted(report.bytes, 'byte')} of {shards} checked")
         lines += [f"  damage: {problem}" for problem in report.problems] + [f"  note: {note}" for note in report.notes]
     checked = sum(report.bytes for report in reports.values())
     lines.append(f"{checked:,} bytes in {seconds:.2f} s ({checked / max(seconds, 1e-9) / 1e6:,.0f} MB/s)")
@@ -84,20 +93,23 @@ def _inspect_split(split_path: Path) -> tuple[dict[str, Any], str]:
         "views_being_added": manifest.views - manifest.readable_views,
         "rows": manifest.dataset.length * manifest.readable_views,
         "bytes": stored,
+        "sha256": recorded_sha256(split_path),
         "manifest": to_json(manifest),
     }
-    return data, _describe(split_path, manifest, committed, shards, stored)
+    return data, _describe(split_path, manifest, data, read_local(split_path, manifest))
 
 
-def _describe(split_path: Path, manifest: Manifest, committed: int, shards: int, stored: int) -> str:
+def _describe(split_path: Path, manifest: Manifest, data: dict[str, Any], local: LocalPaths) -> str:
+    committed, shards = data["committed_shards"], counted(data["shards"], "shard")
     dataset, teacher = manifest.dataset, manifest.teacher
     logits = manifest.array("logits")
     unknown = "not known: view 0 is mixed" if manifest.complete else "not known yet"
     accuracy = unknown if teacher.accuracy is None else f"{teacher.accuracy:.2%} on this split"
-    state = "complete" if manifest.complete else f"incomplete: {committed} of {shards} shards committed"
+    state = "complete" if manifest.complete else f"incomplete: {committed} of {shards} committed"
     if manifest.extending:
         added = manifest.views - manifest.readable_views
-        state += f"; {added} more views are being added, {committed} of {shards} shards committed"
+        views = counted(added, "more view is", "more views are")
+        state += f"; {views} being added, {committed} of {shards} committed"
     shape = "of varying size" if dataset.input_shape is None else "×".join(map(str, dataset.input_shape))
     classes = ", ".join(dataset.classes[:10]) + (", …" if len(dataset.classes) > 10 else "")
     plain = to_json(Preprocess())
@@ -109,7 +121,11 @@ def _describe(split_path: Path, manifest: Manifest, committed: int, shards: int,
     )
     lines = {
         "state": state,
-        "dataset": f"{dataset.name}, split {dataset.split}, {dataset.length:,} samples, {dataset.input_dtype} {shape}",
+        "sha256": data["sha256"],
+        "license": manifest.license or "not given",
+        "citation": manifest.citation or "not given",
+        "dataset": f"{dataset.name}, split {dataset.split}, {counted(dataset.length, 'sample')}, "
+        f"{dataset.input_dtype} {shape}",
         "classes": f"{len(dataset.classes)}: {classes}",
         "labels": f"sha256 {dataset.labels_sha256}",
         "inputs": f"sha256 of a sample {dataset.sample_sha256}",
@@ -120,12 +136,18 @@ def _describe(split_path: Path, manifest: Manifest, committed: int, shards: int,
         "features": features or "none",
         "rows": f"{dataset.length * manifest.readable_views:,}",
         "encoding": f"{logits.dtype}, compression {logits.compression}, amp {manifest.amp}",
-        "layout": f"chunks of {logits.chunk_rows} rows in shards of {manifest.shard_rows}, {stored:,} bytes in all",
+        "layout": f"chunks of {logits.chunk_rows} rows in shards of {manifest.shard_rows}, "
+        f"{counted(data['bytes'], 'byte')} in all",
         "made with": ", ".join(f"{name} {version}" for name, version in manifest.versions.items())
         + f" on {manifest.device}, seed {manifest.seed}",
+        "device": ", ".join(f"{name} {value}" for name, value in manifest.compute.items()) or "not recorded",
+        "changes": "; ".join(f"{each.what}: {each.before} to {each.after}" for each in manifest.history) or "none",
+        "local paths": f"dataset {local.dataset}, data root {local.data_root or 'none'} (no part of the sha256)",
     }
     width = max(map(len, lines))
-    return "\n".join([str(split_path), *(f"  {name:<{width}}  {value}" for name, value in lines.items())])
+    below = "\n" + " " * (width + 4)
+    described = (f"  {name:<{width}}  {value}".replace("\n", below) for name, value in lines.items())
+    return "\n".join([str(split_path), *described])
 
 
 def _describe_views(manifest: Manifest) -> str:

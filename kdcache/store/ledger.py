@@ -40,6 +40,9 @@ class Ledger:
 
     Attributes:
         damaged: (view, block) of the parts that could not be read.
+        suspended: entries of shards that are to be computed again, by (view, shard). They stay on disk until the shard
+            is committed, because their checksums tell what must come out.
+        unproved: views whose entries are not those of the manifest's digest; they are not saved by a commit.
 
     Raises:
         CacheDamaged: a ledger file fails its checksum or has the wrong length.
@@ -51,6 +54,8 @@ class Ledger:
         self._path = split_path / NAME
         self._manifest = manifest
         self.damaged: list[tuple[int, int]] = []
+        self.suspended: dict[tuple[int, int], NDArray[np.uint64]] = {}
+        self.unproved: set[int] = set()
         self._columns: dict[str, tuple[int, int]] = {}
         width = 0
         for array in manifest.arrays:
@@ -106,18 +111,29 @@ class Ledger:
 
     def commit(self, view: int, shard: int, entry: Entry) -> None:
         """Record a shard whose data is already durable."""
-        before = self._entries[view, shard].copy()
+        before, suspended = self._entries[view, shard].copy(), self.suspended.pop((view, shard), None)
         try:
             self.set(view, shard, entry)
-            self._save_block(view, shard // self._block)
+            if view not in self.unproved:
+                self._save_block(view, shard // self._block)
         except BaseException:
             self._entries[view, shard] = before
+            if suspended is not None:
+                self.suspended[view, shard] = suspended
             raise
 
-    def forget(self, view: int, shard: int) -> None:
-        """Record that a shard is not committed any more."""
+    def suspend(self, view: int, shard: int) -> None:
+        """Take a shard for not committed, in memory only."""
+        if view not in self.unproved and self._entries[view, shard].any():
+            self.suspended[view, shard] = self._entries[view, shard].copy()
         self._entries[view, shard] = 0
-        self._save_block(view, shard // self._block)
+
+    def suspended_entry(self, array: ArrayRecord, view: int, shard: int) -> tuple[int, list[int]] | None:
+        """What was committed of a suspended shard: length and checksums; None where nothing is known."""
+        if (entry := self.suspended.get((view, shard))) is None:
+            return None
+        start, stop = self._columns[array.name]
+        return int(entry[start]), entry[start + 1 : stop].tolist()
 
     def set(self, view: int, shard: int, entry: Entry) -> None:
         """Enter a shard in memory only."""
@@ -131,7 +147,11 @@ class Ledger:
             self._save_block(view, block)
 
     def _save_block(self, view: int, block: int) -> None:
-        payload = self._entries[view, block * self._block : (block + 1) * self._block].tobytes()
+        entries = self._entries[view, block * self._block : (block + 1) * self._block].copy()
+        for (of_view, shard), entry in self.suspended.items():
+            if of_view == view and shard // self._block == block:
+                entries[shard % self._block] = entry
+        payload = entries.tobytes()
         write_durable(self._file(view, block), payload + crc32c(payload).to_bytes(CRC_BYTES, "little"))
 
     def _file(self, view: int, block: int) -> Path:

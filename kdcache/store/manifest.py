@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import re
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +26,11 @@ ROOT_MARK = {"cache": 1}
 _REMEDY = "run the dump-teacher command that made it with --repair, or restore the file from a copy"
 _SPLIT_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
-# What may differ between two runs of one dump: results, hints and circumstances, not settings.
+# What may differ between two runs of one dump: results, hints and circumstances, not settings. The device is compared
+# where rows are to be added (see target.py), and the terms of use may change without another dump.
 NOT_IDENTITY = frozenset(
     {"views", "view_sha256", "dataset.data_root", "teacher.accuracy", "device", "batch_size"}
-    | {"versions.cpu", "versions.python"}
+    | {"versions.cpu", "versions.python", "compute", "license", "citation", "history"}
 )
 
 NONE = "none"
@@ -90,13 +91,13 @@ class DatasetRecord:
     """Which samples, in which order.
 
     Attributes:
-        name: the dataset's spec, such as `mnist` or `folder:images`.
+        name: the dataset's spec without the path of a machine, such as `mnist` or `folder:images`.
         classes: class names; a label is a position in this tuple.
         input_dtype: of the shared input, such as `uint8`.
         input_shape: of one shared input, channels first; None where samples differ in size.
         sample_sha256: fingerprint of a keyed sample of the shared inputs (indices, shapes and bytes).
         labels_sha256: fingerprint of all labels as little-endian int64; None until all are known.
-        data_root: where the dump found the data; a hint for training on the same machine.
+        data_root: of manifests by older versions: where the dump found the data. Today it is in `LocalPaths`.
     """
 
     name: str
@@ -143,6 +144,7 @@ class TeacherRecord:
     """Who answered.
 
     Attributes:
+        spec: what built it, without the path of a machine.
         weights_sha256: hash of names, shapes, dtypes and bytes of the weights.
         parameters: number of parameters.
         accuracy: top-1 accuracy on the dumped split's view 0, 0 to 1; None until the dump is complete, and where view 0
@@ -222,6 +224,22 @@ class FeatureRecord:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ChangeRecord:
+    """A change to a split after its first rows were committed, which the user asked for.
+
+    Attributes:
+        what: `device` (rows by another device or other settings of it), `bytes` (rows replaced by others) or `terms`
+            (license, citation).
+        before: the values that changed, as text; with `manifest_sha256`, the digest of the manifest before the change.
+        after: the values since.
+    """
+
+    what: str
+    before: dict[str, str]
+    after: dict[str, str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
     """What one split of a cache is of.
 
@@ -229,12 +247,18 @@ class Manifest:
         views: how many versions of every sample the teacher answers for, those included that are being added.
         recipe: how views are made of samples.
         arrays: What is stored for each row; the arrays of the encoding come first.
-        encoding: Spec of the encoding of the logits.
+        encoding: Spec of the encoding of the logits; empty in manifests by older versions, where it is the dtype of
+            the array `logits`.
         features: which arrays are features of the teacher, and of which layer.
         shard_rows: rows of one shard, the unit that is written and committed whole.
         versions: of every package that could change an input or an answer.
         amp: precision of the teacher's forward pass: `off`, `bf16` or `fp16`.
+        compute: device that computes the rows, and its settings that change their last bits (see
+            `provenance.compute_facts`); empty in manifests by older versions.
         view_sha256: digest of the ledger of each finished view, in view order; none until the first dump is complete.
+        license: under which the cache is published, such as an SPDX identifier.
+        citation: what to cite for it.
+        history: changes since the first rows were committed, oldest first.
     """
 
     schema: int = SCHEMA
@@ -243,7 +267,7 @@ class Manifest:
     views: int = 1
     recipe: ViewRecipe = ViewRecipe()
     arrays: tuple[ArrayRecord, ...]
-    encoding: str = ""
+    encoding: str = field(default="", metadata=ADDED)
     features: tuple[FeatureRecord, ...] = ()
     shard_rows: int
     seed: int
@@ -252,6 +276,10 @@ class Manifest:
     batch_size: int
     versions: dict[str, str]
     view_sha256: tuple[str, ...] = ()
+    compute: dict[str, str] = field(default_factory=dict, metadata=ADDED)
+    license: str = field(default="", metadata=ADDED)
+    citation: str = field(default="", metadata=ADDED)
+    history: tuple[ChangeRecord, ...] = field(default=(), metadata=ADDED)
 
     def __post_init__(self) -> None:
         if self.schema != SCHEMA:
@@ -307,6 +335,22 @@ def manifest_attributes(manifest: Manifest) -> dict[str, Any]:
     return {ATTRIBUTE: {"manifest": to_json(manifest), "sha256": manifest_sha256(manifest)}}
 
 
+def recorded_sha256(split_path: Path) -> str:
+    """The digest that a split's manifest was written with: the one to cite. Its JSON need not be what today's version
+    would write of it, so it is read and not computed.
+
+    Raises:
+        CacheDamaged: the manifest does not have it.
+    """
+    read_manifest(split_path)
+    return str(group_attribute(split_path)["sha256"])
+
+
+def cache_sha256(splits: dict[str, str]) -> str:
+    """One digest for a whole cache: sha256 of the canonical JSON of its splits' digests by name."""
+    return hashlib.sha256(canonical_json(splits)).hexdigest()
+
+
 def manifest_sha256(manifest: Manifest) -> str:
     """The hash that answers for a split: of its manifest, and so of all that a finished one covers."""
     return hashlib.sha256(canonical_json(to_json(manifest))).hexdigest()
@@ -318,7 +362,7 @@ def read_manifest(split_path: Path) -> Manifest:
     Raises:
         CacheDamaged: it is missing, was edited, or a version wrote it that this one cannot read.
     """
-    holder = _group_attribute(split_path)
+    holder = group_attribute(split_path)
     if not isinstance(holder, dict) or not {"manifest", "sha256"} <= holder.keys():
         raise CacheDamaged(f"{split_path}: the kdcache attribute is not a manifest with its sha256", remedy=_REMEDY)
     digest = hashlib.sha256(canonical_json(holder["manifest"])).hexdigest()
@@ -327,8 +371,6 @@ def read_manifest(split_path: Path) -> Manifest:
             f"{split_path}: the manifest's sha256 is {digest}", f"{holder['sha256']}, as written", _REMEDY
         )
     manifest = from_json(Manifest, holder["manifest"], where=str(split_path), error=CacheDamaged)
-    if not manifest.encoding:  # as the first version wrote it
-        manifest = replace(manifest, encoding=manifest.array("logits").dtype)
     if manifest.dataset.split != split_path.name:
         raise CacheDamaged(
             f"{split_path} holds the split {manifest.dataset.split!r}",
@@ -336,6 +378,12 @@ def read_manifest(split_path: Path) -> Manifest:
             "give the folder its name back",
         )
     return manifest
+
+
+def enclosing_cache(path: Path) -> Path | None:
+    """The cache that a path lies in, below its root; None where it lies in none."""
+    # From the top, because the groups below a root are marked otherwise.
+    return next((parent for parent in reversed(path.absolute().parents) if is_cache(parent)), None)
 
 
 def is_cache(path: Path) -> bool:
@@ -350,14 +398,14 @@ def is_cache(path: Path) -> bool:
     attributes = document.get("attributes") if isinstance(document, dict) else None
     if not isinstance(attributes, dict) or ATTRIBUTE not in attributes:
         return False
-    if _group_attribute(path) != ROOT_MARK:
+    if group_attribute(path) != ROOT_MARK:
         raise CacheDamaged(
             f"{path} is marked {attributes[ATTRIBUTE]!r}", f"{ROOT_MARK!r}, which this version reads", _REMEDY
         )
     return True
 
 
-def _group_attribute(group_path: Path) -> Any:
+def group_attribute(group_path: Path) -> Any:
     """What a Zarr group's attributes hold for kdcache; None where they hold nothing."""
     path = group_path / METADATA
     document = _read_json(path)

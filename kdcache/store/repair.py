@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import numpy as np
+import contextlib
 
+from kdcache.core.json_records import counted
 from kdcache.store.chunk_reader import ChunkReader
 from kdcache.store.layout import chunks_in_shard, chunks_per_shard, shard_path
 from kdcache.store.manifest import ArrayRecord
@@ -13,21 +14,28 @@ from kdcache.store.writer import SplitWriter
 
 
 def prepare_repair(writer: SplitWriter) -> list[str]:
-    """Take every damaged shard out of the ledger, so that it is pending; what was found, as text.
+    """Take every damaged shard for not committed, so that it is pending; what was found, as text. Writes nothing but
+    a ledger that is proved.
 
-    A damaged ledger is first rebuilt from the checksums in the shards' own files, and believed where the manifest's
-    digest proves it.
+    Where the ledger of a finished view is not the one of the manifest's digest, it is rebuilt from the checksums in the
+    shards' own files. If that does not prove it, its entries are believed until all is computed, and then either have
+    the digest or are refused; with `accept_new_bytes` the whole view is computed again.
     """
     manifest, ledger = writer.manifest, writer.ledger
     found = list(writer.restored)
     reader = ChunkReader(writer.path, manifest, ledger)
     if writer.proof_needed:
         found.append("the manifest is damaged; it is written again if its sha256 or what it says proves it")
-    for view in sorted({view for view, _ in ledger.damaged}):
-        if _rebuild(reader, view):
-            found.append(f"the ledger of view {view} was damaged; rebuilt from the shards and proved by the manifest")
+    for view in writer.new_digests():
+        _rebuild(reader, view)
+        if view in writer.new_digests():
+            ledger.unproved.add(view)
+            found.append(f"the ledger of view {view} is damaged, and so are shards of it")
         else:
-            found.append(f"the ledger of view {view} is damaged; its shards are computed again")
+            ledger.save(view)
+            found.append(f"the ledger of view {view} was damaged; rebuilt from the shards and proved by the manifest")
+    for view in sorted({view for view, _ in ledger.damaged if view >= len(manifest.view_sha256)}):
+        found.append(f"the ledger of view {view} is damaged; its shards are computed again")
     broken: set[tuple[int, int]] = set()
     for (_, view, shard), problem in check_places(reader, committed_places(manifest, ledger)):
         if problem is not None:
@@ -35,36 +43,27 @@ def prepare_repair(writer: SplitWriter) -> list[str]:
             broken.add((view, shard))
     if broken or writer.pending():
         writer.check_proved()
-    for view, shard in sorted(broken):
-        ledger.forget(view, shard)
     missing = [place for place in writer.pending() if place not in broken]
     if missing and manifest.complete:
-        found.append(f"{len(missing)} shards are not in the ledger")
+        found.append(f"{counted(len(missing), 'shard')} not in the ledger")
+    if writer.accept_new_bytes:
+        broken |= {(view, shard) for view in ledger.unproved for shard in range(manifest.shards)}
+    for view, shard in sorted(broken):
+        ledger.suspend(view, shard)
     return found
 
 
-def _rebuild(reader: ChunkReader, view: int) -> bool:
-    """Enter a view's shards as their files describe themselves, if the manifest's digest proves that ledger."""
+def _rebuild(reader: ChunkReader, view: int) -> None:
+    """Enter a view's shards, in memory, as their files describe themselves, where they do."""
     manifest, ledger = reader.manifest, reader.ledger
-    if view >= len(manifest.view_sha256):
-        return False
-    before = ledger.entries[view].copy()
-    try:
-        for shard in np.flatnonzero(~ledger.committed(view)):
+    for shard in range(manifest.shards):
+        with contextlib.suppress(BadChunk, OSError):
             entry = {
-                array.name: _describe(reader, array, view, int(shard))
+                array.name: _describe(reader, array, view, shard)
                 for array in manifest.arrays
                 if array.per_view or view == 0
             }
-            ledger.set(view, int(shard), entry)
-    except (BadChunk, OSError):
-        ledger.entries[view] = before
-        return False
-    if ledger.digest(view) != manifest.view_sha256[view]:
-        ledger.entries[view] = before
-        return False
-    ledger.save(view)
-    return True
+            ledger.set(view, shard, entry)
 
 
 def _describe(reader: ChunkReader, array: ArrayRecord, view: int, shard: int) -> tuple[int, list[int]]:

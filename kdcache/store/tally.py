@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from kdcache.store.chunk_reader import ChunkReader
 from kdcache.store.encodings.floats import LOGITS, as_floats
 from kdcache.store.encodings.registry import encoding_of, logit_arrays
-from kdcache.store.manifest import NONE, Manifest
+from kdcache.store.manifest import NONE, ChangeRecord, Manifest, recorded_sha256
 from kdcache.store.writer import SplitWriter
 
 
@@ -54,7 +54,12 @@ class Tally:
             self._catch_up()
 
     def finish(self) -> Manifest:
-        """Seal the split with what was counted; the manifest as it now stands on disk."""
+        """Seal the split with what was counted; the manifest as it now stands on disk.
+
+        Raises:
+            CacheDamaged: finished rows came out otherwise than they were committed, and new bytes are not accepted.
+        """
+        self._writer.check_bytes()
         manifest = self._writer.manifest
         mixed = manifest.recipe.mix != NONE and not manifest.recipe.is_plain(0)
         finished = replace(
@@ -62,9 +67,20 @@ class Tally:
             dataset=replace(manifest.dataset, labels_sha256=self._labels.hexdigest()),
             teacher=replace(manifest.teacher, accuracy=None if mixed else self._correct / manifest.dataset.length),
             view_sha256=tuple(self._writer.ledger.digest(view) for view in range(manifest.views)),
+            history=(*manifest.history, *self._new_bytes()),
         )
         self._writer.finish(finished)
         return finished
+
+    def _new_bytes(self) -> list[ChangeRecord]:
+        """What the history keeps of finished views whose rows were replaced by others."""
+        changed = self._writer.new_digests()
+        if not changed:
+            return []
+        before = {f"view {view}": old for view, (old, _) in changed.items()}
+        after = {f"view {view}": new for view, (_, new) in changed.items()}
+        before["manifest_sha256"] = recorded_sha256(self._writer.path)
+        return [ChangeRecord(what="bytes", before=before, after=after | self._writer.compute)]
 
     def _catch_up(self) -> None:
         """Count what an earlier run committed, up to the first gap."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,16 @@ from numpy.typing import NDArray
 from kdcache.core import file_lock
 from kdcache.core.atomic_files import TEMPORARY, make_folder, storage_errors, sync_folder, sync_tree, write_durable
 from kdcache.core.errors import CacheDamaged
+from kdcache.core.json_records import counted
 from kdcache.store.layout import shard_path
 from kdcache.store.ledger import Ledger, array_metadata
+from kdcache.store.local_paths import LocalPaths
 from kdcache.store.manifest import (
     ATTRIBUTE,
     METADATA,
     ROOT_MARK,
+    ArrayRecord,
+    ChangeRecord,
     Manifest,
     is_cache,
     manifest_attributes,
@@ -40,7 +45,10 @@ class SplitWriter:
     Args:
         path: the cache; created where it does not exist.
         manifest: of the split to write, without results.
+        local: where its dataset is now; recorded beside the manifest of a new split.
         repair: open a split whose manifest or ledger is damaged, too.
+        accept_new_bytes: replace committed rows by what is computed again, even where it is not the same.
+        allow_device_change: let another device continue the split.
         add_views: room for so many views more than the manifest's is made in a finished split, whose views stay
             readable meanwhile.
 
@@ -49,6 +57,8 @@ class SplitWriter:
         proof_needed: whether the manifest there is damaged, and `finish` must prove that it was this one; nothing else
             is written before.
         restored: what metadata was written again, as text.
+        changes: what opening it added to the manifest's history.
+        rejected: what was computed again and is not what was committed, as text; nothing of it is written.
 
     Raises:
         TargetExists: the path holds something else, or the same split of another dump; the message names the settings
@@ -58,27 +68,43 @@ class SplitWriter:
         CacheDamaged: what is there cannot be read.
     """
 
-    def __init__(self, path: Path, manifest: Manifest, *, repair: bool = False, add_views: int = 0) -> None:
+    def __init__(
+        self,
+        path: Path,
+        manifest: Manifest,
+        *,
+        local: LocalPaths | None = None,
+        repair: bool = False,
+        add_views: int = 0,
+        accept_new_bytes: bool = False,
+        allow_device_change: bool = False,
+    ) -> None:
         self.path = path / manifest.dataset.split
-        check_target(path, manifest, repair=repair, add_views=add_views)
+        self.compute, self.accept_new_bytes = manifest.compute, accept_new_bytes
+        self._local = {} if local is None else local.attribute()
+        ways: dict[str, Any] = {"repair": repair, "add_views": add_views, "allow_device_change": allow_device_change}
+        check_target(path, manifest, **ways)
         with storage_errors("create", path):
             make_folder(path)
         self._lock = file_lock.PathLock(path)
         self.restored: list[str] = []
+        self.rejected: list[str] = []
+        self.changes: tuple[ChangeRecord, ...] = ()
         try:
             # Again, now that nobody else writes: what was free may have been taken since.
-            found = check_target(path, manifest, repair=repair, add_views=add_views)
+            found = check_target(path, manifest, **ways)
             if not is_cache(path):
                 root = {"zarr_format": 3, "node_type": "group", "attributes": {ATTRIBUTE: ROOT_MARK}}
                 write_durable(path / METADATA, json.dumps(root, indent=2).encode())
             if found is None:
-                _create_split(self.path, manifest)
+                _create_split(self.path, manifest, self._local)
             self.manifest = found or manifest
             self.proof_needed = found is manifest
             if repair and not self.proof_needed:
                 self._restore_manifest(manifest)
-            if self.manifest.extending and read_manifest(self.path) != self.manifest:
-                self._put_manifest(self.manifest)
+            if found is not None and not self.proof_needed and read_manifest(self.path) != found:
+                self.changes = found.history[len(read_manifest(self.path).history) :]
+                self._put_manifest(found)
             if (self.manifest.extending or repair) and not self.proof_needed:
                 self._put_metadata()
             for leftover in self.path.rglob(f"*{TEMPORARY}"):
@@ -112,23 +138,79 @@ class SplitWriter:
         Raises:
             ValueError: an array has another shape or dtype than the shard.
             StorageError: the disk refused; what was committed before stays.
+
+        A shard that was committed before must come out with the same checksums. Otherwise it is named in `rejected`
+        and left as it is, unless new bytes are accepted.
         """
         if not (0 <= view < self.manifest.views and 0 <= shard < self.manifest.shards):
             raise ValueError(f"there is no shard {shard} of view {view}")
         self.check_proved()
-        entry = {}
-        for array in self.manifest.arrays:
-            if not array.per_view and view > 0:
-                continue
+        stored = [array for array in self.manifest.arrays if array.per_view or view == 0]
+        for array in stored:
             rows, needed = arrays[array.name], (len(self.manifest.rows_of(shard)), *array.row_shape)
             if rows.shape != needed or rows.dtype != np.dtype(array.dtype):
                 raise ValueError(
                     f"{array.name} of shard {shard} is {rows.dtype} {rows.shape}, not {array.dtype} {needed}"
                 )
-            data, crcs = encode_shard(self.manifest, array, rows)
+        encoded: Iterable[tuple[ArrayRecord, bytes | bytearray, list[int]]] = (
+            (array, *encode_shard(self.manifest, array, arrays[array.name])) for array in stored
+        )
+        if (view, shard) in self.ledger.suspended and not self.accept_new_bytes:
+            encoded = list(encoded)
+            if changed := list(filter(None, (self._deviation(view, shard, *each) for each in encoded))):
+                self.rejected += changed
+                return
+        entry = {}
+        for array, data, crcs in encoded:
             write_durable(shard_path(self.path, array, view, shard), data)
             entry[array.name] = len(data), crcs
         self.ledger.commit(view, shard, entry)
+
+    def _deviation(
+        self, view: int, shard: int, array: ArrayRecord, data: bytes | bytearray, crcs: list[int]
+    ) -> str | None:
+        """How an array of a shard differs from what was committed; None where it does not."""
+        committed = self.ledger.suspended_entry(array, view, shard)
+        if committed is None or committed == (len(data), crcs):
+            return None
+        samples, (length, old) = self.manifest.rows_of(shard), committed
+        chunk = next((at for at, (one, two) in enumerate(zip(old, crcs, strict=True)) if one != two), None)
+        how = f"{length} bytes committed, {len(data)} now"
+        if chunk is not None:
+            how = f"crc32c of chunk {chunk} {old[chunk]:#010x} committed, {crcs[chunk]:#010x} now"
+        return f"{array.name}, view {view}, shard {shard} (samples {samples.start} to {samples.stop - 1}): {how}"
+
+    def new_digests(self) -> dict[int, tuple[str, str]]:
+        """Finished views whose ledger is not the one that the manifest has the digest of: old and new digest."""
+        now = {view: self.ledger.digest(view) for view in range(len(self.manifest.view_sha256))}
+        return {view: (old, now[view]) for view, old in enumerate(self.manifest.view_sha256) if now[view] != old}
+
+    def check_bytes(self) -> None:
+        """Refuse to seal a split whose finished rows came out otherwise than they were committed.
+
+        Raises:
+            CacheDamaged: they did, and new bytes are not accepted; names old and new checksums.
+        """
+        problems = list(self.rejected)
+        if not problems and not self.accept_new_bytes:
+            problems = [
+                f"view {view}: sha256 of its ledger {old} committed, {new} now"
+                for view, (old, new) in self.new_digests().items()
+            ]
+        if not problems:
+            return
+        there, here = self.manifest.compute, self.compute
+        apart = [f"{name} {old} there, {here.get(name)} here" for name, old in there.items() if here.get(name) != old]
+        more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise CacheDamaged(
+            f"{self.path}: {counted(len(problems), 'part')} computed again differ from what was committed: "
+            + "; ".join(problems[:3])
+            + more
+            + (f" (what differs: {', '.join(apart)})" if apart else ""),
+            "the committed bytes: other ones make another cache",
+            "repair with the device and settings that made it, or restore it from a copy; --accept-new-bytes takes "
+            "the new rows and gives the cache a new digest; what differs was left as it is",
+        )
 
     def _restore_manifest(self, manifest: Manifest) -> None:
         try:
@@ -137,7 +219,9 @@ class SplitWriter:
             recorded = recorded_manifest(self.path, manifest)
             assert recorded is not None, "else its proof would be needed"
             self.restored.append("the manifest was damaged; what is left of it proves what it was")
+            target, self.manifest = self.manifest, recorded
             self._put_manifest(recorded)
+            self.manifest = target
 
     def check_proved(self) -> None:
         """Refuse to write rows while nothing proves that the split is of this dump.
@@ -177,7 +261,11 @@ class SplitWriter:
             raise ValueError(f"{len(self.pending())} shards are pending: a split is sealed once all are committed")
         if manifest.view_sha256 != tuple(self.ledger.digest(view) for view in range(manifest.views)):
             raise ValueError("view_sha256 is not that of the ledger")
-        self._put_manifest(manifest)
+        for view in sorted(self.ledger.unproved):
+            self.ledger.save(view)
+        # One that is there already keeps the spelling, and so the digest, of the version that wrote it.
+        if self.proof_needed or read_manifest(self.path) != manifest:
+            self._put_manifest(manifest)
 
     def _put_manifest(self, manifest: Manifest) -> None:
         path, attributes = self.path / METADATA, manifest_attributes(manifest)
@@ -185,17 +273,23 @@ class SplitWriter:
             read_manifest(self.path)
         except CacheDamaged as problem:
             check_proof(path, attributes[ATTRIBUTE], problem)
-            document: dict[str, Any] = {"zarr_format": 3, "node_type": "group", "attributes": {}}
+            document = _group_document(manifest, self._local)
         else:
             document = json.loads(path.read_bytes())
-        document["attributes"] |= attributes
+            document["attributes"][ATTRIBUTE] |= attributes[ATTRIBUTE]
         write_durable(path, json.dumps(document, indent=2).encode())
         self.manifest = manifest
 
 
-def _create_split(split_path: Path, manifest: Manifest) -> None:
+def _group_document(manifest: Manifest, local: dict[str, Any]) -> dict[str, Any]:
+    attributes = manifest_attributes(manifest)
+    attributes[ATTRIBUTE] |= local
+    return {"zarr_format": 3, "node_type": "group", "attributes": attributes}
+
+
+def _create_split(split_path: Path, manifest: Manifest, local: dict[str, Any]) -> None:
     """Build the split's metadata beside its place and move it there, so that a kill leaves all of it or nothing."""
-    group = {"zarr_format": 3, "node_type": "group", "attributes": manifest_attributes(manifest)}
+    group = _group_document(manifest, local)
     building = split_path.with_name(_BUILDING.format(split_path.name))
     with storage_errors("create", split_path):
         shutil.rmtree(building, ignore_errors=True)

@@ -38,13 +38,15 @@ def flip(path):
     path.write_bytes(data)
 
 
+GONE = ("ledger/c/0/0/0", "logits/c/0/2/0")
 DAMAGES = {
     "a shard": (lambda split: flip(split / "logits/c/0/2/0"), 16),
     "a shard of labels": (lambda split: flip(split / "labels/c/1"), 16),
     "a shard cut short": (lambda split: (split / "input_crc32c/c/0/0").write_bytes(b""), 16),
     "a shard gone": (lambda split: (split / "logits/c/0/3/0").unlink(), 12),
     "the ledger": (lambda split: flip(split / "ledger/c/0/0/0"), 0),
-    "the ledger gone": (lambda split: (split / "ledger/c/0/0/0").unlink(), 60),
+    "the ledger gone": (lambda split: (split / "ledger/c/0/0/0").unlink(), 0),
+    "the ledger gone, and a shard": (lambda split: [(split / each).unlink() for each in GONE], 16),
     "the manifest": (lambda split: edit(split / "zarr.json", '"spec": "Network"', '"spec": "Netwark"'), 0),
     "the manifest's hash": (lambda split: edit(split / "zarr.json", '"sha256": "', '"sha256": "0'), 0),
     "the manifest beyond JSON": (lambda split: edit(split / "zarr.json", '"seed": 0', '"seed" 0'), 0),
@@ -100,8 +102,9 @@ def test_an_interrupted_repair_is_not_mistaken_for_a_finished_dump(tmp_path, who
     flip(out / "train/logits/c/0/2/0")
     with pytest.raises(Interrupted):
         dump(out, repair=True, compression=compression, teacher=Network(16, 4, stop_after=8))
-    with pytest.raises(CacheDamaged, match="ledger"):
-        dump(out, compression=compression)
+    assert "samples 32 to 47" in verify_split(out / "train").problems[0]
+    with pytest.raises(CacheDamaged, match="samples 32 to 47"):
+        open_cache(out).rows([40])
     assert dump(out, repair=True, compression=compression).computed_rows == 16
     assert contents(out) == contents(original)
 

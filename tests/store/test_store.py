@@ -334,7 +334,7 @@ def test_a_random_walk_ends_in_the_same_store(tmp_path, make_manifest, make_rows
             shard_path(writer.path, manifest.arrays[0], view, shard).parent.mkdir(parents=True, exist_ok=True)
             shard_path(writer.path, manifest.arrays[0], view, shard).with_suffix(".tmp").write_bytes(b"half")
             stack.close()
-            writer = stack.enter_context(SplitWriter(path, replace(manifest, batch_size=99, device="cuda:0")))
+            writer = stack.enter_context(SplitWriter(path, replace(manifest, batch_size=99, device="cpu:0")))
             assert not list(writer.path.rglob("*.tmp"))
             with pytest.raises(CacheIncomplete):
                 open_cache(path)
@@ -564,7 +564,7 @@ def test_circumstances_and_labels_not_known_yet_are_the_same_dump(tmp_path, make
     manifest = dataset(make_manifest(), labels_sha256="aa", data_root="/here")
     with SplitWriter(tmp_path / "c.zarr", manifest):
         pass
-    later = dataset(replace(manifest, device="cuda:0", batch_size=64), data_root="/there", labels_sha256=None)
+    later = dataset(replace(manifest, device="cpu:0", batch_size=64), data_root="/there", labels_sha256=None)
     assert check_target(tmp_path / "c.zarr", later) == manifest
     with SplitWriter(tmp_path / "c.zarr", later) as writer:
         assert writer.manifest == manifest

@@ -22,7 +22,6 @@ from kdcache.core.plugins import require_extra
 from kdcache.core.progress import log
 from kdcache.models.device import resolve_device
 from kdcache.store.inspect import inspect_cache
-from kdcache.store.manifest import manifest_sha256, read_manifest
 
 
 def make_report(settings: MakeReport) -> Report:
@@ -82,7 +81,7 @@ def _page(study: Study, settings: MakeReport) -> Page:
         found = cards(study.test, shown.answers.logits_nc, teacher, study.labels_n, settings.shown)
         parts.append(sections.samples(found, shown.run.name, has_teacher=teacher is not None))
     if study.caches:
-        parts.append(sections.cached({path: _inspected(path) for path in study.caches}))
+        parts.append(sections.cached({path: inspect_cache(path).data["splits"] for path in study.caches}))
     count = len(study.runs)
     test = "no test split" if study.test is None else f"{len(study.test):,} test samples"
     now = datetime.datetime.now().astimezone()
@@ -93,14 +92,6 @@ def _page(study: Study, settings: MakeReport) -> Page:
         missing=study.missing,
         footer=f"Made by kdcache {importlib.metadata.version('kdcache')} on {now:%Y-%m-%d %H:%M %Z}.",
     )
-
-
-def _inspected(path: str) -> dict[str, Any]:
-    """What `inspect_cache` tells of each split, with the sha256 of its manifest."""
-    splits = inspect_cache(path).data["splits"]
-    return {
-        name: {**found, "sha256": manifest_sha256(read_manifest(Path(path) / name))} for name, found in splits.items()
-    }
 
 
 def _run_data(each: MeasuredRun) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,8 @@ from torch import nn
 from kdcache.core.config import DumpConfig
 from kdcache.core.errors import ModelError, TeacherOutputError, UsageError
 from kdcache.core.file_lock import PathLock
+from kdcache.core.json_records import counted
+from kdcache.core.paths import local_path
 from kdcache.core.progress import Progress, log
 from kdcache.core.system import free_bytes
 from kdcache.data.augment import Transform
@@ -46,7 +48,8 @@ from kdcache.store.encodings.floats import LOGITS, as_floats
 from kdcache.store.encodings.registry import encoding_named
 from kdcache.store.layout import predicted_bytes
 from kdcache.store.ledger import Ledger
-from kdcache.store.manifest import NONE, Manifest, OutputRecord, Preprocess, ViewRecipe
+from kdcache.store.local_paths import LocalPaths
+from kdcache.store.manifest import NONE, Manifest, OutputRecord, Preprocess, ViewRecipe, read_manifest, recorded_sha256
 from kdcache.store.repair import prepare_repair
 from kdcache.store.resume import check_target
 from kdcache.store.tally import Tally
@@ -66,8 +69,8 @@ class DumpPlan:
         free_bytes: on the disk that would take them.
     """
 
-    manifest: Manifest
-    existing: Manifest | None
+    manifest: Manifest = field(repr=False)
+    existing: Manifest | None = field(repr=False)
     rows: int
     shards: int
     bytes: int
@@ -86,7 +89,7 @@ class DumpResult:
 
     path: Path
     split: str
-    manifest: Manifest
+    manifest: Manifest = field(repr=False)
     rows: int
     computed_rows: int
     seconds: float
@@ -103,12 +106,12 @@ def plan_dump(
     config: DumpConfig | None = None,
     augment: Transform | None = None,
     add_views: int = 0,
+    allow_device_change: bool = False,
     outputs: OutputRecord | None = None,
 ) -> DumpPlan:
     """Check that a dump can begin and tell what it would write; writes nothing. Arguments as for `dump_teacher`."""
-    return _Dump(
-        teacher, dataset, Path(out), split, teacher_name, preprocess, config, augment, add_views, outputs=outputs
-    ).plan
+    ways = {"add_views": add_views, "allow_device_change": allow_device_change}
+    return _Dump(teacher, dataset, out, split, teacher_name, preprocess, config, augment, outputs, ways).plan
 
 
 def dump_teacher(
@@ -124,6 +127,8 @@ def dump_teacher(
     add_views: int = 0,
     repair: bool = False,
     outputs: OutputRecord | None = None,
+    accept_new_bytes: bool = False,
+    allow_device_change: bool = False,
 ) -> DumpResult:
     """Run a teacher once over a dataset and keep its logits.
 
@@ -142,19 +147,31 @@ def dump_teacher(
         repair: check everything that stands there, and compute again what is broken or missing.
         outputs: what the teacher returns (logits, or probabilities, of which log p is stored), and its column for each
             class of the dataset; None takes it for logits of the classes in order.
+        repair: check everything that stands there, and compute again what is broken or missing. What is computed again
+            must be what was committed, to the byte.
+        accept_new_bytes: with `repair`, take other bytes too; the cache then has a new digest, and its manifest's
+            history has both.
+        allow_device_change: continue a dump that another device, or other settings of this one, began; its manifest's
+            history has both.
 
     Raises:
         DatasetError: a stream without an index, a dataset or a transform that gives another input at a second look,
             wrong labels.
         TeacherOutputError: logits of the wrong shape, not finite, or beyond the encoding's range; probabilities that
             are taken for logits; two answers to one input.
-        TargetExists: something else stands at `out`.
+        TargetExists: something else stands at `out`, or rows that another device or other settings computed.
+        CacheDamaged: what is there cannot be read, or rows that a repair computed again are not the committed ones.
         StorageError: the disk refused; what is committed stays, and the same call continues.
     """
-    dump = _Dump(
-        teacher, dataset, Path(out), split, teacher_name, preprocess, config, augment, add_views, repair, outputs
-    )
-    return dump.run()
+    if accept_new_bytes and not repair:
+        raise UsageError("accept_new_bytes is given without repair", "both, or neither", "give repair=True")
+    ways = {
+        "repair": repair,
+        "add_views": add_views,
+        "allow_device_change": allow_device_change,
+    }
+    dump = _Dump(teacher, dataset, out, split, teacher_name, preprocess, config, augment, outputs, ways)
+    return dump.run(accept_new_bytes=accept_new_bytes)
 
 
 class _Dump:
@@ -162,19 +179,20 @@ class _Dump:
         self,
         teacher: nn.Module,
         dataset: Any,
-        out: Path,
+        out: str | os.PathLike[str],
         split: str | None,
         teacher_name: str,
         preprocess: Preprocess | Preprocessor | None,
         config: DumpConfig | None,
         augment: Transform | None,
-        add_views: int,
-        repair: bool = False,
-        outputs: OutputRecord | None = None,
+        outputs: OutputRecord | None,
+        ways: dict[str, Any],
     ) -> None:
-        config = config or DumpConfig()
+        config, add_views = config or DumpConfig(), ways["add_views"]
+        self.out = Path(local_path(os.fspath(out), "out"))
         self.outputs = outputs or OutputRecord()
-        self.out, self.config, self.repair, self.add_views = out, config, repair, add_views
+        self.config, self.add_views = config, add_views
+        self.ways = ways  # of treating what stands there, as `check_target` takes them
         split = split or (dataset.split if isinstance(dataset, IndexedDataset) else "train")
         self.dataset = as_indexed(dataset, name=type(dataset).__name__, split=split)
         self.device = resolve_device(config.device)
@@ -199,7 +217,7 @@ class _Dump:
         record = self.preprocessor.record
         manifest = build_manifest(teacher, self.views, split, name, record, self.device, config, shapes)
         self.manifest = replace(manifest, teacher=replace(manifest.teacher, outputs=self.outputs))
-        existing = check_target(out, self.manifest, repair=repair, add_views=add_views)
+        existing = check_target(self.out, self.manifest, **ways)
         target = existing or self.manifest
         finished = predicted_bytes(replace(target, views=target.readable_views)) if target.extending else 0
         self.plan = DumpPlan(
@@ -208,33 +226,57 @@ class _Dump:
             rows=target.dataset.length * target.views,
             shards=target.shards * target.views,
             bytes=predicted_bytes(target) - finished,
-            free_bytes=free_bytes(out),
+            free_bytes=free_bytes(self.out),
         )
 
-    def run(self) -> DumpResult:
+    def run(self, *, accept_new_bytes: bool) -> DumpResult:
         existing, split = self.plan.existing, self.manifest.dataset.split
+        repair = self.ways.get("repair", False)
         done = existing is not None and existing.complete and not (self.add_views and existing.extending)
-        if existing is not None and done and not self.repair:
-            check_complete(self.out / split, existing, Ledger(self.out / split, existing))
-            PathLock.sweep(self.out)
-            more = existing.views - existing.readable_views
-            adding = f"; {more} more views are being added: --add-views {more} goes on" if more else ""
-            log(f"{self.out / split} is already complete; nothing was computed{adding}")
-            return self._result(existing, 0, 0.0)
+        if existing is not None and done and not repair:
+            return self._leave(existing)
         began = time.perf_counter()
-        with SplitWriter(self.out, self.manifest, repair=self.repair, add_views=self.add_views) as writer:
-            if self.repair:
+        local = LocalPaths(dataset=self.dataset.name, data_root=self.dataset.data_root)
+        with SplitWriter(
+            self.out, self.manifest, local=local, accept_new_bytes=accept_new_bytes, **self.ways
+        ) as writer:
+            for change in writer.changes:
+                log(f"{self.out / split}: change of {change.what}, recorded in the manifest: {change.after}")
+            if repair:
                 found = prepare_repair(writer)
                 for line in found or ["nothing is broken"]:
                     log(f"repair: {line}")
-            return self._run(writer, began)
+            result = self._run(writer, began)
+        if repair and existing is not None and len(result.manifest.history) > len(existing.history):
+            log(f"{self.out / split} has new rows, and a new digest: {recorded_sha256(self.out / split)}")
+        return result
+
+    def _leave(self, existing: Manifest) -> DumpResult:
+        """A finished split, whose rows stay as they are."""
+        split_path = self.out / self.manifest.dataset.split
+        check_complete(split_path, existing, Ledger(split_path, existing))
+        if read_manifest(split_path) != existing:
+            with SplitWriter(self.out, self.manifest, **self.ways):
+                log(f"{split_path} has other terms of use now, and a new digest: {recorded_sha256(split_path)}")
+        PathLock.sweep(self.out)
+        more = existing.views - existing.readable_views
+        views = counted(more, "more view is", "more views are")
+        adding = f"; {views} being added: --add-views {more} goes on" if more else ""
+        log(
+            f"{split_path} is already complete; nothing was computed, and no bytes were checked: "
+            f"kdcache verify {self.out} does that{adding}"
+        )
+        return self._result(existing, 0, 0.0)
 
     def _run(self, writer: SplitWriter, began: float) -> DumpResult:
         manifest, split = self.plan.manifest, self.plan.manifest.dataset.split
         pending = writer.pending()
         computed = sum(len(manifest.rows_of(shard)) for _, shard in pending)
         if computed < self.plan.rows:
-            log(f"{self.out / split}: {self.plan.rows - computed:,} of {self.plan.rows:,} rows stand; continuing")
+            log(
+                f"{self.out / split}: {self.plan.rows - computed:,} of {counted(self.plan.rows, 'row')} are committed; "
+                "continuing"
+            )
         tally = Tally(writer)
         with (
             evaluation_mode(self.teacher),

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import platform
+from pathlib import Path
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -12,6 +17,7 @@ from kdcache.data.views import Views
 from kdcache.models.registry import count_parameters, weights_sha256
 from kdcache.store.encodings.registry import encoding_named
 from kdcache.store.layout import build_arrays
+from kdcache.store.local_paths import portable_spec
 from kdcache.store.manifest import DatasetRecord, FeatureRecord, Manifest, Preprocess, TeacherRecord
 
 
@@ -45,7 +51,7 @@ def build_manifest(
     )
     return Manifest(
         dataset=DatasetRecord(
-            name=dataset.name,
+            name=portable_spec(dataset.name),
             split=split,
             length=len(dataset),
             classes=dataset.classes,
@@ -53,10 +59,9 @@ def build_manifest(
             input_shape=dataset.input_shape,
             sample_sha256=fingerprint_samples(dataset),
             labels_sha256=None if labels is None else fingerprint_labels(labels),
-            data_root=dataset.data_root,
         ),
         teacher=TeacherRecord(
-            spec=teacher_name,
+            spec=portable_spec(teacher_name),
             weights_sha256=weights_sha256(teacher),
             parameters=count_parameters(teacher),
             preprocess=preprocess,
@@ -72,4 +77,45 @@ def build_manifest(
         device=str(device),
         batch_size=config.batch_size,
         versions=package_versions(reads_text=bool(preprocess.tokenizer_sha256)),
+        compute=compute_facts(device),
+        license=config.license,
+        citation=config.citation,
     )
+
+
+def compute_facts(device: torch.device) -> dict[str, str]:
+    """The device that computes, and its settings that change the last bits of a result."""
+    backends: Any = torch.backends  # whose stubs lack what torch sets at run time
+    if device.type == "cpu":
+        return {
+            "device": "cpu",
+            "name": _processor_name(),
+            "instructions": backends.cpu.get_cpu_capability(),
+            "threads": str(torch.get_num_threads()),
+            "matmul_precision": backends.mkldnn.matmul.fp32_precision,
+            "conv_precision": backends.mkldnn.conv.fp32_precision,
+        }
+    if device.type != "cuda":
+        return {"device": device.type}
+    return {
+        "device": "cuda",
+        "name": torch.cuda.get_device_name(device),
+        "cuda": str(torch.version.cuda or torch.version.hip),
+        "cudnn": str(backends.cudnn.version()),
+        "cudnn_benchmark": str(backends.cudnn.benchmark),
+        "deterministic": str(backends.cudnn.deterministic or torch.are_deterministic_algorithms_enabled()),
+        # `tf32` or `none`; the former allow_tf32 flags and set_float32_matmul_precision show here too.
+        "matmul_precision": backends.cuda.matmul.fp32_precision,
+        "conv_precision": backends.cudnn.conv.fp32_precision,
+        "rnn_precision": backends.cudnn.rnn.fp32_precision,
+    }
+
+
+def _processor_name() -> str:
+    """Such as `AMD EPYC 7763 64-Core Processor`; of systems that do not tell, the kind of processor."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            name, _, value = line.partition(":")
+            if name.strip() == "model name":
+                return value.strip()
+    return platform.processor() or platform.machine()

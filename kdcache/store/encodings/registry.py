@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from kdcache.core.errors import UsageError
 from kdcache.store.encodings.base import Encoding
-from kdcache.store.encodings.floats import FloatEncoding
+from kdcache.store.encodings.floats import LOGITS, FloatEncoding
 from kdcache.store.manifest import Manifest
 
 # float64 is for exact comparisons with a live teacher; float16 costs a KL of about 1e-6 and is the default.
@@ -24,7 +24,7 @@ def encoding_named(spec: str) -> Encoding:
 
 def encoding_of(manifest: Manifest) -> Encoding:
     """The encoding of a cache split."""
-    return encoding_named(manifest.encoding)
+    return encoding_named(manifest.encoding or manifest.array(LOGITS).dtype)
 
 
 def logit_arrays(manifest: Manifest) -> tuple[str, ...]:

@@ -1,0 +1,68 @@
+"""Paths of the machine that made a cache. They help to find the data there again, and are no part of what is hashed."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from kdcache.store.encodings.registry import encoding_of
+from kdcache.store.manifest import Manifest, group_attribute
+
+LOCAL = "local"
+_FOLDERS = ("folder", "text-folder")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LocalPaths:
+    """Where a split's dataset was when it was dumped.
+
+    Attributes:
+        dataset: spec of the dataset, with the path of a folder.
+        data_root: folder of the named datasets; None where there was none.
+    """
+
+    dataset: str
+    data_root: str | None = None
+
+    def attribute(self) -> dict[str, Any]:
+        """What stands beside the manifest and its sha256 in the group's attribute."""
+        return {LOCAL: {"dataset": self.dataset, "data_root": self.data_root}}
+
+
+def portable_spec(spec: str) -> str:
+    """A dataset's or a model's spec without the path of a machine: a folder is named by its last component.
+
+    `folder:/home/me/pets/` gives `folder:pets`; names, `py:` functions and names on a hub stay as they are.
+    """
+    kind, colon, path = spec.partition(":")
+    if kind not in _FOLDERS or not colon:
+        kind, colon, path = spec.rpartition(":")
+        if not path.startswith((os.sep, "~", "./", "../")):
+            return spec
+    return f"{kind}{colon}{Path(os.path.abspath(os.path.expanduser(path))).name}"
+
+
+def portable(manifest: Manifest) -> Manifest:
+    """A manifest as today's version writes it: without paths, and with the name of its encoding."""
+    return replace(
+        manifest,
+        encoding=encoding_of(manifest).spec,
+        dataset=replace(manifest.dataset, name=portable_spec(manifest.dataset.name), data_root=None),
+        teacher=replace(manifest.teacher, spec=portable_spec(manifest.teacher.spec)),
+    )
+
+
+def read_local(split_path: Path, manifest: Manifest) -> LocalPaths:
+    """Where the dataset of a split was: as recorded beside the manifest, or inside one by an older version.
+
+    Nothing checks these paths, so a recorded spec counts only where it is one of the manifest's dataset.
+    """
+    record = manifest.dataset
+    recorded = group_attribute(split_path).get(LOCAL)
+    found = recorded if isinstance(recorded, dict) else {}
+    dataset, data_root = found.get("dataset"), found.get("data_root")
+    if not isinstance(dataset, str) or portable_spec(dataset) != portable_spec(record.name):
+        dataset = record.name
+    return LocalPaths(dataset=dataset, data_root=data_root if isinstance(data_root, str) else record.data_root)
