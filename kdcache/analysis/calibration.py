@@ -1,4 +1,4 @@
-"""Whether probabilities mean what they say, and the one temperature that mends them (Guo et al., 2017, 1706.04599)."""
+"""Expected calibration error and temperature scaling (Guo et al., 2017, arXiv 1706.04599)."""
 
 from __future__ import annotations
 
@@ -14,22 +14,21 @@ from kdcache.core.rng import keyed_sample
 
 BINS = 15
 
-# Between these a fitted temperature is looked for. A network that is right everywhere has no best one: the lower, the
-# better.
+# Range of fitted temperatures. For a network that is always right the likelihood has no maximum: the lower, the better.
 LOWEST, HIGHEST = 0.01, 100.0
 
-# Of bisection on log T: from four decades to a relative error of 1e-8.
+# Number of bisection steps on log T: from four decades to a relative error of 1e-8.
 HALVINGS = 30
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reliability:
-    """Answers by the probability that was given to them, in bins of equal width: bin b is (b / B, (b + 1) / B].
+    """Predictions binned by top probability, in bins of equal width: bin b is (b / B, (b + 1) / B].
 
     Attributes:
-        counts_b: answers in each bin, (B,).
-        confidence_b: mean probability of the answers in each bin, (B,); NaN where there are none.
-        accuracy_b: share of them that are right, (B,); likewise.
+        counts_b: Number of predictions per bin, (B,).
+        confidence_b: Mean top probability per bin, (B,); NaN for an empty bin.
+        accuracy_b: Accuracy per bin, (B,); NaN for an empty bin.
     """
 
     counts_b: NDArray[np.int64]
@@ -38,7 +37,7 @@ class Reliability:
 
     @property
     def ece(self) -> float:
-        """Expected calibration error: |accuracy − confidence| averaged over answers, 0 to 1."""
+        """Expected calibration error: |accuracy − confidence| averaged over predictions, 0 to 1."""
         full = self.counts_b > 0
         gaps = np.abs(self.accuracy_b[full] - self.confidence_b[full])
         return float((gaps * self.counts_b[full]).sum() / self.counts_b.sum())
@@ -78,13 +77,13 @@ def reliability_of(top_n: NDArray[Any], right_n: NDArray[np.bool_], bins: int = 
 
 
 def fit_temperature(logits_nc: NDArray[Any], labels_n: NDArray[np.int64]) -> float:
-    """The temperature with the least negative log-likelihood of the labels, between `LOWEST` and `HIGHEST`.
+    """Fit the temperature, between `LOWEST` and `HIGHEST`, that minimises the negative log-likelihood of the labels.
 
     The likelihood is convex in 1 / T, so its slope, Σ p · z − z_label averaged over samples, changes sign once.
 
     Args:
-        logits_nc: (n, classes), n ≥ 1.
-        labels_n: true classes, (n,).
+        logits_nc: Logits, (n, classes), n ≥ 1.
+        labels_n: True classes, (n,).
     """
     logits = np.asarray(logits_nc, np.float64)
     of_labels = np.take_along_axis(logits, labels_n[:, None], axis=1)[:, 0]
@@ -105,16 +104,18 @@ class Calibration:
     """Calibration before and after temperature scaling, both on samples that the temperature was not fitted on.
 
     Attributes:
-        temperature: fitted.
-        fitted: number of samples that it was fitted on.
-        judged: number of the others, which everything here is of.
-        nll_before: mean negative log-likelihood of the labels in nats, at temperature 1.
-        nll_after: likewise, at the fitted one.
+        temperature: Fitted temperature.
+        fitted: Number of samples that the temperature was fitted on.
+        evaluated: Number of the other samples, on which everything here is measured.
+        before: Reliability at temperature 1.
+        after: Reliability at the fitted temperature.
+        nll_before: Mean negative log-likelihood of the labels at temperature 1, in nats.
+        nll_after: Mean negative log-likelihood at the fitted temperature, in nats.
     """
 
     temperature: float
     fitted: int
-    judged: int
+    evaluated: int
     before: Reliability
     after: Reliability
     nll_before: float
@@ -122,12 +123,12 @@ class Calibration:
 
 
 def calibrate(logits_nc: NDArray[Any], labels_n: NDArray[np.int64], seed: int = 0) -> Calibration:
-    """Fit one temperature on a keyed half of some samples, and judge it on the other half.
+    """Fit one temperature on half of the samples, drawn by key, and evaluate it on the other half.
 
     Args:
-        logits_nc: (n, classes).
-        labels_n: true classes, (n,).
-        seed: that the half is drawn from.
+        logits_nc: Logits, (n, classes).
+        labels_n: True classes, (n,).
+        seed: Seed of the draw.
 
     Raises:
         ValueError: there are fewer than two samples.
@@ -142,7 +143,7 @@ def calibrate(logits_nc: NDArray[Any], labels_n: NDArray[np.int64], seed: int = 
     return Calibration(
         temperature=temperature,
         fitted=len(half),
-        judged=len(others),
+        evaluated=len(others),
         before=reliability(softmax(logits), labels),
         after=reliability(softmax(logits, temperature), labels),
         nll_before=float(negative_log_likelihood(logits, labels).mean()),

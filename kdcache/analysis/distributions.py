@@ -1,4 +1,4 @@
-"""Distributions over classes, from logits: numpy in float64, and no torch."""
+"""Distributions over classes from logits, in numpy and float64."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from numpy.typing import NDArray
 
 
 def log_softmax(logits_nc: NDArray[Any], temperature: float = 1.0) -> NDArray[np.float64]:
-    """Logarithms of the probabilities at a temperature.
+    """Log-probabilities at a temperature.
 
     Args:
-        logits_nc: (..., classes), any real dtype, finite.
-        temperature: T > 0, by which logits are divided.
+        logits_nc: Finite logits, (..., classes), any real dtype.
+        temperature: Divisor of the logits, T > 0.
 
     Returns:
         (..., classes).
@@ -34,7 +34,7 @@ def softmax(logits_nc: NDArray[Any], temperature: float = 1.0) -> NDArray[np.flo
 
 
 def entropy(logits_nc: NDArray[Any], temperature: float = 1.0) -> NDArray[np.float64]:
-    """−Σ p · log p in nats, (...): 0 where one class has everything, log(classes) where all are equal.
+    """Entropy −Σ p · log p in nats, (...): 0 for a one-hot distribution, log(classes) for the uniform one.
 
     Arguments and errors as for `log_softmax`.
     """
@@ -46,8 +46,8 @@ def kl_divergence(teacher_logits_nc: NDArray[Any], student_logits_nc: NDArray[An
     """KL(teacher ‖ student) = Σ p_T · (log p_T − log p_S) at temperature 1, in nats: (n,).
 
     Args:
-        teacher_logits_nc: (n, classes).
-        student_logits_nc: (n, classes).
+        teacher_logits_nc: Logits of the teacher, (n, classes).
+        student_logits_nc: Logits of the student, (n, classes).
 
     Raises:
         ValueError: the shapes differ.

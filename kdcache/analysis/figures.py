@@ -1,4 +1,4 @@
-"""The figures of a report. Each takes plain numbers and gives a picture with the words for who cannot see it."""
+"""Figures of a report: each function draws numbers as a `Picture` with an alternative text."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdcache.analysis.calibration import BINS, Calibration, Reliability
-from kdcache.analysis.drawing import DASHES, MARKERS, Picture, Scheme, draw, shorten
+from kdcache.analysis.drawing import CORRECT, DASHES, INK, MARKERS, MUTED, PAPER, SERIES, WRONG, Picture, draw, shorten
 
-# Beyond so many epochs markers would hide the line.
+# Number of epochs beyond which markers would hide the line.
 MARKED_EPOCHS = 20
-# What a matrix of 4 inches has room for.
+# Number of classes whose counts, and whose names, fit into a matrix of 4 inches.
 COUNTS_UP_TO, NAMES_UP_TO = 12, 26
 HARDEST_CLASSES = 30
 
@@ -21,10 +21,10 @@ Metrics = Sequence[Mapping[str, Any]]
 
 
 def curves(runs: Mapping[str, Metrics]) -> list[Picture]:
-    """A picture of each metric over the epochs, runs over each other.
+    """Learning curves: one picture per metric, with the curves of all runs.
 
     Args:
-        runs: name → the entries of its `metrics.jsonl`.
+        runs: Entries of `metrics.jsonl` by the name of the run.
     """
     names = dict.fromkeys(key for entries in runs.values() for entry in entries for key in entry)
     parts = [key for key in names if key not in ("epoch", "view", "seconds", "learning_rate") and "accuracy" not in key]
@@ -43,7 +43,7 @@ def _curve(name: str, title: str, keys: Sequence[str], runs: Mapping[str, Metric
     ]
     ends = "; ".join(f"{run} {_words(key)} ends at {values[-1]:.4g}" for _, run, key, _, values in lines)
 
-    def paint(figure: Any, scheme: Scheme) -> None:
+    def paint(figure: Any) -> None:
         axes = figure.add_subplot()
         for at, run, key, epochs, values in lines:
             validation = key.startswith("val_")
@@ -51,9 +51,9 @@ def _curve(name: str, title: str, keys: Sequence[str], runs: Mapping[str, Metric
                 epochs,
                 values,
                 DASHES[at % len(DASHES)],
-                color=scheme.series[at % len(scheme.series)],
+                color=SERIES[at % len(SERIES)],
                 marker=MARKERS[at % len(MARKERS)] if len(epochs) <= MARKED_EPOCHS else None,
-                markerfacecolor=scheme.paper if validation else None,
+                markerfacecolor=PAPER if validation else None,
                 linewidth=0.9 if validation else None,
                 label=f"{run}, {_words(key)}" if len(keys) > 1 else run,
             )
@@ -87,11 +87,11 @@ def confusion(
         else "No sample is taken for another class."
     )
 
-    def paint(figure: Any, scheme: Scheme) -> None:
+    def paint(figure: Any) -> None:
         from matplotlib.colors import LinearSegmentedColormap
 
         right_map, wrong_map = (
-            LinearSegmentedColormap.from_list(colour, [scheme.paper, colour]) for colour in (scheme.right, scheme.wrong)
+            LinearSegmentedColormap.from_list(colour, [PAPER, colour]) for colour in (CORRECT, WRONG)
         )
         colours = wrong_map(np.minimum(wrong / largest_error, 1))
         diagonal = np.arange(len(classes))
@@ -108,17 +108,17 @@ def confusion(
             for (at, to), count in np.ndenumerate(matrix_cc):
                 strong = share[at, to] > 0.55 if at == to else wrong[at, to] > 0.55 * largest_error
                 if count:
-                    ink = scheme.paper if strong else scheme.ink
+                    ink = PAPER if strong else INK
                     axes.text(to, at, str(count), ha="center", va="center", fontsize=7.5, color=ink)
 
     return draw(name, alt, 4.0, paint)
 
 
 def class_accuracy(accuracies: Mapping[str, NDArray[np.float64]], classes: Sequence[str]) -> Picture:
-    """The accuracy of each class, a mark a run; of many classes the hardest ones.
+    """Accuracy by class, one mark per run; of many classes the hardest ones.
 
     Args:
-        accuracies: run → (classes,); NaN where a class has no samples.
+        accuracies: Accuracy of each class by the name of the run, (classes,); NaN for a class without samples.
     """
     mean = np.nanmean(np.where(np.isnan(list(accuracies.values())), np.inf, list(accuracies.values())), axis=0)
     shown = (
@@ -129,17 +129,17 @@ def class_accuracy(accuracies: Mapping[str, NDArray[np.float64]], classes: Seque
         for run, values in accuracies.items()
     )
 
-    def paint(figure: Any, scheme: Scheme) -> None:
+    def paint(figure: Any) -> None:
         axes = figure.add_subplot()
         places = np.arange(len(shown))
         for at, (run, values) in enumerate(accuracies.items()):
             axes.plot(
                 100 * values[shown],
-                places + 0.12 * (at - (len(accuracies) - 1) / 2),  # equal ones must not hide each other
+                places + 0.12 * (at - (len(accuracies) - 1) / 2),  # equal accuracies must not hide each other
                 linestyle="none",
                 marker=MARKERS[at % len(MARKERS)],
                 markersize=6,
-                color=scheme.series[at % len(scheme.series)],
+                color=SERIES[at % len(SERIES)],
                 alpha=0.85,
                 label=run,
             )
@@ -153,25 +153,25 @@ def class_accuracy(accuracies: Mapping[str, NDArray[np.float64]], classes: Seque
 
 
 def reliability_diagram(name: str, run: str, calibration: Calibration) -> Picture:
-    """Accuracy against top probability in bins, before and after temperature scaling, and how full the bins are."""
+    """Reliability diagram before and after temperature scaling: accuracy against top probability, and bin counts."""
     before, after = calibration.before, calibration.after
     alt = (
         f"Reliability diagram of {run}: expected calibration error {before.ece:.2%} before and {after.ece:.2%} after "
         f"division of its logits by {calibration.temperature:.2f}."
     )
 
-    def paint(figure: Any, scheme: Scheme) -> None:
+    def paint(figure: Any) -> None:
         axes, below = figure.subplots(2, sharex=True, height_ratios=(4, 1))
-        axes.plot([0, 1], [0, 1], color=scheme.muted, linewidth=1, linestyle=":")
+        axes.plot([0, 1], [0, 1], color=MUTED, linewidth=1, linestyle=":")
         scaled = f"at T = {calibration.temperature:.2f}, ECE {after.ece:.1%}"
-        _reliability_line(axes, before, scheme.wrong, "s", f"as it is, ECE {before.ece:.1%}")
-        _reliability_line(axes, after, scheme.right, "o", scaled)
-        axes.set(title=run, ylabel="share that is right", ylim=(-0.03, 1.03), xlim=(0, 1.02))
+        _reliability_line(axes, before, WRONG, "s", f"at T = 1, ECE {before.ece:.1%}")
+        _reliability_line(axes, after, CORRECT, "o", scaled)
+        axes.set(title=run, ylabel="accuracy", ylim=(-0.03, 1.03), xlim=(0, 1.02))
         figure.legend(*axes.get_legend_handles_labels(), loc="outside lower left", ncols=2)
         middles, width = (np.arange(BINS) + 0.5) / BINS, 0.4 / BINS
         total = before.counts_b.sum()
-        below.bar(middles - width / 2, before.counts_b / total, width, color=scheme.wrong)
-        below.bar(middles + width / 2, after.counts_b / total, width, color=scheme.right)
+        below.bar(middles - width / 2, before.counts_b / total, width, color=WRONG)
+        below.bar(middles + width / 2, after.counts_b / total, width, color=CORRECT)
         below.set(xlabel="top probability", ylabel="share", ylim=(0, 1))
         figure.align_ylabels()
 
@@ -183,5 +183,5 @@ def _reliability_line(axes: Any, found: Reliability, colour: str, marker: str, l
     share = found.counts_b[full] / found.counts_b.sum()
     places = found.confidence_b[full], found.accuracy_b[full]
     axes.plot(*places, color=colour, linewidth=1, alpha=0.6)
-    # By area, and never invisible.
+    # Area grows with the share, from a visible minimum.
     axes.scatter(*places, 6 + 60 * np.sqrt(share), color=colour, marker=marker, label=label, zorder=3)

@@ -1,4 +1,4 @@
-"""Pictures with matplotlib, where the extra is there."""
+"""Plots of matrices: heat map of a sweep, confusion matrix. matplotlib is imported when they are drawn."""
 
 from __future__ import annotations
 
@@ -14,10 +14,13 @@ from kdcache.core.plugins import require_extra
 
 
 def draw_heat_map(rows: list[dict[str, Any]], path: Path) -> list[str]:
-    """Accuracy by temperature and setting, as a PNG; a line that says where it is, or why it is not.
+    """Draw accuracy by temperature and setting as a PNG.
 
     Args:
-        rows: of a sweep, each with `name`, `temperature` and `score` (0 to 1, or None).
+        rows: Rows of a sweep, each with `name`, `temperature` and `score` (0 to 1, or None).
+
+    Returns:
+        A line for the user: the path of the plot, or the reason why there is none.
     """
     try:
         require_extra("matplotlib", "plots", "the heat map")

@@ -1,4 +1,4 @@
-"""What temperature does to the answers in a cache, as one picture: numpy and matplotlib, no torch and no network."""
+"""Plot of how the temperature changes cached soft targets: numpy and matplotlib, without torch or a network."""
 
 from __future__ import annotations
 
@@ -18,24 +18,25 @@ from kdcache.core.errors import UsageError
 from kdcache.core.plugins import require_extra
 from kdcache.core.progress import Progress
 from kdcache.core.rng import keyed_sample
+from kdcache.core.text_table import text_table
 from kdcache.store.cache import Cache, open_cache
 
 FEWEST_PANELS, MOST_PANELS = 2, 6
-# The curves have so many temperatures, even on a logarithmic axis.
+# Number of temperatures of the curves, evenly spaced on a logarithmic axis.
 STEPS = 29
-# Those that are told in words.
-TOLD = (1.0, 2.0, 4.0, 8.0, 16.0)
+# Temperatures of the printed table.
+PRINTED = (1.0, 2.0, 4.0, 8.0, 16.0)
 
-# Parts of log(classes) between which an entropy counts as neither hard nor flat. A convention, not a finding.
+# Fractions of log(classes) between which an entropy counts as neither hard nor flat. A convention, not a finding.
 HARD, FLAT = 0.1, 0.7
 
 
 def temperature_curves(logits_nc: NDArray[Any], temperatures_t: NDArray[np.float64]) -> TemperatureCurves:
-    """How top probability and entropy of some samples go with the temperature.
+    """Quantiles of top probability and entropy over samples, as functions of the temperature.
 
     Args:
-        logits_nc: (samples, classes).
-        temperatures_t: all above 0.
+        logits_nc: Logits, (samples, classes).
+        temperatures_t: Temperatures above 0, (temperatures,).
     """
     top, entropies = [], []
     with Progress("temperatures", len(temperatures_t), "temperatures") as progress:
@@ -49,22 +50,22 @@ def temperature_curves(logits_nc: NDArray[Any], temperatures_t: NDArray[np.float
 
 
 def plot_temperature(settings: PlotTemperature) -> Report:
-    """Draw what temperature does to one sample and to many, and tell it in numbers.
+    """Plot the effect of the temperature on one sample and on many, and print it in numbers.
 
     Raises:
-        UsageError: an output that is no .png, a number of panels that cannot be drawn, or no such sample.
+        UsageError: the output is no .png, the number of panels cannot be drawn, or there is no such sample.
         CacheNotFound, CacheIncomplete, CacheDamaged: the cache cannot be read.
         MissingExtra: matplotlib is not installed.
     """
     _check(settings)
-    require_extra("matplotlib", "plots", "a picture of temperatures")
+    require_extra("matplotlib", "plots", "a plot of temperatures")
     cache = open_cache(settings.cache, settings.split)
     _check_cache(settings, cache)
     logits = cache.rows(keyed_sample(len(cache), settings.samples, settings.seed, "plot temperature"))
     sample = _median_sample(settings, cache) if settings.sample is None else settings.sample
     grid = np.geomspace(LOWEST, HIGHEST, STEPS)
     curves = temperature_curves(logits, grid)
-    told = temperature_curves(logits, np.array(TOLD))
+    printed = temperature_curves(logits, np.array(PRINTED))
     panels = tuple(sorted(settings.temperatures))
     row = cache.rows([sample])[0]
     label = int(cache.column("labels")[sample])
@@ -75,8 +76,8 @@ def plot_temperature(settings: PlotTemperature) -> Report:
         "split": settings.split,
         "samples": len(logits),
         "max_entropy": math.log(len(cache.classes)),
-        "temperatures": _told(told),
-        "curves": _told(curves),
+        "temperatures": _records(printed),
+        "curves": _records(curves),
         "sample": {
             "index": sample,
             "label": cache.classes[label],
@@ -91,11 +92,11 @@ def plot_temperature(settings: PlotTemperature) -> Report:
         },
         "neither_hard_nor_flat": _between(curves, len(cache.classes)),
     }
-    return Report(data, _text(settings, cache, told, data))
+    return Report(data, _text(settings, cache, printed, data))
 
 
 def _check(settings: PlotTemperature) -> None:
-    """What needs no cache to be refused."""
+    """Refuse settings that are wrong for any cache."""
     if Path(settings.out).suffix.lower() != ".png":
         raise UsageError(f"--out is {settings.out!r}", "a file that ends with .png", "name it as temperature.png")
     count = len(set(settings.temperatures))
@@ -123,13 +124,13 @@ def _check_cache(settings: PlotTemperature, cache: Cache) -> None:
 
 
 def _median_sample(settings: PlotTemperature, cache: Cache) -> int:
-    """The drawn sample whose entropy at temperature 1 is in the middle."""
+    """Index of the sample of median entropy at temperature 1."""
     drawn = keyed_sample(len(cache), settings.samples, settings.seed, "plot temperature")
     order = np.argsort(entropy(cache.rows(drawn)), kind="stable")
     return int(drawn[order[len(order) // 2]])
 
 
-def _told(curves: TemperatureCurves) -> list[dict[str, float]]:
+def _records(curves: TemperatureCurves) -> list[dict[str, float]]:
     names = ("p10", "median", "p90")
     return [
         {
@@ -142,33 +143,34 @@ def _told(curves: TemperatureCurves) -> list[dict[str, float]]:
 
 
 def _between(curves: TemperatureCurves, classes: int) -> list[float] | None:
-    """The lowest and the highest of the temperatures at which the median entropy is neither hard nor flat."""
+    """Lowest and highest temperature at which the median entropy is neither hard nor flat."""
     share = curves.entropy_qt[1] / math.log(classes)
     found = curves.temperatures_t[(share >= HARD) & (share <= FLAT)]
     return [float(found[0]), float(found[-1])] if len(found) else None
 
 
-def _text(settings: PlotTemperature, cache: Cache, told: TemperatureCurves, data: dict[str, Any]) -> str:
+def _text(settings: PlotTemperature, cache: Cache, printed: TemperatureCurves, data: dict[str, Any]) -> str:
     limit = data["max_entropy"]
+    header = ["T", "median top probability", "median entropy"]
+    medians = zip(printed.temperatures_t, printed.top_qt[1], printed.entropy_qt[1], strict=True)
+    rows = [[f"{temperature:g}", f"{top:.4f}", f"{nats:.4f}"] for temperature, top, nats in medians]
     lines = [
         f"{cache.path}: {data['samples']:,} samples, {len(cache.classes)} classes, entropy at most {limit:.3f} nats",
-        f"{'T':>6}  {'median top probability':>22}  {'median entropy':>14}",
+        *text_table(header, rows, numbers=header),
     ]
-    for at, temperature in enumerate(told.temperatures_t):
-        lines.append(f"{temperature:>6g}  {told.top_qt[1, at]:>22.4f}  {told.entropy_qt[1, at]:>14.4f}")
     if not cache.manifest.recipe.is_plain(0):
-        lines.append("the answers are those to view 0, which is varied")
+        lines.append("the logits are those of view 0, which is augmented or mixed")
     between = data["neither_hard_nor_flat"]
     if between is None:
         lines.append(
             f"At no temperature from {LOWEST:g} to {HIGHEST:g} is the median entropy from {HARD:.0%} to {FLAT:.0%} of "
-            "its limit: the answers are all but one-hot or all but even."
+            "its limit: the distributions are nearly one-hot or nearly uniform."
         )
     else:
         lines.append(
             f"From T = {between[0]:.2g} to {between[1]:.2g} the median entropy is from {HARD:.0%} to {FLAT:.0%} of its "
-            "limit: the other classes have weight, and are not yet alike. A range to sweep; which T teaches best only "
-            "students tell."
+            "limit: the other classes have weight and still differ. Sweep this range; only the accuracy of students "
+            "shows which T is best."
         )
     lines.append(
         f"sample {data['sample']['index']} (true class {data['sample']['label']}) is in the panels: {settings.out}"

@@ -1,4 +1,4 @@
-"""The picture of what temperature does: panels of one sample, and curves of many. numpy and matplotlib, no torch."""
+"""Drawing of the temperature plot: panels of one sample, curves of many. numpy and matplotlib, without torch."""
 
 from __future__ import annotations
 
@@ -11,16 +11,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdcache.analysis.distributions import entropy, softmax
-from kdcache.analysis.drawing import shorten
+from kdcache.analysis.drawing import INK, MUTED, RULE, SERIES, shorten
 from kdcache.store.cache import Cache
 
-# Of more classes only the likeliest are drawn.
+# Number of classes up to which all are drawn, and number of the likeliest ones that are drawn of more.
 DRAWN_UP_TO, TOP_CLASSES = 20, 10
 
-# The curves' range of temperatures.
+# Temperature range of the curves.
 LOWEST, HIGHEST = 0.25, 32.0
-
-COLOURS = ("#0b62c4", "#d1660a", "#14804a", "#7d3cc9", "#c2185b", "#7a6400")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,9 +26,9 @@ class TemperatureCurves:
     """Top probability and entropy of some samples over temperatures, as quantiles over the samples.
 
     Attributes:
-        temperatures_t: ascending.
+        temperatures_t: Ascending temperatures, (temperatures,).
         top_qt: 10 %, 50 % and 90 % quantiles of the top probability, (3, temperatures).
-        entropy_qt: likewise of the entropy in nats.
+        entropy_qt: The same quantiles of the entropy in nats, (3, temperatures).
     """
 
     temperatures_t: NDArray[np.float64]
@@ -47,12 +45,14 @@ def draw_temperatures(
     curves: TemperatureCurves,
     samples: int,
 ) -> bytes:
-    """The picture as a PNG.
+    """Contents of the PNG file.
 
     Args:
-        logits_c: of the sample in the panels, (classes,).
-        label: its true class.
-        samples: how many the curves are of.
+        sample: Index of the sample in the panels.
+        logits_c: Logits of that sample, (classes,).
+        label: True class of that sample.
+        panels: Temperatures of the panels.
+        samples: Number of samples behind the curves.
     """
     import matplotlib
     from matplotlib.figure import Figure
@@ -63,7 +63,7 @@ def draw_temperatures(
     names = [shorten(cache.classes[i], 12) for i in shown]
     style: Any = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 10}
     style["text.parse_math"] = False  # a class may be named $100
-    with matplotlib.rc_context(style | {"axes.grid": True, "axes.axisbelow": True, "grid.color": "#e3e7eb"}):
+    with matplotlib.rc_context(style | {"axes.grid": True, "axes.axisbelow": True, "grid.color": RULE}):
         rows = -(-len(panels) // 2)
         figure = Figure(figsize=(8, 2.1 * rows + 7.4), layout="constrained")
         parts: Any = figure.subfigures(3, height_ratios=(2.1 * rows, 3, 3.6))
@@ -74,7 +74,7 @@ def draw_temperatures(
         above.suptitle(f"Sample {sample}: {which}\nTrue class: {name}, {true}", weight="bold")
         _draw_panels(above, logits_c, panels, shown, names, label)
         _draw_bars(bars, logits_c, panels, shown, names)
-        below.suptitle(f"{samples:,} samples: median, and 10 to 90 % of them", weight="bold")
+        below.suptitle(f"{samples:,} samples: median, and 10 to 90 % quantiles", weight="bold")
         _draw_curves(below, curves, panels, classes)
         file = io.BytesIO()
         figure.savefig(file, format="png", dpi=130)
@@ -88,7 +88,7 @@ def _draw_panels(
     for axes in grid.flat[len(panels) :]:
         axes.set_visible(False)
     for axes, temperature in zip(grid.flat, panels, strict=False):
-        colours = [COLOURS[1] if index == label else COLOURS[0] for index in shown]
+        colours = [SERIES[1] if index == label else SERIES[0] for index in shown]
         axes.bar(range(len(shown)), softmax(logits_c, temperature)[shown], color=colours)
         axes.set_title(f"T = {temperature:g}: entropy {entropy(logits_c, temperature):.2f} nats", loc="left")
         axes.set(ylim=(0, 1))
@@ -104,8 +104,8 @@ def _draw_bars(
     width = 0.84 / len(panels)
     for at, temperature in enumerate(panels):
         places = np.arange(len(shown)) + (at - (len(panels) - 1) / 2) * width
-        axes.bar(places, softmax(logits_c, temperature)[shown], width, color=COLOURS[at], label=f"T = {temperature:g}")
-    axes.set_title("The same, class by class", loc="left", weight="bold")
+        axes.bar(places, softmax(logits_c, temperature)[shown], width, color=SERIES[at], label=f"T = {temperature:g}")
+    axes.set_title("The same, by class", loc="left", weight="bold")
     axes.set(ylabel="probability")
     _name_classes(axes, names)
     axes.set_ylim(0, 1.3 * axes.get_ylim()[1])  # room for the legend
@@ -127,13 +127,13 @@ def _draw_curves(part: Any, curves: TemperatureCurves, panels: tuple[float, ...]
         part.subplots(1, 2),
         (curves.top_qt, curves.entropy_qt),
         ("top probability", "entropy, nats"),
-        COLOURS,
+        SERIES,
         strict=False,
     ):
         axes.fill_between(curves.temperatures_t, quantiles[0], quantiles[2], color=colour, alpha=0.2, linewidth=0)
         axes.plot(curves.temperatures_t, quantiles[1], color=colour, linewidth=2)
         for temperature in panels:
-            axes.axvline(temperature, color="#59636e", linewidth=0.6, linestyle=":")
+            axes.axvline(temperature, color=MUTED, linewidth=0.6, linestyle=":")
         axes.set_xscale("log", base=2)
         ticks = [0.25, 0.5, 1, 2, 4, 8, 16, 32]
         axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
@@ -143,9 +143,9 @@ def _draw_curves(part: Any, curves: TemperatureCurves, panels: tuple[float, ...]
         if name == "top probability":
             even = 1 / classes
             axes.set_ylim(0, 1.02)
-            axes.axhline(even, color="#1c2127", linewidth=1, linestyle="--")
+            axes.axhline(even, color=INK, linewidth=1, linestyle="--")
             axes.text(LOWEST * 1.1, even, f"1 / {classes}", va="bottom")
         else:
-            axes.axhline(math.log(classes), color="#1c2127", linewidth=1, linestyle="--")
+            axes.axhline(math.log(classes), color=INK, linewidth=1, linestyle="--")
             axes.text(LOWEST * 1.1, math.log(classes), f"log({classes}) = {math.log(classes):.2f}", va="bottom")
             axes.set_ylim(0, 1.1 * math.log(classes))

@@ -1,4 +1,4 @@
-"""A run's network as a program that needs no kdcache, written only if it answers as the network does."""
+"""Export of a run's network as a program that needs no kdcache, written only if its logits match the network's."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from kdcache.apps.export_formats import FORMATS, Runnable, foreign_errors, quiet
-from kdcache.apps.export_module import Deployable, geometry_inside, metadata, trace
+from kdcache.apps.export_module import Deployable, metadata, trace
 from kdcache.core import rng
 from kdcache.core.atomic_files import write_durable
 from kdcache.core.command_result import Report
@@ -28,17 +28,17 @@ from kdcache.models.device import evaluation_mode
 from kdcache.models.forward import answer
 from kdcache.models.from_run import TrainedNetwork, load_trained
 
-# Of the comparison, after one batch of a single sample. Small, so that texts come in several lengths.
+# Batch size of the comparison, after a batch of one sample. Small, so that texts come in several lengths.
 COMPARED_BATCH = 16
 
 
 class Compared(NamedTuple):
-    """A batch that the artefact is compared on.
+    """Batch on which artefact and network are compared.
 
     Attributes:
-        inputs: (B, ...), what the artefact takes.
-        logits: (B, classes) float32, what the network answers in PyTorch.
-        indices: of the samples, (B,).
+        inputs: Inputs of the artefact, (B, ...).
+        logits: Logits of the network in PyTorch, (B, classes) float32.
+        indices: Sample indices, (B,).
     """
 
     inputs: Tensor
@@ -47,17 +47,17 @@ class Compared(NamedTuple):
 
 
 def export(settings: Export) -> Report:
-    """Write the best checkpoint of a run as an artefact, and compare its answers with the network's.
+    """Export the best checkpoint of a run as an artefact.
 
-    Its bytes are loaded again and compared before anything is written.
+    The artefact's bytes are loaded again and its logits compared with the network's before anything is written.
 
     Raises:
-        UsageError: there is no such run, or the file's suffix is another format's.
-        MissingExtra: what the format needs is not installed.
+        UsageError: there is no such run, or the file's suffix is that of another format.
+        MissingExtra: a package that the format needs is not installed.
         CheckpointError: the run's checkpoint is missing or damaged.
         DatasetError: there are no samples to compare on, or others than the network was trained on.
-        ModelError: the network cannot be exported, or the artefact answers otherwise. What stood at `out` is kept.
-        StorageError: the disk refuses it.
+        ModelError: the network cannot be exported, or the artefact's logits differ. An older file at `out` is kept.
+        StorageError: the file cannot be written.
     """
     format_, out = FORMATS[settings.format], Path(settings.out)
     _check_out(out, settings.format)
@@ -72,7 +72,7 @@ def export(settings: Export) -> Report:
     log(f"exporting {trained.spec} as {settings.format}")
     with quiet():
         program = trace(
-            Deployable(trained, geometry_inside(trained)),
+            Deployable(trained),
             example,
             max_tokens=trained.preprocessor.record.max_tokens,
             spec=trained.spec,
@@ -130,7 +130,7 @@ def _check_out(out: Path, name: str) -> None:
 
 
 def _compared(trained: TrainedNetwork, dataset: IndexedDataset, samples: int) -> list[Compared]:
-    """The network's answers to keyed samples: first to one alone, then to all of them in batches."""
+    """Logits of the network for keyed samples: first for a batch of one, then for all of them in batches."""
     _check_inputs(trained, dataset)
     indices = rng.keyed_sample(len(dataset), samples, 0, "export")
     if len(indices) == 1:
@@ -150,19 +150,17 @@ def _compared(trained: TrainedNetwork, dataset: IndexedDataset, samples: int) ->
             ).float()
             if not torch.isfinite(logits).all():
                 raise ModelError(
-                    f"the network itself answers a sample of {dataset.name} with a logit that is not finite",
+                    f"the network itself gives a sample of {dataset.name} a logit that is not finite",
                     "finite logits",
                     "see in its metrics.jsonl whether the training diverged",
                 )
             inputs = batch.inputs.long() if preprocessor.makes_tokens else batch.inputs
-            if geometry_inside(trained) is not None:
-                inputs = _stacked(dataset, batch.indices.numpy(), trained.input_shape)
             found.append(Compared(inputs, logits, batch.indices.numpy()))
     return found
 
 
 def _check_inputs(trained: TrainedNetwork, dataset: IndexedDataset) -> None:
-    """Refuse a split of other inputs than the artefact will take."""
+    """Refuse a split whose inputs are not of the artefact's kind."""
     any_shape = trained.input_shape is None or trained.preprocessor.makes_tokens
     here, there = (
         f"{'texts' if each.is_text else each.input_dtype}{'' if any_shape else f' {each.input_shape}'}"
@@ -176,21 +174,8 @@ def _check_inputs(trained: TrainedNetwork, dataset: IndexedDataset) -> None:
         )
 
 
-def _stacked(dataset: IndexedDataset, indices: NDArray[np.int64], shape: tuple[int, ...] | None) -> Tensor:
-    """Shared inputs as one batch."""
-    inputs = dataset.shared_inputs(indices)
-    for index, value in zip(indices, inputs, strict=True):
-        if tuple(value.shape) != shape:
-            raise DatasetError(
-                f"sample {index} of {dataset.name} has shape {tuple(value.shape)}",
-                f"{shape}, which the network was trained on and the artefact will take",
-                "compare on another --split, or on fewer --samples",
-            )
-    return torch.stack(list(inputs))
-
-
 def _example(trained: TrainedNetwork, inputs: Tensor) -> Tensor:
-    """A batch to trace with: of two, and of two tokens at least, because torch takes a size of 1 for a constant."""
+    """Batch to trace with, of at least two inputs and two tokens, because torch takes a size of 1 for a constant."""
     record, rows = trained.preprocessor.record, inputs[:2]
     if record.max_tokens is None:
         return rows
@@ -199,10 +184,10 @@ def _example(trained: TrainedNetwork, inputs: Tensor) -> Tensor:
 
 
 def _largest_difference(run: Runnable, batches: list[Compared]) -> tuple[float, int]:
-    """The largest difference of a logit x as a part of 1 + |x|, NaN where there is one, and its sample.
+    """Largest difference of a logit x as a fraction of 1 + |x|, NaN where a logit is NaN, and its sample index.
 
     Raises:
-        ModelError: an answer has another shape or dtype.
+        ModelError: the artefact's logits have another shape or dtype.
     """
     largest, at = -1.0, -1
     for inputs, wanted_bc, indices in batches:
@@ -210,7 +195,7 @@ def _largest_difference(run: Runnable, batches: list[Compared]) -> tuple[float, 
             found_bc = run(inputs)
         if found_bc.shape != wanted_bc.shape or found_bc.dtype != torch.float32:
             raise ModelError(
-                f"the artefact answers {found_bc.dtype} {tuple(found_bc.shape)} to a batch of {len(inputs)}",
+                f"the artefact returns {found_bc.dtype} {tuple(found_bc.shape)} for a batch of {len(inputs)}",
                 f"torch.float32 {tuple(wanted_bc.shape)}",
                 "try the other --format",
             )

@@ -1,4 +1,4 @@
-"""Files that hold a traced network: how each format is written, and loaded again to run."""
+"""File formats of a traced network: writing, and loading to run."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from kdcache.apps.export_module import LOGITS
 from kdcache.core.errors import KdcacheError, ModelError
 from kdcache.core.plugins import describe
 
-# Where an artefact holds its metadata: a file in the archive, a property of the ONNX model.
+# Name of the metadata in an artefact: a file in the archive, a property of the ONNX model.
 METADATA = "kdcache.json"
-# Until torch has one stance on them, these come with every recurrent network, which is exported right all the same.
-_CHATTER = (
+# Warnings of torch about every recurrent network, although its program is right.
+_RECURRENT_WARNINGS = (
     (UserWarning, r"The tensor attributes? .*_flat_weights"),  # nn.RNNBase keeps a list of its parameters
-    (FutureWarning, r"_check_is_size will be removed"),  # in torch's own loops for LSTM and GRU
+    (FutureWarning, r"_check_is_size will be removed"),  # in the loops that torch.onnx.export takes shapes from
 )
 
 Runnable = Callable[[Tensor], Tensor]
@@ -31,13 +31,13 @@ Runnable = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class Format:
-    """A kind of artefact.
+    """One file format.
 
     Attributes:
-        suffix: of its files.
-        modules: what must be installed, from the extra of the format's name.
-        make: the bytes of a file, from a program and its metadata.
-        load: those bytes into something that answers.
+        suffix: Suffix of file names.
+        modules: Packages to be installed, from the extra of the format's name.
+        make: Function from a program and its metadata to the bytes of a file.
+        load: Function from these bytes to a callable that returns logits.
     """
 
     suffix: str
@@ -65,7 +65,7 @@ def _make_onnx(program: torch.export.ExportedProgram, facts: dict[str, Any]) -> 
         verbose=False,
         input_names=[facts["input"]["name"]],
         output_names=[LOGITS],
-        dynamic_shapes=(names,),  # only what the dimensions are called: the program is traced already
+        dynamic_shapes=(names,),  # only the names of the dimensions: the program is traced already
     )
     assert made is not None, "None is for the exporter without dynamo"
     proto = made.model_proto
@@ -98,7 +98,7 @@ FORMATS: dict[str, Format] = {
 
 @contextlib.contextmanager
 def foreign_errors(what: str) -> Iterator[None]:
-    """Turn what an exporter or a runtime raises into a ModelError."""
+    """Translate errors of an exporter or a runtime into ModelError."""
     try:
         yield
     except KdcacheError:
@@ -113,12 +113,12 @@ def foreign_errors(what: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keep what exporters log and warn of, although all is well, from stderr."""
+    """Silence log messages and warnings that exporters emit although nothing is wrong."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
         with warnings.catch_warnings():
-            for category, message in _CHATTER:
+            for category, message in _RECURRENT_WARNINGS:
                 warnings.filterwarnings("ignore", message, category)
             yield
     finally:

@@ -23,6 +23,7 @@ from kdcache.core.file_lock import PathLock
 from kdcache.core.json_records import to_json
 from kdcache.core.options import merge, narrow
 from kdcache.core.progress import log
+from kdcache.core.text_table import text_table
 from kdcache.models.build import build, load_teacher, open_data
 from kdcache.store.cache import open_cache
 from kdcache.store.manifest import NONE
@@ -236,14 +237,12 @@ def _plain(settings: Sweep) -> StudentConfig:
 def _lines(rows: list[dict[str, Any]], data: dict[str, Any], out: Path) -> list[str]:
     by_validation = any(row["val_accuracy"] for row in rows)
     header = ["setting", "T", *(["validation"] if by_validation else []), "test", "students"]
-    table = [header]
+    table = []
     for row in rows:
         cells = [row["name"], f"{row['temperature']:g}"]
         cells += [_mean(row["val_accuracy"])] if by_validation else []
         table.append([*cells, _mean(row["test_accuracy"]), f"{row['finished']} of {len(row['runs'])}"])
-    widths = [max(len(line[column]) for line in table) for column in range(len(header))]
-    lines = ["  ".join(f"{cell:<{width}}" for cell, width in zip(line, widths, strict=True)).rstrip() for line in table]
-    lines.insert(1, "  ".join("-" * width for width in widths))
+    lines = text_table(header, table)
     if not by_validation:
         lines.append("in the order of the grid: without --val-fraction nothing is held out that could choose a setting")
     else:

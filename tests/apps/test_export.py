@@ -1,9 +1,9 @@
 import json
 import logging
 import os
+import subprocess
 import sys
 import warnings
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,19 +12,17 @@ import onnxruntime
 import pytest
 import torch
 from torch import nn
-from torchvision.transforms import InterpolationMode
-from torchvision.transforms.v2 import functional
 from typer.testing import CliRunner
 
 from kdcache.apps import export_formats, pipeline
 from kdcache.apps.export import export
 from kdcache.apps.export_formats import FORMATS, METADATA
-from kdcache.apps.export_module import Deployable, Resize
+from kdcache.apps.export_module import Deployable
 from kdcache.cli.app import app
 from kdcache.core import config
 from kdcache.core.errors import DatasetError, KdcacheError, MissingExtra, ModelError, StorageError, UsageError
 from kdcache.core.json_records import to_json
-from kdcache.data.preprocess import Preprocessor
+from kdcache.data.loader import BatchRequest, batch_loader
 from kdcache.data.registry import open_dataset
 from kdcache.data.tokenizer import Tokenizer
 from kdcache.models.from_run import load_trained
@@ -102,12 +100,12 @@ def gru(root, texts):
     return teach(root / "gru", dataset=texts, model="gru", max_tokens=20)
 
 
-def answers(run, inputs):
-    """A run's logits for shared inputs, each prepared as evaluate does it."""
+def logits_of(run, inputs):
+    """Shared inputs after resize and crop, which are the inputs of an artefact, and the logits of a run for them."""
     trained = load_trained(run)
     images = torch.stack([trained.preprocessor.per_sample(each) for each in inputs])
     with torch.no_grad():
-        return trained.module(trained.preprocessor.per_batch(images, torch.float32)).numpy()
+        return images, trained.module(trained.preprocessor.per_batch(images, torch.float32)).numpy()
 
 
 @pytest.mark.parametrize("form", BOTH)
@@ -130,16 +128,16 @@ def test_images_get_the_students_logits_in_batches_of_any_size(root, tmp_path, m
     assert data["largest_difference"] <= 1e-4
     assert (data["samples"], data["batch_sizes"]) == (64, [1, 16])
     program, facts = opened(path)
-    inputs, _ = open_dataset("digits", split="train").fetch(range(9))
-    wanted = answers(run, inputs)
-    for size in (1, 2, 9):
-        found = program(inputs[:size])
+    prepared, wanted = logits_of(run, open_dataset("digits", split="train").fetch(range(17))[0])
+    for size in (1, 3, 17):
+        found = program(prepared[:size])
         assert found.dtype == np.float32
         np.testing.assert_allclose(found, wanted[:size], rtol=1e-4, atol=1e-4)
-    assert facts["input"] == {"name": "inputs", "shape": ["batch", 1, 8, 8], "dtype": "uint8"}
+    side = settings.get("size", 8)
+    assert facts["input"] == {"name": "inputs", "shape": ["batch", 1, side, side], "dtype": "uint8"}
     assert facts["output"] == {"name": "logits", "shape": ["batch", 10], "dtype": "float32"}
     assert facts["classes"] == [str(label) for label in range(10)]
-    assert facts["geometry"] == ("inside" if "size" in settings else "none")
+    assert facts["geometry"] == ("before" if "size" in settings else "none")
     assert facts["model"] == model
     assert facts["preprocess"] == to_json(load_trained(run).preprocessor.record)
     assert facts["tokenizer"] is None
@@ -171,10 +169,49 @@ def test_texts_get_the_students_logits_at_any_length(root, texts, gru, tmp_path,
         wanted = trained.module(filled).numpy()
     np.testing.assert_allclose(alone, wanted, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(program(filled), wanted, rtol=1e-4, atol=1e-5)
+    many = filled.repeat(6, 1)[:17]
+    np.testing.assert_allclose(program(many), np.tile(wanted, (6, 1))[:17], rtol=1e-4, atol=1e-5)
     if form == "onnx":
         kinds = {node.op_type for node in onnx.load(path).graph.node}
         assert model.partition(":")[0].upper() in kinds
         assert not kinds & {"Loop", "Scan"}
+
+
+WITHOUT_KDCACHE = """
+import sys
+sys.modules["kdcache"] = None
+import numpy as np
+path, inputs, out = sys.argv[1:]
+inputs = np.load(inputs)
+if path.endswith(".pt2"):
+    import torch
+    module = torch.export.load(path).module()
+    run = lambda batch: module(torch.from_numpy(batch)).numpy()
+else:
+    import onnxruntime
+    session = onnxruntime.InferenceSession(path)
+    run = lambda batch: session.run(None, {"inputs": batch})[0]
+np.savez(out, **{str(size): run(inputs[:size]) for size in (1, 3, 17)})
+"""
+
+
+@pytest.mark.parametrize("form", BOTH)
+@pytest.mark.parametrize("kind", ["images", "texts"])
+def test_an_artefact_runs_where_kdcache_is_not_importable(cnn, gru, texts, tmp_path, kind, form):
+    run, spec = (cnn, "digits") if kind == "images" else (gru, texts)
+    path, _ = exported(run, tmp_path, form)
+    trained, dataset = load_trained(run), open_dataset(spec, split="train")
+    requests = [BatchRequest(np.arange(17))]
+    (batch,) = batch_loader(dataset, requests, preprocessor=trained.preprocessor, device=torch.device("cpu"))
+    inputs = batch.inputs.long() if kind == "texts" else batch.inputs
+    with torch.no_grad():
+        wanted = trained.module(trained.preprocessor.per_batch(inputs, torch.float32)).numpy()
+    np.save(tmp_path / "inputs.npy", inputs.numpy())
+    arguments = [str(path), str(tmp_path / "inputs.npy"), str(tmp_path / "logits.npz")]
+    subprocess.run([sys.executable, "-c", WITHOUT_KDCACHE, *arguments], check=True, cwd=tmp_path)
+    found = np.load(tmp_path / "logits.npz")
+    for size in (1, 3, 17):
+        np.testing.assert_allclose(found[str(size)], wanted[:size], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("form", BOTH)
@@ -204,7 +241,7 @@ def test_a_tiny_bert(root, texts, tmp_path, form):
 
 
 @pytest.mark.parametrize("form", BOTH)
-def test_images_of_many_sizes_are_taken_after_the_geometry(tmp_path, form):
+def test_images_of_many_sizes_are_taken_after_resize_and_crop(tmp_path, form):
     spec = write_photos(tmp_path / "photos", lambda random: random.integers(8, 24, 2))
     run = teach(tmp_path / "run", dataset=spec, model="cnn", size=12)
     path, data = exported(run, tmp_path, form)
@@ -212,9 +249,9 @@ def test_images_of_many_sizes_are_taken_after_the_geometry(tmp_path, form):
     assert data["input"]["shape"] == ["batch", 3, 12, 12]
     program, facts = opened(path)
     assert facts["preprocess"]["resize"] == facts["preprocess"]["crop"] == 12
-    trained, dataset = load_trained(run), open_dataset(spec, split="test")
-    image = trained.preprocessor.per_sample(dataset[0][0])
-    np.testing.assert_allclose(program(image[None]), answers(run, [dataset[0][0]]), rtol=1e-4, atol=1e-4)
+    prepared, wanted = logits_of(run, open_dataset(spec, split="test").shared_inputs(range(12)))
+    for size in (1, 3, 12):
+        np.testing.assert_allclose(program(prepared[:size]), wanted[:size], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.skipif(TEST_DATA is None, reason="KDCACHE_TEST_DATA is not set")
@@ -226,37 +263,6 @@ def test_mnist(root, tmp_path, form):
     _, data = exported(run, tmp_path, form, samples=500, tolerance=1e-4)
     assert data["largest_difference"] <= 1e-4
     assert data["samples"] == 500
-
-
-@pytest.mark.parametrize("mode", ["nearest", "bilinear", "bicubic"])
-@pytest.mark.parametrize("antialias", [True, False])
-@pytest.mark.parametrize(
-    ("size", "target"), [((8, 8), 32), ((32, 32), 40), ((40, 30), 20), ((31, 97), 31), ((7, 61), 9)]
-)
-def test_the_resize_is_torchs_to_the_bit(mode, antialias, size, target):
-    images = torch.randint(0, 256, (2, 3, *size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    # Hard edges overshoot with bicubic, and must be clipped.
-    images[1] = (images[1] > 127) * 255
-    wanted = functional.resize(
-        images, [target], interpolation=InterpolationMode(mode), antialias=antialias and mode != "nearest"
-    )
-    found = Resize(size, tuple(wanted.shape[2:]), mode, antialias=antialias)(images)
-    assert found.dtype == torch.uint8
-    assert torch.equal(found, wanted)
-
-
-def test_the_geometry_inside_is_that_of_the_preprocessing(tmp_path):
-    """Not square, resized to another size than it is cropped to, and padded where it is smaller."""
-    spec = write_photos(tmp_path / "photos", lambda random: (14, 20))
-    run = teach(tmp_path / "run", dataset=spec, model="mlp", size=18)
-    trained = load_trained(run)
-    images = torch.stack(list(open_dataset(spec, split="test").shared_inputs(range(4))))
-    for resize, crop in ((18, 18), (10, 18), (None, 18), (14, 18)):
-        preprocessor = Preprocessor(replace(trained.preprocessor.record, resize=resize, crop=crop))
-        with torch.no_grad():
-            found = Deployable(replace(trained, preprocessor=preprocessor), (14, 20))(images)
-            prepared = preprocessor.per_batch(preprocessor.per_sample(images), torch.float32)
-            assert torch.equal(found, trained.module(prepared))
 
 
 def test_the_command_prints_one_thing_and_the_exporters_print_nothing(cnn, gru, tmp_path, capfd, caplog):
@@ -434,12 +440,6 @@ def test_a_missing_extra_is_named_before_anything_is_done(cnn, tmp_path, monkeyp
     assert tree(tmp_path) == {}
 
 
-def test_a_torch_that_knows_no_loops_for_recurrent_layers_is_named(gru, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "torch.export._patches", None)
-    with pytest.raises(ModelError, match=r"LSTM and GRU for one length"):
-        exported(gru, tmp_path, "torch")
-
-
 def test_a_split_of_one_sample_is_compared_in_two_batch_sizes(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delitem(sys.modules, "single", raising=False)
@@ -458,7 +458,7 @@ def test_a_network_that_diverged_is_not_taken_for_a_bad_artefact(cnn, tmp_path, 
     trained = load_trained(cnn)
     trained.module.classifier[-1].bias.data[3] = torch.nan
     monkeypatch.setattr("kdcache.apps.export.load_trained", lambda folder: trained)
-    with pytest.raises(ModelError, match=r"the network itself answers a sample of digits.*not finite"):
+    with pytest.raises(ModelError, match=r"the network itself gives a sample of digits.*not finite"):
         exported(cnn, tmp_path, "torch", tolerance=0.1)
 
 

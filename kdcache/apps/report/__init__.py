@@ -1,1 +1,1 @@
-"""One HTML page of finished runs: `build` collects, `template.html` shows."""
+"""Report of finished runs as one HTML page: `build` assembles it, `template.html` lays it out."""

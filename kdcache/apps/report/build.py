@@ -1,4 +1,4 @@
-"""Making a report: a study of runs becomes a page, and the page is written."""
+"""The `report` command: measures runs, assembles the page and writes it."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from kdcache.store.inspect import inspect_cache
 
 
 def make_report(settings: MakeReport) -> Report:
-    """One HTML page of finished runs, and its pictures in a folder beside it.
+    """Write one HTML page of finished runs, and its pictures into a folder beside it.
 
     Raises:
-        UsageError: no finished run, runs of several datasets, or an output that is no .html.
-        CacheMismatch, CacheIncomplete, CacheDamaged: a cache that is there and must not be compared with.
+        UsageError: a run is not finished, runs are of several datasets, or the output is no .html.
+        CacheMismatch, CacheIncomplete, CacheDamaged: an existing cache cannot be compared with.
         MissingExtra: matplotlib is not installed.
-        StorageError: the disk refuses what is written.
+        StorageError: a file cannot be written.
     """
     require_extra("matplotlib", "plots", "a report")
     out = Path(settings.out)
@@ -77,9 +77,9 @@ def _page(study: Study, settings: MakeReport) -> Page:
         parts.append(sections.agreement(study.runs))
     shown = shown_run(study.runs)
     if study.test is not None and shown.answers is not None:
-        teacher = study.cached_logits(shown.teacher) if shown.run.caches else None
-        found = cards(study.test, shown.answers.logits_nc, teacher, study.labels_n, settings.shown)
-        parts.append(sections.samples(found, shown.run.name, has_teacher=teacher is not None))
+        teacher_nc = study.cached_logits(shown.teacher) if shown.run.caches else None
+        found = cards(study.test, shown.answers.logits_nc, teacher_nc, study.labels_n, settings.shown)
+        parts.append(sections.samples(found, shown.run.name, has_teacher=teacher_nc is not None))
     if study.caches:
         parts.append(sections.cached({path: inspect_cache(path).data["splits"] for path in study.caches}))
     count = len(study.runs)
@@ -124,7 +124,7 @@ def _answers_data(answers: Answers | None) -> dict[str, Any]:
         else {
             "temperature": found.temperature,
             "fitted_on": found.fitted,
-            "judged_on": found.judged,
+            "judged_on": found.evaluated,
             "ece_before": found.before.ece,
             "ece_after": found.after.ece,
             "nll_before": found.nll_before,

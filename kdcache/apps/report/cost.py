@@ -1,4 +1,4 @@
-"""What is measured of a run's network: its answers, its size and its speed."""
+"""Measurements of a run's network: logits, multiply-adds and latency."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
-from kdcache.apps.report.multiply_adds import multiply_adds
 from kdcache.core.config import Execution
 from kdcache.core.progress import Progress
 from kdcache.core.rng import keyed_sample
@@ -21,7 +21,7 @@ from kdcache.models.device import evaluation_mode, floating_dtype, memory_errors
 from kdcache.models.forward import answer
 from kdcache.models.from_run import TrainedNetwork
 
-# The sample that cost is measured on is the middle one of so many, because texts differ in length.
+# Number of samples whose median-sized one is measured, because texts differ in length.
 PROBED = 33
 
 WARM_UP, REPEATS, REPEAT_SECONDS = 5, 50, 3.0
@@ -29,12 +29,12 @@ WARM_UP, REPEATS, REPEAT_SECONDS = 5, 50, 3.0
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """What one sample costs.
+    """Cost of one forward pass at batch size 1.
 
     Attributes:
-        multiply_adds: of one sample; None where they cannot be counted.
-        latency_ms: from one prepared input in host memory to logits: the median of repeats after warm-up.
-        shape: of the prepared input that was measured, without the batch.
+        multiply_adds: Multiply-adds by torch's counter; None where it counts none.
+        latency_ms: Time from one prepared input in host memory to logits, the median of repeats after warm-up.
+        shape: Shape of the measured input without the batch dimension.
     """
 
     multiply_adds: int | None
@@ -45,10 +45,10 @@ class Cost:
 def logits_of(
     trained: TrainedNetwork, dataset: IndexedDataset, indices: NDArray[np.int64], config: Execution, what: str
 ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """A network's logits for some samples, (n, classes), and their labels, (n,).
+    """Logits of a network for the given samples, (n, classes), and their labels, (n,).
 
     Args:
-        what: names the work where progress is shown.
+        what: Title of the progress bar.
     """
     device = resolve_device(config.device)
     module, preprocessor, classes = move_to(trained.module, device), trained.preprocessor, len(dataset.classes)
@@ -66,20 +66,21 @@ def logits_of(
         Progress(what, len(indices), "samples") as progress,
     ):
         for batch in loader:
-            answers = answer(
+            logits_bc = answer(
                 module, batch.inputs, preprocessor=preprocessor, device=device, amp=config.amp, classes=classes
             )
-            logits.append(answers.float().cpu().numpy())
+            logits.append(logits_bc.float().cpu().numpy())
             labels.append(batch.labels.numpy())
-            progress.advance(len(answers))
+            progress.advance(len(logits_bc))
     return np.concatenate(logits), np.concatenate(labels)
 
 
 def measure_cost(trained: TrainedNetwork, dataset: IndexedDataset, config: Execution) -> Cost:
-    """What one sample of a dataset costs a network on this machine."""
+    """Measure the cost of one sample of a dataset on this machine."""
     inputs = _middle_input(trained, dataset)
     module, preprocessor = trained.module.cpu(), trained.preprocessor
-    counted = multiply_adds(module, preprocessor.per_batch(inputs, floating_dtype(module)))
+    with evaluation_mode(module):
+        counted = multiply_adds(module, preprocessor.per_batch(inputs, floating_dtype(module)))
     device = resolve_device(config.device)
     module, classes = move_to(module, device), len(dataset.classes)
     times: list[float] = []
@@ -91,10 +92,31 @@ def measure_cost(trained: TrainedNetwork, dataset: IndexedDataset, config: Execu
             synchronize(device)
             times.append(time.perf_counter() - start)
     return Cost(
-        multiply_adds=counted,
+        multiply_adds=counted or None,
         latency_ms=1000 * statistics.median(times[WARM_UP:]),
         shape=tuple(inputs.shape[1:]),
     )
+
+
+def multiply_adds(module: nn.Module, inputs: Tensor) -> int:
+    """Multiply-adds of one forward pass in the operators that torch's `FlopCounterMode` has a formula for.
+
+    Args:
+        module: Network in eval mode, on the CPU.
+        inputs: Prepared batch.
+    """
+    mha, mkldnn = torch.backends.mha, torch.backends.mkldnn
+    fast_path, fused = mha.get_fastpath_enabled(), mkldnn.enabled
+    # The counter has no formula for fused attention layers and LSTMs, and counts the products that they consist of.
+    mha.set_fastpath_enabled(False)
+    mkldnn.enabled = False  # type: ignore[assignment]  # typed as the descriptor that it is
+    try:
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            module(inputs)
+    finally:
+        mha.set_fastpath_enabled(fast_path)
+        mkldnn.enabled = fused
+    return int(counter.get_total_flops()) // 2
 
 
 def _late(began: float) -> bool:
@@ -102,7 +124,7 @@ def _late(began: float) -> bool:
 
 
 def _middle_input(trained: TrainedNetwork, dataset: IndexedDataset) -> Tensor:
-    """Of a few keyed samples the prepared input of middle size, (1, ...), before `Preprocessor.per_batch`."""
+    """The input of median size, (1, ...), among a few samples, before `Preprocessor.per_batch`."""
     requests = [BatchRequest(np.array([index])) for index in keyed_sample(len(dataset), PROBED, 0, "cost").tolist()]
     loader = batch_loader(dataset, requests, preprocessor=trained.preprocessor, device=torch.device("cpu"))
     inputs = sorted((batch.inputs for batch in loader), key=lambda each: each.numel())

@@ -1,4 +1,4 @@
-"""The page: what stands on it, as plain values, and the template that shows them."""
+"""Contents of the page as plain values, and their rendering with the template."""
 
 from __future__ import annotations
 
@@ -6,19 +6,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from kdcache.analysis.drawing import DARK, LIGHT, Picture, data_uri
+from kdcache.analysis.drawing import Picture, data_uri
 
 UNKNOWN = "–"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """Rows of ready text; the first cell of each is its heading.
+    """Table of formatted text; the first cell of each row is its heading.
 
     Attributes:
-        caption: how it is to be read.
-        words: positions of the columns that hold words; the others hold numbers, which stand to the right.
-        folded: what it is called while it is folded away; empty for one that is open.
+        header: Names of the columns.
+        rows: Cells of each row.
+        caption: Reading aid below the table.
+        words: Indices of the text columns; the other columns hold numbers and are aligned to the right.
+        folded: Title of a table that is collapsed at first; empty for one that is always shown.
     """
 
     header: Sequence[str]
@@ -30,15 +32,15 @@ class Table:
 
 @dataclass(frozen=True, kw_only=True)
 class Figure:
-    """Pictures that are read in one way, and how."""
+    """Pictures with a common caption."""
 
     pictures: Sequence[Picture]
     caption: str
 
 
 @dataclass(frozen=True, kw_only=True)
-class Answer:
-    """One class of one sample: its probabilities, 0 to 1, by the student and by the teacher."""
+class ClassProbability:
+    """Probability of one class for one sample, 0 to 1, by the student and by the teacher."""
 
     label: str
     student: float
@@ -48,19 +50,22 @@ class Answer:
 
 @dataclass(frozen=True, kw_only=True)
 class Card:
-    """One sample with what was said of it.
+    """One sample with the probabilities of its most important classes.
 
     Attributes:
-        png: the image; None where it is none.
-        text: an excerpt; None where it is no text.
-        score: what the cards are ordered by, ready to show.
+        index: Sample index.
+        true: Name of the true class.
+        png: Image; None for a sample that is no image.
+        text: Excerpt; None for a sample that is no text.
+        probabilities: True class and top classes.
+        score: Value by which cards are sorted, as text.
     """
 
     index: int
     true: str
     png: bytes | None
     text: str | None
-    answers: Sequence[Answer]
+    probabilities: Sequence[ClassProbability]
     score: str
 
     @property
@@ -70,7 +75,7 @@ class Card:
 
 @dataclass(frozen=True, kw_only=True)
 class Section:
-    """A part of the page under a heading of its own."""
+    """Part of the page under its own heading."""
 
     anchor: str
     title: str
@@ -82,11 +87,11 @@ class Section:
 
 @dataclass(frozen=True, kw_only=True)
 class Page:
-    """Everything that a report shows.
+    """Contents of a report.
 
     Attributes:
-        missing: what is not there and why, a sentence each.
-        footer: when and by what it was made.
+        missing: Sentences on what could not be shown, and why.
+        footer: Time and version of kdcache.
     """
 
     title: str
@@ -97,18 +102,17 @@ class Page:
 
     @property
     def files(self) -> dict[str, bytes]:
-        """Its pictures as files: name → PNG."""
+        """Contents of the PNG files of all pictures, by file name."""
         files: dict[str, bytes] = {}
         for section in self.sections:
             for picture in (each for figure in section.figures for each in figure.pictures):
-                files[f"{picture.name}.png"] = picture.png[LIGHT.name]
-                files[f"{picture.name}-dark.png"] = picture.png[DARK.name]
+                files[f"{picture.name}.png"] = picture.png
             files |= {f"sample-{at:03}.png": card.png for at, card in enumerate(section.cards, 1) if card.png}
         return files
 
 
 def render(page: Page) -> str:
-    """The page as one HTML file that asks for no other."""
+    """Render the page as one HTML file without external resources."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
@@ -119,9 +123,9 @@ def render(page: Page) -> str:
         lstrip_blocks=True,
     )
     environment.filters["percent"] = percent
-    return environment.get_template("template.html").render(page=page, light=LIGHT, dark=DARK)
+    return environment.get_template("template.html").render(page=page)
 
 
 def percent(share: float | None, digits: int = 1) -> str:
-    """A share as text; a dash where there is none."""
+    """Format a fraction as a percentage; a dash for None."""
     return UNKNOWN if share is None else f"{share:.{digits}%}"

@@ -1,4 +1,4 @@
-"""From numbers to the first sections of a page: who there is, how good, how large, and how they were trained."""
+"""First sections of the page: summary of the runs, settings and learning curves."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from kdcache.core.run_dir import FREE_ON_RESUME
 
 USUAL_SETTINGS = ("epochs", "batch_size", "optimizer", "learning_rate", "schedule", "temperature", "alpha", "objective")
 
-# Settings that say where and how, or that the table of runs shows already.
-NO_MATTER = FREE_ON_RESUME | {"command", "dataset", "checkpoint", "resume", "student", "model", "distill"}
+# Settings that do not change the result, or that the table of runs shows already.
+NOT_COMPARED = FREE_ON_RESUME | {"command", "dataset", "checkpoint", "resume", "student", "model", "distill"}
 
 
 def summary(runs: Sequence[MeasuredRun], unseen: Sequence[CachedTeacher], measured_on: str) -> Section:
-    """The headline: who there is, how good, how large, how fast.
+    """Summary: accuracy, size and speed of each run.
 
     Args:
-        unseen: cached teachers of which there is no run.
-        measured_on: the device and its threads.
+        unseen: Cached teachers without a run among `runs`.
+        measured_on: Device and threads of the latency measurement.
     """
     rows = [_headline(each) for each in runs]
     for teacher in unseen:
@@ -34,15 +34,18 @@ def summary(runs: Sequence[MeasuredRun], unseen: Sequence[CachedTeacher], measur
     caption = (
         "Test accuracy ± its standard error, which counts chance in the choice of test samples and not that of another "
         "seed. Multiply-adds are those of matrix products and convolutions for one sample "
-        f"({' or '.join(sorted(shapes)) or 'none measured'} numbers); {UNKNOWN} where a layer cannot be counted. "
-        "The checkpoint is best.pt, which holds the weights, what they are of and for texts the tokenizer. Latency is "
+        f"({' or '.join(sorted(shapes)) or 'none measured'} numbers), counted by FlopCounterMode of torch; it leaves "
+        f"out operators for which it has no formula, and {UNKNOWN} stands where it counts none. "
+        "The checkpoint is best.pt: weights, their record and for texts the tokenizer. Latency is "
         f"from one prepared input to logits at batch size 1, the median of repeats after warm-up, {measured_on}. "
-        "Seconds an epoch were recorded in training, evaluation aside, perhaps on another machine."
+        "Seconds per epoch were recorded in training, without evaluation, perhaps on another machine."
     )
     if unseen:
-        caption += f" Of a cached teacher the manifest tells what is not {UNKNOWN}: it was neither loaded nor run."
-    table = Table(header=[*header, "latency, ms", "s an epoch"], rows=rows, caption=caption, words=(0, 2, 3))
-    return Section(anchor="summary", title="In short", lead=_lead(runs), tables=[table])
+        caption += (
+            f" Values of a cached teacher come from its manifest; it was neither loaded nor run, hence {UNKNOWN}."
+        )
+    table = Table(header=[*header, "latency, ms", "s per epoch"], rows=rows, caption=caption, words=(0, 2, 3))
+    return Section(anchor="summary", title="Summary", lead=_lead(runs), tables=[table])
 
 
 def _headline(each: MeasuredRun) -> list[str]:
@@ -59,7 +62,7 @@ def _headline(each: MeasuredRun) -> list[str]:
 
 
 def _lead(runs: Sequence[MeasuredRun]) -> list[str]:
-    """The best run of each role in a sentence."""
+    """Sentences on the best run of each role."""
     best = []
     for role in (TEACHER, ALONE, DISTILLED):
         of_role = [each for each in runs if each.run.role == role and each.accuracy is not None]
@@ -69,23 +72,23 @@ def _lead(runs: Sequence[MeasuredRun]) -> list[str]:
             best.append(f"{first.run.name} ({most}{role}, {first.run.result['model']}) {percent(first.accuracy, 2)}")
     if not best:
         return []
-    lead = [f"Right answers on the test split: {'; '.join(best)}."]
+    lead = [f"Accuracy on the test split: {'; '.join(best)}."]
     if len(best) > 1:
         lead.append(
-            "One run is one draw: a difference of less than about two standard errors, or one that another seed "
-            "undoes, is no finding."
+            "Each run is one random draw: a difference below about two standard errors, or one that vanishes with "
+            "another seed, is not significant."
         )
     return lead
 
 
 def training(runs: Sequence[MeasuredRun]) -> Section:
-    """Curves of everything that was recorded over the epochs."""
+    """Settings, and learning curves of all recorded metrics."""
     caption = (
-        "Each panel is one quantity over the epochs, all runs over each other. “loss” is what a run minimised: where "
-        "objectives, temperatures or alphas differ, compare its course and not its height; the other losses are its "
-        "parts, before their weights. Accuracy is on training batches while the weights still change; “validation”, "
-        "the thin line, is on samples held out of the training split. The learning rate is that of an epoch's last "
-        "step. Nothing here is of the test split."
+        "Each panel shows one metric over the epochs for all runs. “loss” is the minimised objective: where "
+        "objectives, temperatures or alphas differ, compare its shape and not its level; the other losses are its "
+        "terms, before weighting. Training accuracy is measured on batches while the weights still change; "
+        "“validation”, the thin line, on samples held out of the training split. The learning rate is that of the "
+        "last step of an epoch. The test split is not used here."
     )
     return Section(
         anchor="training",
@@ -96,7 +99,7 @@ def training(runs: Sequence[MeasuredRun]) -> Section:
 
 
 def _settings(runs: Sequence[MeasuredRun]) -> Table:
-    """The settings that everybody asks for, and the others in which the runs differ."""
+    """The most common settings, and all others in which the runs differ."""
     configs = {each.run.name: {**each.run.config} for each in runs}
     for config in configs.values():
         if config.get("distill") is False or config.get("objective"):
@@ -106,11 +109,11 @@ def _settings(runs: Sequence[MeasuredRun]) -> Table:
     rows = []
     for name in names:
         values = [config[name] for config in configs.values() if name in config]
-        differ = name not in NO_MATTER and any(value != values[0] for value in values)
+        differ = name not in NOT_COMPARED and any(value != values[0] for value in values)
         cells = [_setting(config.get(name)) for config in configs.values()]
         if (name in USUAL_SETTINGS or differ) and set(cells) != {UNKNOWN}:
             rows.append([name.replace("_", " "), *cells])
-    caption = f"The usual settings, and all others in which runs differ; {UNKNOWN} where a run has or uses none."
+    caption = f"The most common settings, and all others in which runs differ; {UNKNOWN} where a setting is not used."
     return Table(header=["setting", *configs], rows=rows, caption=caption)
 
 

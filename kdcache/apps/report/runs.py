@@ -1,4 +1,4 @@
-"""Finished runs as they lie in their folders, and the cached teachers that they learnt from."""
+"""Finished runs read from their folders, and the cached teachers that they were trained from."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from kdcache.core.errors import CacheMismatch, UsageError
@@ -16,6 +17,7 @@ from kdcache.core.run_dir import read_config, read_metrics, read_result
 from kdcache.data.dataset import IndexedDataset
 from kdcache.data.views import Views
 from kdcache.distill.student.join_checks import check_ensemble, check_join
+from kdcache.distill.student.soft_targets import mean_logits
 from kdcache.models.from_run import TrainedNetwork, load_trained
 from kdcache.store.cache import Cache, cache_splits, open_cache
 from kdcache.store.manifest import TeacherRecord
@@ -28,8 +30,12 @@ class Run:
     """A finished run.
 
     Attributes:
-        name: of its folder; the whole path where two runs have folders of one name.
-        metrics: an entry an epoch.
+        name: Name of the folder; its path where two folders have the same name.
+        folder: Path of the run.
+        config: Contents of config.json.
+        result: Contents of result.json.
+        metrics: Entries of metrics.jsonl, one per epoch.
+        trained: Best checkpoint as a network.
     """
 
     name: str
@@ -45,11 +51,12 @@ class Run:
 
     @property
     def caches(self) -> tuple[str, ...]:
-        """The caches that it was trained from, as its settings name them; none for a teacher."""
+        """Paths of the caches that it was trained from, as in its settings; empty for a teacher."""
         return tuple(self.config.get("cache") or ())
 
     @property
     def epoch_seconds(self) -> float:
+        """Mean seconds per epoch."""
         seconds = self.result["epoch_seconds"]
         return float(sum(seconds) / len(seconds))
 
@@ -59,7 +66,7 @@ class Run:
 
 
 def open_runs(paths: Sequence[str]) -> list[Run]:
-    """Runs of one dataset.
+    """Open finished runs of one dataset.
 
     Raises:
         UsageError: a folder holds no finished run, or two runs are of different datasets.
@@ -77,7 +84,7 @@ def open_runs(paths: Sequence[str]) -> list[Run]:
             if one != other:
                 raise UsageError(
                     f"{runs[0].folder} is of the {what} {one!r}, {run.folder} of {other!r}",
-                    "runs of one dataset, which can be judged on the same samples",
+                    "runs of one dataset, which can be evaluated on the same samples",
                     "make a report of each dataset's runs",
                 )
     return runs
@@ -96,20 +103,21 @@ def _open_run(folder: Path, name: str) -> Run:
 
 
 class CachedTeacher:
-    """What a teacher said, from its cache; or several teachers, whose logits are averaged as in training.
+    """Cached logits of a teacher, or of several teachers, averaged as in training.
 
     Args:
-        paths: of the caches.
-        weights: one a cache, of which only the proportions count; empty for equal ones.
+        paths: Paths of the caches.
+        weights: Weight of each cache, of which only the proportions count; empty for equal ones.
 
     Attributes:
-        name: for a table.
-        key: what tells it from other teachers.
+        paths: Paths of the caches.
+        name: Name in tables.
+        key: Identity among the teachers of a report.
 
     Raises:
-        CacheNotFound: a cache is not there.
-        CacheIncomplete, CacheDamaged: it cannot be read.
-        CacheMismatch: the caches are not of the same samples.
+        CacheNotFound: a cache does not exist.
+        CacheIncomplete, CacheDamaged: a cache cannot be read.
+        CacheMismatch: the caches hold different samples.
     """
 
     def __init__(self, paths: Sequence[str], weights: Sequence[float] = ()) -> None:
@@ -126,45 +134,44 @@ class CachedTeacher:
 
     @property
     def records(self) -> list[TeacherRecord]:
-        """Of the teachers; their accuracy here is that on the training split."""
+        """Records of the teachers, with their accuracy on the training split."""
         return [cache.manifest.teacher for cache in self._splits["train"]]
 
     @property
     def test_accuracies(self) -> list[float | None]:
-        """Of each teacher by itself; None where its answers to plain test samples are not cached."""
+        """Test accuracy of each teacher by itself; None where its logits for plain test samples are not cached."""
         if self.why_not("test") is not None:
             return [None] * len(self.paths)
         return [cache.manifest.teacher.accuracy for cache in self._splits["test"]]
 
     def why_not(self, split: str) -> str | None:
-        """Why there is nothing to compare with on a split, as a sentence; None where there is."""
+        """Reason why a split has no logits to compare with, as a sentence; None where it has."""
         where = " and ".join(self.paths)
         if split not in self._splits:
-            return f"{where} holds no answers to the {split} split; dump-teacher with --split {split} adds them."
+            return f"{where} holds no logits for the {split} split; dump-teacher with --split {split} adds them."
         recipe = self._splits[split][0].manifest.recipe
         if not recipe.is_plain(0):
             return (
-                f"{where} holds answers to varied samples of the {split} split (augment {recipe.augment}, "
-                f"mix {recipe.mix}) and none to the plain ones that networks are judged on; dump-teacher with "
+                f"{where} holds logits for augmented samples of the {split} split (augment {recipe.augment}, "
+                f"mix {recipe.mix}) and none for the plain ones, on which networks are evaluated; dump-teacher with "
                 "--plain-view keeps those as view 0."
             )
         return None
 
-    def answers(self, dataset: IndexedDataset, indices: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Logits for some plain samples of a split, (n, classes), where `why_not` says nothing against it.
+    def logits(self, dataset: IndexedDataset, indices: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Mean logits for plain samples of a split, (n, classes); only where `why_not` returns None.
 
         Raises:
-            CacheMismatch: the cache is of other samples.
+            CacheMismatch: the cache holds other samples.
         """
         caches = self._splits[dataset.split]
         check_join(caches[0], Views(dataset, caches[0].manifest.recipe))
-        mean = np.zeros((len(indices), len(dataset.classes)), np.float32)
-        for share, cache in zip(self._shares, caches, strict=True):
-            mean += np.float32(share) * cache.rows(indices).astype(np.float32)
+        logits = [torch.from_numpy(cache.rows(indices)) for cache in caches]
+        mean: NDArray[np.float32] = mean_logits(logits, self._shares).float().numpy()
         return mean
 
     def taught(self, run: Run) -> bool:
-        """Whether a run learnt from these very answers; also where the run does not record its views."""
+        """Whether a run was trained from exactly these logits; True for a run that does not record its views."""
         digests = [set(cache.manifest.view_sha256) for cache in self._splits["train"]]
         taught_by = run.trained.taught_by
         return not taught_by or (
@@ -174,29 +181,29 @@ class CachedTeacher:
 
 
 def teacher_of(run: Run, override: str | None) -> CachedTeacher | None:
-    """The cached teacher of a student; None for a run that has none.
+    """Cached teacher of a student; None for a run without caches.
 
     Args:
-        override: where its cache is now.
+        override: Present path of the cache, instead of the recorded one.
 
     Raises:
         UsageError: one path is given for several caches.
-        CacheMismatch: what lies at the path that the run names is not what it learnt from.
+        CacheMismatch: the cache at the recorded path is not the one that the run was trained from.
         CacheNotFound, CacheIncomplete, CacheDamaged: as for `CachedTeacher`.
     """
     if not run.caches:
         return None
     if override is not None and len(run.caches) > 1:
         raise UsageError(
-            f"--cache names one cache, and {run.folder} learnt from {len(run.caches)}: {', '.join(run.caches)}",
+            f"--cache names one cache, and {run.folder} was trained from {len(run.caches)}: {', '.join(run.caches)}",
             "a run of one cache",
-            "leave out --cache, with the caches where they were",
+            "leave out --cache, with the caches at their recorded paths",
         )
     teacher = CachedTeacher([override] if override else run.caches, run.config.get("cache_weights") or ())
     if override is None and not teacher.taught(run):
         raise CacheMismatch(
-            f"{' and '.join(run.caches)} holds other answers than {run.folder} learnt from",
+            f"{' and '.join(run.caches)} holds other logits than {run.folder} was trained from",
             "the cache of that training",
-            "give it by --cache; a cache that is named there is compared with, whatever it is of",
+            "give its path by --cache; a cache that is named there is always compared with",
         )
     return teacher

@@ -1,4 +1,4 @@
-"""Samples of a dataset as a person sees them, beside what was answered."""
+"""Cards of single samples: image or text, and class probabilities."""
 
 from __future__ import annotations
 
@@ -10,18 +10,19 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kdcache.analysis.distributions import kl_divergence, negative_log_likelihood, softmax
-from kdcache.apps.report.html import Answer, Card
+from kdcache.apps.report.html import Card, ClassProbability
 from kdcache.data.dataset import IndexedDataset
 
-# Of the longer side in pixels; what is larger is scaled down to keep the page small.
+# Longer side of an image in pixels; a larger image is scaled down to keep the page small.
 LARGEST_SIDE = 160
+# Length of an excerpt in characters.
 EXCERPT = 280
 
 
-def worst_first(
+def disagreement(
     student_nc: NDArray[Any], teacher_nc: NDArray[Any] | None, labels_n: NDArray[np.int64]
 ) -> NDArray[np.float64]:
-    """What samples are shown by, (n,) in nats: KL(teacher ‖ student), or without a teacher the student's loss."""
+    """Score of each sample in nats, (n,): KL(teacher ‖ student), or the student's cross entropy without a teacher."""
     if teacher_nc is None:
         return negative_log_likelihood(student_nc, labels_n)
     return kl_divergence(teacher_nc, student_nc)
@@ -34,15 +35,15 @@ def cards(
     labels_n: NDArray[np.int64],
     shown: int,
 ) -> list[Card]:
-    """The samples with the largest score, worst first.
+    """Cards of the samples with the largest score, in descending order.
 
     Args:
-        student_nc: logits of all samples, (n, classes).
-        teacher_nc: likewise; None where there are none.
-        labels_n: true classes, (n,).
-        shown: how many samples at most.
+        student_nc: Logits of the student for all samples, (n, classes).
+        teacher_nc: Logits of the teacher, (n, classes); None without a teacher.
+        labels_n: True classes, (n,).
+        shown: Largest number of cards.
     """
-    scores = worst_first(student_nc, teacher_nc, labels_n)
+    scores = disagreement(student_nc, teacher_nc, labels_n)
     order = np.argsort(-scores, kind="stable")[:shown]
     inputs = dataset.shared_inputs(order)
     what = "loss" if teacher_nc is None else "KL"
@@ -53,7 +54,7 @@ def cards(
         teacher = None if teacher_nc is None else softmax(teacher_nc[index])
         known = student if teacher is None else teacher
         named = dict.fromkeys([true, int(student.argmax()), int(known.argmax())])
-        if len(named) == 1:  # all agree on the class: the next one tells where the probability went
+        if len(named) == 1:  # all agree on the top class: the runner-up shows where the rest of the probability is
             named |= dict.fromkeys(np.argsort(-np.maximum(student, known), kind="stable")[:2].tolist())
         found.append(
             Card(
@@ -61,8 +62,8 @@ def cards(
                 true=dataset.classes[true],
                 png=None if dataset.is_text else as_png(value),
                 text=excerpt(value) if dataset.is_text else None,
-                answers=[
-                    Answer(
+                probabilities=[
+                    ClassProbability(
                         label=dataset.classes[at],
                         student=float(student[at]),
                         teacher=None if teacher is None else float(teacher[at]),
@@ -77,10 +78,10 @@ def cards(
 
 
 def as_png(value: Tensor) -> bytes | None:
-    """An image as a PNG, no larger than `LARGEST_SIDE`; None for what is no image.
+    """PNG of an image, no larger than `LARGEST_SIDE`; None for other inputs.
 
     Args:
-        value: a shared input; an image is uint8, (1 or 3, height, width).
+        value: Shared input; an image is uint8, (1 or 3, height, width).
     """
     from PIL import Image
 
@@ -98,7 +99,7 @@ def excerpt(value: Tensor) -> str:
     """The beginning of a text.
 
     Args:
-        value: the text as UTF-8, (bytes,).
+        value: Text as UTF-8, (bytes,).
     """
     text = " ".join(bytes(value.numpy()).decode(errors="replace").split())
     return text if len(text) <= EXCERPT else f"{text[:EXCERPT].rstrip()} …"

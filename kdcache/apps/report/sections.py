@@ -1,4 +1,4 @@
-"""From numbers to the sections on answers and caches: tables, figures and the words that say how to read them."""
+"""Sections on predictions and caches: tables, figures and their captions."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from kdcache.analysis.confusion import MATRIX_CLASSES
 from kdcache.apps.report.html import UNKNOWN, Card, Figure, Section, Table, percent
 from kdcache.apps.report.metrics import Answers, MeasuredRun
 
-# A table of more classes than these is no help.
+# Largest number of classes for which accuracy is listed by class.
 LISTED_CLASSES = 100
 
 
@@ -65,7 +65,7 @@ def _known(value: float) -> str:
 
 
 def calibration(answers: Sequence[Answers]) -> Section:
-    """Whether probabilities can be believed."""
+    """Calibration of each network, before and after temperature scaling."""
     known = [(each, each.calibration) for each in answers if each.calibration is not None]
     first = known[0][1]
     pictures = [
@@ -82,21 +82,21 @@ def calibration(answers: Sequence[Answers]) -> Section:
         ]
         for each, found in known
     ]
-    header = ["who", "ECE as it is", "ECE after scaling", "NLL as it is", "NLL after scaling", "fitted T"]
+    header = ["network", "ECE at T = 1", "ECE at fitted T", "NLL at T = 1", "NLL at fitted T", "fitted T"]
     caption = (
         f"ECE is the expected calibration error: the gap between top probability and accuracy, averaged over {BINS} "
         "bins of equal width (Guo et al., 2017). NLL is the mean negative log-likelihood of the labels in nats. A "
-        "fitted T above 1 says that the network was too sure of itself, below 1 too unsure. This T is for calibration; "
+        "fitted T above 1 means that the network is overconfident, below 1 underconfident. This T is for calibration; "
         "it is not the temperature of distillation."
     )
     lead = (
-        f"One temperature is fitted to each network on {first.fitted:,} test samples, a half drawn by key, by the "
-        f"least negative log-likelihood. Everything shown is of the other {first.judged:,}."
+        f"For each network one temperature is fitted on {first.fitted:,} test samples, a half drawn by key, by "
+        f"minimising the negative log-likelihood. All values are measured on the other {first.evaluated:,}."
     )
     reading = (
-        "Answers are put into bins by their probability; a point is the share of a bin that is right. On the dotted "
-        "line probabilities are true; below it the network is too sure. The larger a point and the taller its bar, the "
-        "more answers are in its bin: a small one says little."
+        "Predictions are binned by top probability; a point is the accuracy of a bin. On the dotted line confidence "
+        "equals accuracy; below it the network is overconfident. Larger points and taller bars stand for more "
+        "predictions: the accuracy of a small bin is uncertain."
     )
     return Section(
         anchor="calibration",
@@ -108,14 +108,14 @@ def calibration(answers: Sequence[Answers]) -> Section:
 
 
 def _fitted(temperature: float) -> str:
-    """A fitted temperature; one that ran to an end of its range is no finding but a bound."""
+    """Format a fitted temperature; one at the end of the range is a bound."""
     if temperature > 0.999 * HIGHEST:
         return f"> {HIGHEST:g}"
     return f"< {LOWEST:g}" if temperature < 1.001 * LOWEST else f"{temperature:.3f}"
 
 
 def agreement(runs: Sequence[MeasuredRun]) -> Section:
-    """How students follow their teacher."""
+    """Agreement of students with their teacher."""
     rows = [
         [each.run.name, each.run.role, found.split, f"{found.samples:,}", f"{found.same:.2%}", f"{found.kl:.4g}"]
         for each in runs
@@ -123,55 +123,55 @@ def agreement(runs: Sequence[MeasuredRun]) -> Section:
     ]
     header = ["run", "role", "split", "samples", "same top class", "KL(teacher ‖ student), nats"]
     caption = (
-        "Compared with the cached answers, on plain samples. KL is averaged over samples at temperature 1; it is 0 "
-        "where the distributions are the same. Samples of the training split are drawn by key. A student can agree "
-        "more with its teacher than with the labels, also where the teacher is wrong. A teacher's own run shows what "
-        "encoding and arithmetic cost."
+        "Compared with the cached logits, on plain samples. KL is averaged over samples at temperature 1; it is 0 for "
+        "equal distributions. Samples of the training split are drawn by key. A student can agree more with its "
+        "teacher than with the labels, also where the teacher is wrong. The row of the teacher itself shows the error "
+        "of encoding and arithmetic."
     )
     table = Table(header=header, rows=rows, caption=caption, words=(0, 1, 2))
     return Section(anchor="agreement", title="Agreement with the teacher", tables=[table])
 
 
 def samples(cards: Sequence[Card], name: str, *, has_teacher: bool) -> Section:
-    """Single samples, worst first."""
+    """Single samples, in descending order of their score."""
     order = (
-        f"The test samples on which {name} is furthest from its teacher: the largest KL(teacher ‖ student) first."
+        f"Test samples on which {name} differs most from its teacher: the largest KL(teacher ‖ student) first."
         if has_teacher
-        else f"The test samples with the largest loss of {name}; there are no cached answers of a teacher to them."
+        else f"Test samples with the largest loss of {name}; no teacher's logits are cached for them."
     )
     lead = (
-        "Listed are the true class (✓) and each top answer, with probabilities at temperature 1. These are the worst "
-        "cases and no fair sample: look for wrong labels and for samples that people would argue about."
+        "Listed are the true class (✓) and the top classes, with probabilities at temperature 1. These are the worst "
+        "cases and not a random sample: look for wrong labels and ambiguous samples."
     )
     return Section(
         anchor="samples",
-        title="Worst disagreements" if has_teacher else "Worst answers",
+        title="Largest disagreements" if has_teacher else "Largest losses",
         lead=[order, lead],
         cards=cards,
     )
 
 
 def cached(caches: dict[str, dict[str, Any]]) -> Section:
-    """What the manifests say.
+    """Manifests of the caches.
 
     Args:
-        caches: path → what `inspect_cache` tells of its splits, by split.
+        caches: Output of `inspect_cache` by path and split.
     """
     tables = [
         Table(
             header=[f"{split} split", ""],
             rows=[[name, value] for name, value in _facts(found).items()],
-            caption=f"The {split} split of {path}, as its manifest says.",
+            caption=f"Manifest of the {split} split of {path}.",
             words=(0, 1),
         )
         for path, splits in caches.items()
         for split, found in splits.items()
     ]
     lead = (
-        "A split's manifest answers by its sha256 for every byte of the split: it holds the digest of the ledger, and "
-        "the ledger the checksum of each chunk."
+        "The sha256 of a split's manifest covers every byte of the split: the manifest holds the digest of the ledger, "
+        "and the ledger the checksum of each chunk."
     )
-    return Section(anchor="cache", title="What was cached", lead=[lead], tables=tables)
+    return Section(anchor="cache", title="Caches", lead=[lead], tables=tables)
 
 
 def _facts(split: dict[str, Any]) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""The whole of what a report tells, measured: first what can be refused, then what takes time."""
+"""Measurements of a report: everything that can fail early comes before the slow parts."""
 
 from __future__ import annotations
 
@@ -20,30 +20,30 @@ from kdcache.models.build import check_classes, open_data
 from kdcache.models.device import resolve_device
 from kdcache.models.registry import weights_sha256
 
-# A run's recorded accuracy and the one measured now may differ by what another device's arithmetic does.
+# Tolerated difference of recorded and measured accuracy, for the arithmetic of another device.
 ACCURACY_TOLERANCE = 0.002
 
 TEST, TRAIN = "test", "train"
 
 
 class Study:
-    """Runs, judged on one dataset and compared with their cached teachers.
+    """Runs, evaluated on one dataset and compared with their cached teachers.
 
     Attributes:
-        runs: in the order given.
-        caches: the paths of all caches that are there.
-        unseen: cached teachers of which there is no run.
-        cached_answers: of the unseen teachers to the test samples, by the key of the teacher.
-        answers: of the runs, then those of the unseen teachers; none without a test split.
-        labels_n: of the test samples, (n,).
-        test: the test split; None where there is none.
-        missing: what could not be measured and why, a sentence each.
+        runs: Measured runs in the given order.
+        caches: Paths of all caches found.
+        unseen: Cached teachers without a run among `runs`.
+        cached_answers: Test predictions of the unseen teachers by the key of the teacher.
+        answers: Test predictions of the runs, then of the unseen teachers; empty without a test split.
+        labels_n: Labels of the test samples, (n,).
+        test: Test split; None where there is none.
+        missing: Sentences on what could not be measured, and why.
 
     Raises:
-        UsageError: no finished run, runs of several datasets, or one cache given for a run of several.
-        CacheMismatch, CacheIncomplete, CacheDamaged: a cache that is there and must not be compared with.
-        CacheNotFound: the cache that the settings name is not there.
-        ModelError: a run's network is of other classes than the dataset's.
+        UsageError: a run is not finished, runs are of several datasets, or one cache is given for a run of several.
+        CacheMismatch, CacheIncomplete, CacheDamaged: an existing cache cannot be compared with.
+        CacheNotFound: the cache in the settings does not exist.
+        ModelError: the classes of a run's network are not those of the dataset.
     """
 
     def __init__(self, settings: MakeReport) -> None:
@@ -56,7 +56,7 @@ class Study:
         self._indices = {split: self._chosen(dataset) for split, dataset in self._data.items()}
         self.test = self._data.get(TEST)
         self._cached = {
-            (teacher.key, split): teacher.answers(dataset, self._indices[split])
+            (teacher.key, split): teacher.logits(dataset, self._indices[split])
             for teacher in self._distinct
             for split, dataset in self._data.items()
             if self._comparable(teacher, split)
@@ -65,12 +65,12 @@ class Study:
         self.runs = [self._measure(run, f"{at} of {len(opened)}, {run.name}") for at, run in enumerate(opened, 1)]
         self.caches = list(dict.fromkeys(path for teacher in self._distinct for path in teacher.paths))
         self.unseen = self._without_run()
-        self.cached_answers = self._judge_cached()
+        self.cached_answers = self._evaluate_cached()
         of_runs = [each.answers for each in self.runs if each.answers is not None]
         self.answers = [*of_runs, *self.cached_answers.values()]
 
     def cached_logits(self, teacher: CachedTeacher | None, split: str = TEST) -> NDArray[np.float32] | None:
-        """A cached teacher's logits for the samples of a split that are looked at; None where there are none."""
+        """Logits of a cached teacher for the chosen samples of a split; None where there are none."""
         return None if teacher is None else self._cached.get((teacher.key, split))
 
     @property
@@ -81,31 +81,33 @@ class Study:
     def _miss(self, sentence: str) -> None:
         if sentence not in self.missing:
             self.missing.append(sentence)
-            log(f"the report will lack something: {sentence}")
+            log(f"not in the report: {sentence}")
 
     def _open_teachers(self, opened: Sequence[Run]) -> dict[str, CachedTeacher | None]:
-        """The cached teacher of each run, by the run's name; a teacher's own run is compared with the first one."""
+        """Cached teacher of each run by its name; the run of a teacher is compared with the first one."""
         teachers: dict[str, CachedTeacher | None] = {}
         override = self._settings.cache
         for run in opened:
             try:
                 teachers[run.name] = teacher = teacher_of(run, override)
             except CacheNotFound as problem:
-                if override is not None:  # what was asked for by name must be there
+                if override is not None:  # a cache that is named must exist
                     raise
                 teachers[run.name] = None
                 self._miss(
-                    f"{run.name} is not compared with its teacher, and what was cached is not shown: {problem.found}. "
-                    "Give its place by --cache."
+                    f"{run.name} is not compared with its teacher, and its cache is not shown: {problem.found}. "
+                    "Give the path of the cache by --cache."
                 )
                 continue
             if teacher is not None and not teacher.taught(run):
-                self._miss(f"{run.name} learnt from other answers than {override} holds: it is compared with these.")
+                self._miss(
+                    f"{run.name} was trained from other logits than those of {override}: it is compared with these."
+                )
         first = next((teacher for teacher in teachers.values() if teacher is not None), None)
         return {run.name: teachers[run.name] if run.caches else first for run in opened}
 
     def _open_data(self, opened: Sequence[Run]) -> dict[str, IndexedDataset]:
-        """The splits that can be opened."""
+        """Datasets of the splits that can be opened."""
         trained, data = opened[0].trained, {}
         for split in (TEST, TRAIN):
             try:
@@ -120,7 +122,7 @@ class Study:
         return data
 
     def _chosen(self, dataset: IndexedDataset) -> NDArray[np.int64]:
-        """The samples of a split that are looked at: all of the test split, some of the training split."""
+        """Indices of the measured samples: all of the test split, some of the training split."""
         if dataset.split == TEST:
             return np.arange(len(dataset))
         return keyed_sample(len(dataset), self._settings.train_samples, self._settings.seed, "report")
@@ -156,7 +158,7 @@ class Study:
         if recorded is not None and abs(recorded - accuracy) > ACCURACY_TOLERANCE:
             self._miss(
                 f"{run.name} recorded a test accuracy of {recorded:.2%} and has {accuracy:.2%} now: data, versions or "
-                "precision are not what they were. The page shows what was measured now."
+                "precision have changed. The page shows the value measured now."
             )
 
     def _without_run(self) -> list[CachedTeacher]:
@@ -165,7 +167,7 @@ class Study:
             teacher for teacher in self._distinct if not {record.weights_sha256 for record in teacher.records} <= hashes
         ]
 
-    def _judge_cached(self) -> dict[Any, Answers]:
+    def _evaluate_cached(self) -> dict[Any, Answers]:
         several = len(self.unseen) > 1
         found = {}
         for teacher in self.unseen:

@@ -81,8 +81,7 @@ class CachedTargets:
         schedule: Schedule | None = None,
     ) -> None:
         self._caches, self._sources, self._schedule = caches, sources, schedule or always(0)
-        weights = weights or [1.0] * len(caches)
-        self._shares = [weight / sum(weights) for weight in weights]
+        self._weights = weights
         self._labels_n = torch.from_numpy(known_column(caches[0], "labels"))
         self._features, self._negatives, self._seed = features, negatives or {}, seed
         self._epoch = self._step = 0
@@ -120,7 +119,7 @@ class CachedTargets:
             cache.encoding.decode(_tensors(source.rows(wanted)))
             for cache, source in zip(self._caches, self._sources, strict=True)
         ]
-        return batch._replace(soft_targets=weighted_mean(logits, self._shares))
+        return batch._replace(soft_targets=mean_logits(logits, self._weights))
 
     def _draw_negatives(self, wanted: NDArray[np.int64]) -> dict[str, Tensor] | None:
         """Features of samples drawn from the whole cache, without those of the batch."""
@@ -145,12 +144,16 @@ def _tensors(rows: Rows) -> dict[str, Tensor]:
     return {name: torch.as_tensor(values) for name, values in rows.items()}
 
 
-def weighted_mean(logits: Sequence[Tensor], shares: Sequence[float]) -> Tensor:
-    """Mean of several teachers' logits, each (n, classes), in float32 or better.
+def mean_logits(logits: Sequence[Tensor], weights: Sequence[float] = ()) -> Tensor:
+    """Weighted mean of teachers' logits, (n, classes), in float32 or wider; one teacher's logits keep their dtype.
 
-    One teacher's logits are returned as they are.
+    Args:
+        logits: Logits of each teacher for the same samples, (n, classes).
+        weights: Weight of each teacher, of which only the proportions count; empty for equal ones.
     """
     if len(logits) == 1:
         return logits[0]
+    weights = weights or [1.0] * len(logits)
     dtype = functools.reduce(torch.promote_types, (each.dtype for each in logits), torch.float32)
-    return torch.stack([share * each.to(dtype) for share, each in zip(shares, logits, strict=True)]).sum(dim=0)
+    parts = [weight / sum(weights) * each.to(dtype) for weight, each in zip(weights, logits, strict=True)]
+    return torch.stack(parts).sum(dim=0)
