@@ -80,8 +80,9 @@ def _check_caches(settings: Settings, given: dict[str, Any]) -> None:
                 cache_splits(path)
     if isinstance(settings, DumpTeacher) and not settings.list_layers:
         from kdcache.store.resume import check_free
+        from kdcache.store.storage.registry import open_storage
 
-        check_free(Path(settings.out))
+        check_free(open_storage(settings.out))
 
 
 def _check_runs(settings: Settings, given: dict[str, Any]) -> None:
