@@ -32,15 +32,15 @@ class PathLock:
     def __init__(self, folder: Path, owner: str = "dump") -> None:
         self._path = folder / NAME
         self._lock = FileLock(self._path, thread_local=False)
-        try:
-            with storage_errors("lock", folder):
+        with storage_errors("lock", folder):
+            try:
                 self._lock.acquire(timeout=WAIT_S, poll_interval=WAIT_S / 5)
-        except Timeout as problem:
-            raise CacheBusy(
-                f"another {owner} writes to {folder}",
-                f"one {owner} at a time on one path",
-                "wait for it, stop it, or choose another --out",
-            ) from problem
+            except Timeout as problem:
+                raise CacheBusy(
+                    f"another {owner} writes to {folder}",
+                    f"one {owner} at a time on one path",
+                    "wait for it, stop it, or choose another --out",
+                ) from problem
 
     def release(self) -> None:
         """Release the lock and leave no file behind."""

@@ -21,11 +21,10 @@ from kdcache.core.file_lock import PathLock
 from kdcache.core.system import core_count
 from kdcache.distill.objective import distillation_objective
 from kdcache.distill.student.train_student import train_student
-from kdcache.distill.teacher.live_teacher import LiveTargets
 from kdcache.distill.trainer import train
 from kdcache.store.manifest import Preprocess
 from tests.dying import die
-from tests.helpers import answer, kdcache, refused, synthetic, tree
+from tests.helpers import answer, kdcache, live_targets, refused, synthetic, tree
 
 QUICK = ("--epochs", "2", "--device", "cpu", "--batch-size", "64", "--learning-rate", "0.003")
 
@@ -327,7 +326,7 @@ def test_a_live_teacher_shares_the_students_inputs_and_is_walked_once_an_epoch()
 
     teacher = Teacher(nn.Flatten(), nn.Dropout(0.5), nn.Linear(16, 4))
     dataset = synthetic(40)
-    live = LiveTargets(teacher, Preprocess(), classes=4)
+    live = live_targets(teacher, Preprocess(), classes=4)
     shared = []
 
     def objective(logits_bc, batch, epochs_done=0.0):

@@ -22,6 +22,11 @@ from kdcache.core.system import free_bytes
 from kdcache.store.storage.base import Bytes, KeyExists, MissingKey, Storage, WrongSize
 
 
+def _is_transient(name: str) -> bool:
+    """Whether a file is no object: the lock, or what a killed process had begun to write."""
+    return name == LOCK_NAME or name.endswith(TEMPORARY)
+
+
 class LocalStorage(Storage):
     """A folder.
 
@@ -80,7 +85,9 @@ class LocalStorage(Storage):
 
     def objects(self, prefix: str = "") -> Iterator[tuple[str, int]]:
         with storage_errors("read", self._root / prefix):
-            files = [path for path in (self._root / prefix).rglob("*") if path.is_file()]
+            files = [
+                path for path in (self._root / prefix).rglob("*") if not _is_transient(path.name) and path.is_file()
+            ]
             yield from sorted((path.relative_to(self._root).as_posix(), path.stat().st_size) for path in files)
 
     def folders(self) -> list[str]:
@@ -93,9 +100,7 @@ class LocalStorage(Storage):
     def is_empty(self) -> bool:
         if not os.path.lexists(self._root):
             return True
-        # What a process that was killed at its very start leaves does not count.
-        names = os.listdir(self._root) if self._root.is_dir() else [self._root.name]
-        return all(name == LOCK_NAME or name.endswith(TEMPORARY) for name in names)
+        return self._root.is_dir() and all(map(_is_transient, os.listdir(self._root)))
 
     def check_root(self) -> None:
         check_folder(self._root)
