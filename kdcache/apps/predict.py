@@ -52,7 +52,7 @@ def predict(settings: Predict) -> Report:
     trained = load_trained(Path(settings.run))
     _check_kind(trained, settings)
     items = [item for given in settings.inputs for item in _items(given, trained, settings.inputs)]
-    inputs = GivenInputs(items, trained, resize=settings.resize)
+    inputs = GivenInputs(items, trained, resize=settings.resize_images)
     probabilities_nc = _probabilities(trained, inputs, settings)
     order_nc = np.argsort(-probabilities_nc, axis=1, kind="stable")[:, : settings.top]
     predictions = [
@@ -124,7 +124,7 @@ class GivenInputs(IndexedDataset):
         raise DatasetError(
             f"{name} is {image.shape[1]} pixels high and {image.shape[2]} wide",
             f"{height} high and {width} wide, as the images that the network was trained on",
-            "give --resize, which brings images to that size, or do it yourself",
+            "give --resize-images, which brings images to that size, or do it yourself",
         )
 
 
@@ -147,10 +147,10 @@ def _check_kind(trained: TrainedNetwork, settings: Predict) -> None:
             "a run on texts, or on images (uint8, with 1 or 3 channels)",
             "call the network from Python: kdcache.models.from_run.load_trained gives it",
         )
-    if settings.resize and (trained.is_text or shape is None):
+    if settings.resize_images and (trained.is_text or shape is None):
         what = "texts" if trained.is_text else "images of differing sizes, which its own preprocessing brings to one"
         raise UsageError(
-            f"--resize is given, and {settings.run} was trained on {what}", "images of one size", "leave it out"
+            f"--resize-images is given, and {settings.run} was trained on {what}", "images of one size", "leave it out"
         )
 
 

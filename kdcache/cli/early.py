@@ -25,6 +25,10 @@ def check_early(settings: Settings) -> None:
     _check_names(given)
     _check_files(given)
     _check_caches(settings, given)
+    if isinstance(settings, DumpTeacher):
+        from kdcache.store.encodings.registry import encoding_named
+
+        encoding_named(settings.encoding)
     _check_runs(settings, given)
 
 

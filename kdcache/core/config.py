@@ -412,7 +412,7 @@ class Predict(Inference):
         (), "Images, text files, folders of them, or - for texts on stdin, one a line.", argument=True, required=True
     )
     top: int = option(3, "Answers for each input, likeliest first.", minimum=1)
-    resize: bool = option(False, "Resize images that are not of the size that the network was trained on.")
+    resize_images: bool = option(False, "Resize images that are not of the size that the network was trained on.")
 
 
 @dataclass(frozen=True, kw_only=True)

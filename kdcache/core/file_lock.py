@@ -9,7 +9,16 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from kdcache.core.atomic_files import storage_errors
-from kdcache.core.errors import CacheBusy
+from kdcache.core.errors import CacheBusy, MissingExtra
+
+try:
+    import fcntl  # noqa: F401, because without it `filelock` falls back to locks that outlive their process
+except ImportError as problem:
+    raise MissingExtra(
+        "this system has no file locks that end with their process (fcntl)",
+        "Linux or macOS",
+        "on Windows, run it under WSL",
+    ) from problem
 
 NAME = ".lock"
 

@@ -114,7 +114,7 @@ class HeightFirst:
 
 @pytest.mark.parametrize("options", [["--model", "cnn"], ["--model", "cnn", "--size", 16], ["--model", "resnet20"]])
 def test_arrays_with_channels_last_are_told_channels_first(tmp_path, options):
-    command = ("train-teacher", "--dataset", "py:tests.test_messages:HeightFirst", "--device", "cpu")
+    command = ("train-teacher", "--dataset", "py:tests.cli.test_messages:HeightFirst", "--device", "cpu")
     message = refused(1, *command, *options, "--out", tmp_path / "run")
     assert "(32, 24, 3), which looks like (height, width, channels)" in message
     assert "channels first: (3, 32, 24)" in message

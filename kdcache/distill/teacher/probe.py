@@ -40,14 +40,17 @@ class TeacherProbe:
                 chance or on the other samples of the batch.
             ModelError: the network fails, or a layer does not give one row for each sample.
         """
+        network = self._teacher.network
         shapes: dict[str, tuple[int, ...]] = {}
         indices = np.arange(min(_PROBED_SAMPLES, len(self._views)))
         views = (0,) if self._views.recipe.is_plain(1) else (0, 1)
         requests = [BatchRequest(indices, view) for view in views]
         for request, batch in zip(requests, self._batches(requests), strict=True):
-            rows = self._teacher.rows(batch)()
-            self._check_repeated(batch, rows)
+            rows, raw = self._teacher.rows(batch)(), network.raw(batch.inputs)
+            check_kind(raw.cpu().double().numpy(), network.outputs, narrow=network.narrow)
             shapes = self._checked_shapes(rows, len(indices))
+            again = to_logits(raw, network.outputs).cpu().double().numpy()
+            check_same(rows[LOGITS], again, sample=0, narrow=network.narrow, other_batch=False)
             if request.view == 0:
                 self._check_beside_another(rows)
         return shapes
@@ -69,14 +72,6 @@ class TeacherProbe:
                     "choose another; see --list-layers",
                 )
         return {name: values.shape[1:] for name, values in rows.items()}
-
-    def _check_repeated(self, batch: Batch, rows: Rows) -> None:
-        """Refuse outputs of the other kind than said, and a teacher whose output for one batch changes."""
-        network = self._teacher.network
-        raw = network.raw(batch.inputs)
-        check_kind(raw.cpu().double().numpy(), network.outputs, narrow=network.narrow)
-        again = to_logits(raw, network.outputs).cpu().double().numpy()
-        check_same(rows[LOGITS], again, sample=0, narrow=network.narrow, other_batch=False)
 
     def _check_beside_another(self, rows: Rows) -> None:
         """Refuse a teacher whose output for a sample depends on what is beside it in the batch."""
