@@ -147,7 +147,7 @@ def test_a_sweep_of_mixed_inputs_has_no_validation_part_and_says_so(scene, tmp_p
     answer("dump-teacher", *scene.teach, "--mix", "uniform", "--device", "cpu", "--out", cache)
     command = ("sweep", "--cache", cache, *QUICK, "--out", tmp_path / "sweep")
     message = refused(2, *command)
-    assert "are mixed (uniform)" in message
+    assert "are mixed (mixup:1)" in message
     assert "give --val-fraction 0" in message
     assert not (tmp_path / "sweep").exists()
     assert answer(*command, "--val-fraction", "0")["sorted_by"] == "grid"
