@@ -24,8 +24,10 @@ app = typer.Typer(
 _command = partial(command_of, app)
 
 
-@_command(config.TrainTeacher, "train-teacher", "kdcache train-teacher --dataset mnist --model cnn --out runs/teacher")
-def train_teacher(settings: config.TrainTeacher) -> Report:
+@_command(
+    config.TrainTeacherArgs, "train-teacher", "kdcache train-teacher --dataset mnist --model cnn --out runs/teacher"
+)
+def train_teacher(settings: config.TrainTeacherArgs) -> Report:
     """Train a teacher on the labels of a dataset."""
     from kdcache.apps import pipeline
 
@@ -33,11 +35,11 @@ def train_teacher(settings: config.TrainTeacher) -> Report:
 
 
 @_command(
-    config.DumpTeacher,
+    config.DumpTeacherArgs,
     "dump-teacher",
     "kdcache dump-teacher --dataset mnist --teacher cnn --checkpoint runs/teacher/best.pt --out runs/mnist.zarr",
 )
-def dump_teacher(settings: config.DumpTeacher) -> Report:
+def dump_teacher(settings: config.DumpTeacherArgs) -> Report:
     """Run a teacher once over a dataset and keep its logits in a cache."""
     from kdcache.apps import pipeline
 
@@ -45,35 +47,35 @@ def dump_teacher(settings: config.DumpTeacher) -> Report:
 
 
 @_command(
-    config.TrainStudent,
+    config.TrainStudentArgs,
     "train-student",
     "kdcache train-student --cache runs/mnist.zarr --student mlp --temperature 2 --alpha 0.5 --out runs/student",
 )
-def train_student(settings: config.TrainStudent) -> Report:
+def train_student(settings: config.TrainStudentArgs) -> Report:
     """Train a student from a cache, without the teacher."""
     from kdcache.apps import pipeline
 
     return pipeline.train_student(settings)
 
 
-@_command(config.Evaluate, "evaluate", "kdcache evaluate --run runs/student")
-def evaluate(settings: config.Evaluate) -> Report:
+@_command(config.EvaluateArgs, "evaluate", "kdcache evaluate --run runs/student")
+def evaluate(settings: config.EvaluateArgs) -> Report:
     """Judge a run's best checkpoint on a split."""
     from kdcache.apps import pipeline
 
     return pipeline.evaluate(settings)
 
 
-@_command(config.Inspect, "inspect", "kdcache inspect runs/mnist.zarr")
-def inspect_cache(settings: config.Inspect) -> Report:
+@_command(config.InspectArgs, "inspect", "kdcache inspect runs/mnist.zarr")
+def inspect_cache(settings: config.InspectArgs) -> Report:
     """Show what a cache is of."""
     from kdcache.store.inspect import inspect_cache as inspect_one
 
     return inspect_one(settings.cache)
 
 
-@_command(config.Verify, "verify", "kdcache verify runs/mnist.zarr")
-def verify(settings: config.Verify) -> Report:
+@_command(config.VerifyArgs, "verify", "kdcache verify runs/mnist.zarr")
+def verify(settings: config.VerifyArgs) -> Report:
     """Check every byte of a cache; with --teacher, recompute a sample of rows as well."""
     if settings.teacher is not None:
         from kdcache.apps import pipeline
@@ -84,24 +86,26 @@ def verify(settings: config.Verify) -> Report:
     return verify_cache(settings.cache, settings.split)
 
 
-@_command(config.Compare, "compare", "kdcache compare runs/teacher runs/alone runs/student")
-def compare(settings: config.Compare) -> Report:
+@_command(config.CompareArgs, "compare", "kdcache compare runs/teacher runs/alone runs/student")
+def compare(settings: config.CompareArgs) -> Report:
     """Show finished runs side by side: accuracy, parameters, seconds an epoch."""
     from kdcache.analysis.compare_runs import compare_runs
 
     return compare_runs(settings.runs)
 
 
-@_command(config.MakeReport, "report", "kdcache report runs/teacher runs/alone runs/student --out report.html")
-def report(settings: config.MakeReport) -> Report:
+@_command(config.ReportArgs, "report", "kdcache report runs/teacher runs/alone runs/student --out report.html")
+def report(settings: config.ReportArgs) -> Report:
     """Make one page of finished runs: curves, accuracy, calibration, agreement with the teacher (extra: plots)."""
     from kdcache.apps.report.build import make_report
 
     return make_report(settings)
 
 
-@_command(config.PlotTemperature, "plot-temperature", "kdcache plot-temperature runs/mnist.zarr --out temperature.png")
-def plot_temperature(settings: config.PlotTemperature) -> Report:
+@_command(
+    config.PlotTemperatureArgs, "plot-temperature", "kdcache plot-temperature runs/mnist.zarr --out temperature.png"
+)
+def plot_temperature(settings: config.PlotTemperatureArgs) -> Report:
     """Draw what temperature does to the answers in a cache (extra: plots)."""
     from kdcache.analysis.temperature import plot_temperature as plot
 
@@ -109,43 +113,43 @@ def plot_temperature(settings: config.PlotTemperature) -> Report:
 
 
 @_command(
-    config.Sweep,
+    config.SweepArgs,
     "sweep",
     "kdcache sweep --cache runs/mnist.zarr --student mlp --temperature 1,2,4,8 --alpha 0.5,0.9 --out runs/sweep",
 )
-def sweep(settings: config.Sweep) -> Report:
+def sweep(settings: config.SweepArgs) -> Report:
     """Train many students from one cache, several at once; the same command continues a stopped sweep."""
     from kdcache.apps.sweep import sweep as sweep_all
 
     return sweep_all(settings)
 
 
-@_command(config.Predict, "predict", "kdcache predict --run runs/student photos/ one.png --top 3")
-def predict(settings: config.Predict) -> Report:
+@_command(config.PredictArgs, "predict", "kdcache predict --run runs/student photos/ one.png --top 3")
+def predict(settings: config.PredictArgs) -> Report:
     """Let a run's best checkpoint answer for images or texts; CSV on stdout, or JSON with --json."""
     from kdcache.apps.predict import predict as answer_for
 
     return answer_for(settings)
 
 
-@_command(config.Export, "export", "kdcache export --run runs/student --format onnx --out student.onnx")
-def export(settings: config.Export) -> Report:
+@_command(config.ExportArgs, "export", "kdcache export --run runs/student --format onnx --out student.onnx")
+def export(settings: config.ExportArgs) -> Report:
     """Write a run's best checkpoint as a program that needs no kdcache, and compare its answers."""
     from kdcache.apps.export import export as write_and_compare
 
     return write_and_compare(settings)
 
 
-@_command(config.Bench, "bench", "kdcache bench --dataset mnist --teacher resnet56 --student resnet8x4")
-def bench(settings: config.Bench) -> Report:
+@_command(config.BenchArgs, "bench", "kdcache bench --dataset mnist --teacher resnet56 --student resnet8x4")
+def bench(settings: config.BenchArgs) -> Report:
     """Time an epoch on labels, from a cache and with the live teacher, and tell when the cache has paid."""
     from kdcache.apps.bench import bench as time_all
 
     return time_all(settings)
 
 
-@_command(config.Doctor, "doctor", "kdcache doctor runs")
-def doctor(settings: config.Doctor) -> Report:
+@_command(config.DoctorArgs, "doctor", "kdcache doctor runs")
+def doctor(settings: config.DoctorArgs) -> Report:
     """Look at versions, devices, extras and the disk."""
     from kdcache.apps.doctor import examine
 

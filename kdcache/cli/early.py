@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from kdcache.core.config import DATASET_NAMES, MODEL_NAMES, DumpTeacher, TrainStudent, TrainTeacher
+from kdcache.core.config import DATASET_NAMES, MODEL_NAMES, DumpTeacherArgs, TrainStudentArgs, TrainTeacherArgs
 from kdcache.core.errors import CheckpointError, DatasetError, ModelError, UsageError
 from kdcache.core.options import Settings
 from kdcache.core.plugins import did_you_mean
@@ -74,11 +74,11 @@ def _check_caches(settings: Settings, given: dict[str, Any]) -> None:
         from kdcache.store.cache import cache_splits, open_cache
 
         for path in (caches,) if isinstance(caches, str) else caches:
-            if isinstance(settings, TrainStudent):
+            if isinstance(settings, TrainStudentArgs):
                 open_cache(path, "train", allow_partial=settings.allow_partial)
             else:
                 cache_splits(path)
-    if isinstance(settings, DumpTeacher) and not settings.list_layers:
+    if isinstance(settings, DumpTeacherArgs) and not settings.list_layers:
         from kdcache.store.resume import check_free
 
         check_free(Path(settings.out))
@@ -90,5 +90,5 @@ def _check_runs(settings: Settings, given: dict[str, Any]) -> None:
     runs = [given["run"]] if "run" in given else given.get("runs", ())
     for path in runs:
         read_config(Path(path))
-    if isinstance(settings, TrainTeacher | TrainStudent) and not settings.resume:
+    if isinstance(settings, TrainTeacherArgs | TrainStudentArgs) and not settings.resume:
         RunFolder(Path(settings.out), {}, resume=False)

@@ -1,4 +1,4 @@
-"""Settings: one frozen dataclass for each kind of run. A default, a bound and a help text are written once, here.
+"""Settings: one frozen dataclass per kind of run. A default, its bounds and its help text are written once, here.
 
 The dataclasses stand apart from their consumers because the command line is made from them, and `kdcache --help` must
 answer without importing torch.
@@ -14,7 +14,7 @@ from kdcache.core.options import Settings, check_effective, option
 
 
 @dataclass(frozen=True, kw_only=True)
-class Loading(Settings):
+class LoadingConfig(Settings):
     """Where samples are loaded and networks run."""
 
     device: str = option("auto", "auto (a GPU when there is one), cpu, cuda, cuda:N or mps.")
@@ -23,14 +23,14 @@ class Loading(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Inference(Loading):
+class InferenceConfig(LoadingConfig):
     """How a network is run over samples."""
 
     amp: str = option("off", "Automatic mixed precision: off, bf16 or fp16.", choices=("off", "bf16", "fp16"))
 
 
 @dataclass(frozen=True, kw_only=True)
-class Execution(Inference):
+class RuntimeConfig(InferenceConfig):
     """How a run is carried out."""
 
     seed: int = option(0, "Everything random is drawn from it.", minimum=0)
@@ -57,7 +57,7 @@ MODEL_HELP = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class DatasetSource(Settings):
+class DatasetConfig(Settings):
     """Where the samples come from; what is not given is taken from the cache or the run, where there is one."""
 
     dataset: str | None = option(None, f"Where it is now, if not where it was: {DATASET_HELP}")
@@ -66,7 +66,7 @@ class DatasetSource(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Input(Settings):
+class InputConfig(Settings):
     """What a network takes, where it does not say so itself or should be told otherwise."""
 
     mean: tuple[float, ...] | None = option(None, "Mean of each channel, as 0.5,0.5,0.5.")
@@ -105,7 +105,7 @@ class Input(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Augmenting(Settings):
+class ViewConfig(Settings):
     """How the shared input is made of the plain sample."""
 
     augment: str = option("none", f"How samples are varied: {AUGMENT_HELP}")
@@ -113,7 +113,7 @@ class Augmenting(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TeacherOutput(Settings):
+class TeacherOutputConfig(Settings):
     """From what a teacher returns to logits of the dataset's classes."""
 
     teacher_outputs: str = option(
@@ -129,7 +129,7 @@ class TeacherOutput(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DumpConfig(Execution, Augmenting):
+class DumpConfig(RuntimeConfig, ViewConfig):
     """How a teacher's answers are computed and stored."""
 
     batch_size: int = option(256, "Samples in a batch.", minimum=1)
@@ -158,7 +158,7 @@ class DumpConfig(Execution, Augmenting):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig(Execution):
+class TrainConfig(RuntimeConfig):
     """How a network is trained; teacher and student share the loop."""
 
     epochs: int = option(5, "Passes over the training samples.", minimum=1)
@@ -195,7 +195,7 @@ class TrainConfig(Execution):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CacheUse(TrainConfig):
+class CacheReadConfig(TrainConfig):
     """How a cache is read while a student trains."""
 
     student_layer: str = option(
@@ -231,7 +231,7 @@ class CacheUse(TrainConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class StudentConfig(CacheUse):
+class StudentConfig(CacheReadConfig):
     """How a student is trained from a cache: alpha · T² · KL(teacher_T ‖ student_T) + (1 − alpha) · CE(label)."""
 
     temperature: float = option(2.0, "T: softens teacher and student alike.", above=0, not_with=("distill",))
@@ -252,7 +252,7 @@ class StudentConfig(CacheUse):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainTeacher(TrainConfig, Augmenting, DatasetSource, Input):
+class TrainTeacherArgs(TrainConfig, ViewConfig, DatasetConfig, InputConfig):
     """`kdcache train-teacher`."""
 
     dataset: str = option("digits", DATASET_HELP)
@@ -263,7 +263,7 @@ class TrainTeacher(TrainConfig, Augmenting, DatasetSource, Input):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DumpTeacher(DumpConfig, TeacherOutput, DatasetSource, Input):
+class DumpTeacherArgs(DumpConfig, TeacherOutputConfig, DatasetConfig, InputConfig):
     """`kdcache dump-teacher`."""
 
     dataset: str = option("digits", DATASET_HELP)
@@ -296,7 +296,7 @@ class DumpTeacher(DumpConfig, TeacherOutput, DatasetSource, Input):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainStudent(StudentConfig, DatasetSource, Input):
+class TrainStudentArgs(StudentConfig, DatasetConfig, InputConfig):
     """`kdcache train-student`."""
 
     cache: tuple[str, ...] = option(
@@ -310,7 +310,7 @@ class TrainStudent(StudentConfig, DatasetSource, Input):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluate(Inference, DatasetSource):
+class EvaluateArgs(InferenceConfig, DatasetConfig):
     """`kdcache evaluate`."""
 
     run: str = option("", "Folder of a run.", required=True)
@@ -319,14 +319,14 @@ class Evaluate(Inference, DatasetSource):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Inspect(Settings):
+class InspectArgs(Settings):
     """`kdcache inspect`."""
 
     cache: str = option("", "A cache made by dump-teacher.", argument=True, required=True)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Verify(DatasetSource, Input, Loading):
+class VerifyArgs(DatasetConfig, InputConfig, LoadingConfig):
     """`kdcache verify`."""
 
     inherited_only_with = ("teacher",)
@@ -347,14 +347,14 @@ class Verify(DatasetSource, Input, Loading):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Compare(Settings):
+class CompareArgs(Settings):
     """`kdcache compare`."""
 
     runs: tuple[str, ...] = option((), "Folders of finished runs.", argument=True, required=True)
 
 
 @dataclass(frozen=True, kw_only=True)
-class MakeReport(Execution, DatasetSource):
+class ReportArgs(RuntimeConfig, DatasetConfig):
     """`kdcache report`."""
 
     runs: tuple[str, ...] = option((), "Folders of finished runs.", argument=True, required=True)
@@ -365,7 +365,7 @@ class MakeReport(Execution, DatasetSource):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlotTemperature(Settings):
+class PlotTemperatureArgs(Settings):
     """`kdcache plot-temperature`."""
 
     cache: str = option("", "A cache made by dump-teacher.", argument=True, required=True)
@@ -378,7 +378,7 @@ class PlotTemperature(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sweep(CacheUse, DatasetSource, Input):
+class SweepArgs(CacheReadConfig, DatasetConfig, InputConfig):
     """`kdcache sweep`."""
 
     cache: tuple[str, ...] = option((), "A cache made by dump-teacher; repeat for several teachers.", required=True)
@@ -404,7 +404,7 @@ class Sweep(CacheUse, DatasetSource, Input):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Predict(Inference):
+class PredictArgs(InferenceConfig):
     """`kdcache predict`."""
 
     run: str = option("", "Folder of a run.", required=True)
@@ -416,7 +416,7 @@ class Predict(Inference):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Export(DatasetSource):
+class ExportArgs(DatasetConfig):
     """`kdcache export`."""
 
     run: str = option("", "Folder of a run.", required=True)
@@ -434,7 +434,7 @@ def _of(settings_class: type[Settings], name: str) -> Any:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Bench(Execution, TeacherOutput, DatasetSource, Input):
+class BenchArgs(RuntimeConfig, TeacherOutputConfig, DatasetConfig, InputConfig):
     """`kdcache bench`: of the options of `train-student` those that an epoch's time depends on."""
 
     optimizer: str = _of(TrainConfig, "optimizer")
@@ -443,11 +443,11 @@ class Bench(Execution, TeacherOutput, DatasetSource, Input):
     weight_decay: float = _of(TrainConfig, "weight_decay")
     clip_norm: float | None = _of(TrainConfig, "clip_norm")
     ema: float | None = _of(TrainConfig, "ema")
-    cache_memory: str = _of(CacheUse, "cache_memory")
-    cache_on_device: bool = _of(CacheUse, "cache_on_device")
-    verify_inputs: str = _of(CacheUse, "verify_inputs")
-    row_source: str = _of(CacheUse, "row_source")
-    shuffle: str = _of(CacheUse, "shuffle")
+    cache_memory: str = _of(CacheReadConfig, "cache_memory")
+    cache_on_device: bool = _of(CacheReadConfig, "cache_on_device")
+    verify_inputs: str = _of(CacheReadConfig, "verify_inputs")
+    row_source: str = _of(CacheReadConfig, "row_source")
+    shuffle: str = _of(CacheReadConfig, "shuffle")
     dataset: str = option("digits", DATASET_HELP)
     teacher: str = option("cnn", MODEL_HELP)
     checkpoint: str | None = option(None, "The teacher's weights; its speed does not depend on them.")
@@ -458,7 +458,7 @@ class Bench(Execution, TeacherOutput, DatasetSource, Input):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Doctor(Settings):
+class DoctorArgs(Settings):
     """`kdcache doctor`."""
 
     path: str = option(".", "Where caches will lie: its disk is measured.", argument=True)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from kdcache.core.config import Input
+from kdcache.core.config import InputConfig
 from kdcache.core.errors import ModelError
 from kdcache.core.progress import log
 from kdcache.data.dataset import IndexedDataset
@@ -26,7 +26,7 @@ def is_sequences(dataset: IndexedDataset) -> bool:
 
 
 def sequence_preprocessor(
-    settings: Input,
+    settings: InputConfig,
     dataset: IndexedDataset,
     *,
     default: Preprocess,

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from kdcache.core import rng
-from kdcache.core.config import DatasetSource, Input
+from kdcache.core.config import DatasetConfig, InputConfig
 from kdcache.core.errors import CheckpointError, DatasetError, ModelError, UsageError
 from kdcache.core.json_records import from_json, to_json
 from kdcache.core.progress import log
@@ -47,7 +47,7 @@ DATA_ROOT = "data"
 
 
 def load_teacher(
-    settings: Input,
+    settings: InputConfig,
     spec: str,
     checkpoint_path: str | None,
     dataset: IndexedDataset,
@@ -123,7 +123,7 @@ def check_checkpoint_key(checkpoint: str | None, key: str | None) -> None:
         raise UsageError(f"--checkpoint-key is {key!r}, and there is no --checkpoint", "both", "add --checkpoint FILE")
 
 
-def open_data(settings: DatasetSource, spec: str, split: str, hint: str | None = None) -> IndexedDataset:
+def open_data(settings: DatasetConfig, spec: str, split: str, hint: str | None = None) -> IndexedDataset:
     """A split of the dataset of this spec.
 
     Args:
@@ -139,7 +139,7 @@ def open_data(settings: DatasetSource, spec: str, split: str, hint: str | None =
         raise DatasetError(problem.found, problem.needed, "; ".join(filter(None, (problem.remedy, where)))) from problem
 
 
-def open_test(settings: DatasetSource, spec: str, hint: str | None = None) -> IndexedDataset | None:
+def open_test(settings: DatasetConfig, spec: str, hint: str | None = None) -> IndexedDataset | None:
     """The test split; None, and said so, where there is none. Opened before training, so that it is known early."""
     try:
         return open_data(settings, spec, "test", hint)
@@ -155,7 +155,7 @@ def dataset_preprocess(dataset: IndexedDataset) -> Preprocess:
 def build(
     spec: str,
     dataset: IndexedDataset,
-    settings: Input,
+    settings: InputConfig,
     seed: int,
     default: Preprocess,
     *,
@@ -182,7 +182,7 @@ def build(
 def _construct(
     spec: str,
     dataset: IndexedDataset,
-    settings: Input,
+    settings: InputConfig,
     seed: int,
     default: Preprocess,
     *,
@@ -234,7 +234,7 @@ def _construct(
     )
 
 
-def _check_channels_first(spec: str, dataset: IndexedDataset, settings: Input) -> None:
+def _check_channels_first(spec: str, dataset: IndexedDataset, settings: InputConfig) -> None:
     """Refuse arrays of (height, width, channels), which would be taken for images of `height` channels.
 
     Code of the user's may want them so, and the mlp takes any shape.
@@ -254,7 +254,7 @@ def _check_channels_first(spec: str, dataset: IndexedDataset, settings: Input) -
 def _build_reader(
     spec: str,
     dataset: IndexedDataset,
-    settings: Input,
+    settings: InputConfig,
     seed: int,
     default: Preprocess,
     *,

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from kdcache.core.config import Inference
+from kdcache.core.config import InferenceConfig
 from kdcache.core.progress import Progress
 from kdcache.data.dataset import IndexedDataset
 from kdcache.data.loader import batch_loader, consecutive_batches
@@ -59,7 +59,7 @@ def evaluate_model(
     dataset: IndexedDataset,
     *,
     preprocess: Preprocess | Preprocessor,
-    config: Inference,
+    config: InferenceConfig,
     indices: NDArray[np.int64] | None = None,
 ) -> Evaluation:
     """Let a network answer for samples of a dataset and compare with their labels.
