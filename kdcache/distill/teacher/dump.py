@@ -34,7 +34,7 @@ from kdcache.data.views import Views
 from kdcache.distill.teacher.class_agreement import accuracy_lines
 from kdcache.distill.teacher.dump_manifest import build_manifest
 from kdcache.models.device import evaluation_mode, floating_dtype, memory_errors, move_to, resolve_device, to_host
-from kdcache.models.feature_hooks import Taps, pool_features
+from kdcache.models.feature_hooks import FeatureHooks, pool_features
 from kdcache.models.forward import answer, forward
 from kdcache.models.teacher_outputs import (
     check_kind,
@@ -211,7 +211,7 @@ class _Dump:
                 "give --augment or --mix, or leave out --views",
             )
         self.layers = list(dict.fromkeys(config.features))
-        with Taps(teacher, self.layers) as taps:
+        with FeatureHooks(teacher, self.layers) as taps:
             shapes = self._probe(taps)
         name = teacher_name or type(teacher).__name__
         record = self.preprocessor.record
@@ -280,7 +280,7 @@ class _Dump:
         tally = Tally(writer)
         with (
             evaluation_mode(self.teacher),
-            Taps(self.teacher, self.layers) as taps,
+            FeatureHooks(self.teacher, self.layers) as taps,
             memory_errors(self.config.batch_size),
             Progress(f"dump {split}", self.plan.rows, "rows", self.plan.rows - computed) as progress,
         ):
@@ -297,7 +297,7 @@ class _Dump:
             seconds=seconds,
         )
 
-    def _forward(self, batch: Batch, taps: Taps) -> Callable[[], dict[str, NDArray[Any]]]:
+    def _forward(self, batch: Batch, taps: FeatureHooks) -> Callable[[], dict[str, NDArray[Any]]]:
         """Queue the teacher's answer to a batch; calling the result waits for it and gives logits and features."""
         logits = answer(
             self.teacher,
@@ -319,7 +319,7 @@ class _Dump:
         }
         return lambda: {name: wait() for name, wait in waits.items()}
 
-    def _probe(self, taps: Taps) -> dict[str, tuple[int, ...]]:
+    def _probe(self, taps: FeatureHooks) -> dict[str, tuple[int, ...]]:
         """Let the teacher answer for one small batch, so that a wrong teacher is refused before anything is written.
 
         It answers for the batch twice, and for its first sample beside another one, because it must give one answer.
@@ -365,7 +365,7 @@ class _Dump:
         last = len(self.dataset) - 1
         beside = BatchRequest(np.array([0, last if last > 1 else 0]), 0)  # two samples: batch norm takes no single one
         (batch,) = self._probed([beside])
-        with Taps(self.teacher, []) as none:
+        with FeatureHooks(self.teacher, []) as none:
             elsewhere = self._forward(batch, none)()["logits"]
         check_same(logits[:1], elsewhere[:1], sample=0, narrow=self.narrow, other_batch=True)
 
@@ -377,7 +377,7 @@ class _Dump:
         """Whether the teacher computes in less than float32."""
         return self.config.amp != "off" or floating_dtype(self.teacher).itemsize < 4
 
-    def _answers(self, loader: Iterable[Batch], taps: Taps) -> Iterator[tuple[Batch, dict[str, NDArray[Any]]]]:
+    def _answers(self, loader: Iterable[Batch], taps: FeatureHooks) -> Iterator[tuple[Batch, dict[str, NDArray[Any]]]]:
         """Batches with the teacher's answers, one behind, so that the device computes while the host stores."""
         waiting: tuple[Batch, Callable[[], dict[str, NDArray[Any]]]] | None = None
         for batch in loader:
@@ -388,7 +388,7 @@ class _Dump:
         if waiting is not None:
             yield waiting[0], waiting[1]()
 
-    def _write(self, tally: Tally, pending: list[tuple[int, int]], taps: Taps, progress: Progress) -> None:
+    def _write(self, tally: Tally, pending: list[tuple[int, int]], taps: FeatureHooks, progress: Progress) -> None:
         manifest = self.plan.manifest
         batches = ShardBatches(manifest, pending, self.config.batch_size)
         loader = batch_loader(

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from kdcache.core.config import Execution
+from kdcache.core.config import RuntimeConfig
 from kdcache.core.errors import TeacherOutputError
 from kdcache.core.rng import keyed_sample
 from kdcache.data.loader import batch_loader, consecutive_batches
@@ -17,7 +17,7 @@ from kdcache.data.preprocess import Preprocessor
 from kdcache.data.tokenizer import Tokenizer
 from kdcache.data.views import Views
 from kdcache.models.device import evaluation_mode, move_to, resolve_device
-from kdcache.models.feature_hooks import Taps, pool_features
+from kdcache.models.feature_hooks import FeatureHooks, pool_features
 from kdcache.models.forward import answer
 from kdcache.models.registry import weights_sha256
 from kdcache.store.cache import Cache
@@ -50,7 +50,7 @@ def recompute_rows(
     cache: Cache,
     *,
     rows: int,
-    execution: Execution,
+    execution: RuntimeConfig,
     tokenizer: Tokenizer | None = None,
 ) -> Recomputed:
     """Let the teacher answer for a keyed sample of a cache's rows, as it did for the dump.
@@ -83,7 +83,7 @@ def recompute_rows(
         same_weights=weights_sha256(module) == manifest.teacher.weights_sha256,
     )
     loader = batch_loader(views, requests, preprocessor=preprocessor, workers=execution.workers, device=device)
-    with evaluation_mode(module), Taps(module, [each.layer for each in stored_features.values()]) as taps:
+    with evaluation_mode(module), FeatureHooks(module, [each.layer for each in stored_features.values()]) as taps:
         for request, batch in zip(requests, loader, strict=True):
             logits = answer(
                 module,
