@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from kdcache.core import options
 from kdcache.core.atomic_files import storage_errors
 from kdcache.core.config import DumpTeacherArgs, TrainStudentArgs
 from kdcache.core.errors import CacheNotFound, StorageError, TargetExists, UsageError
@@ -67,7 +68,8 @@ def test_options_that_are_called_paths_are_treated_as_paths():
     words = ("Folder ", "folder ", "a cache made", "The file", "weights: .pt", "The page", "The picture")
     for settings_class in classes:
         for each in dataclasses.fields(settings_class):
-            if any(word in each.metadata["help"] for word in words) and "str" in str(each.type):
+            kind = options.value_types(settings_class)[each.name].kind
+            if any(word in each.metadata["help"] for word in words) and kind is str:
                 assert each.name in PATHS | SPECS, (settings_class.__name__, each.name)
 
 
@@ -114,7 +116,7 @@ class HeightFirst:
 
 @pytest.mark.parametrize("options", [["--model", "cnn"], ["--model", "cnn", "--size", 16], ["--model", "resnet20"]])
 def test_arrays_with_channels_last_are_told_channels_first(tmp_path, options):
-    command = ("train-teacher", "--dataset", "py:tests.test_messages:HeightFirst", "--device", "cpu")
+    command = ("train-teacher", "--dataset", "py:tests.cli.test_messages:HeightFirst", "--device", "cpu")
     message = refused(1, *command, *options, "--out", tmp_path / "run")
     assert "(32, 24, 3), which looks like (height, width, channels)" in message
     assert "channels first: (3, 32, 24)" in message
