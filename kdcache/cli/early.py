@@ -13,6 +13,7 @@ from kdcache.core.config import DATASET_NAMES, MODEL_NAMES, DumpTeacherArgs, Tra
 from kdcache.core.errors import CheckpointError, DatasetError, ModelError, UsageError
 from kdcache.core.options import Settings
 from kdcache.core.plugins import did_you_mean
+from kdcache.core.specs import parse_bytes, split_spec
 
 
 def check_early(settings: Settings) -> None:
@@ -32,16 +33,17 @@ def _check_names(given: dict[str, Any]) -> None:
     device = given.get("device", "auto")
     if not re.fullmatch(r"auto|(cpu|cuda|mps|xpu|hpu|mtia)(:\d+)?", device):
         raise UsageError(f"--device is {device!r}", "auto, cpu, cuda, cuda:N or mps")
-    if {"cache_memory", "input_memory"} & given.keys():
-        from kdcache.core.specs import parse_bytes
+    for name in ("cache_memory", "input_memory"):
+        parse_bytes(given.get(name, "0"))
+    if "encoding" in given:
+        from kdcache.store.encodings.registry import encoding_named
 
-        for name in ("cache_memory", "input_memory"):
-            parse_bytes(given.get(name, "0"))
+        encoding_named(given["encoding"])
     dataset = given.get("dataset", "py:")
-    kind, _, place = dataset.partition(":")
-    if kind in ("folder", "text-folder") and not Path(place).is_dir():
+    kind, path = split_spec(dataset)
+    if kind in ("folder", "text-folder") and not Path(path or "").is_dir():
         raise DatasetError(
-            f"{dataset}: {Path(place).absolute()} is no folder", "a folder of split folders", "correct the path"
+            f"{dataset}: {Path(path or '').absolute()} is no folder", "a folder of split folders", "correct the path"
         )
     if ":" not in dataset and dataset not in DATASET_NAMES:
         raise DatasetError(

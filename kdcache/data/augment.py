@@ -129,9 +129,9 @@ def build_transform(spec: str, input_shape: tuple[int, ...] | None) -> Transform
 
 
 def describe_transform(transform: Transform | None) -> dict[str, str]:
-    """What a transform is made of, as text by dotted name; two that differ there are two augmentations.
+    """Parameters of a transform as text by dotted name; transforms that differ there are different augmentations.
 
-    What differs only in the code of a function is not seen here, but by the checksums of the inputs.
+    A change in the code of a function does not show here, but in the checksums of the inputs.
     """
     return {} if transform is None else describe_object("transform", transform)
 
@@ -146,13 +146,12 @@ def draws_from_torch_only(transform: Any, above: tuple[int, ...] = ()) -> bool:
     within = partial(draws_from_torch_only, above=(*above, id(transform)))
     if isinstance(transform, nn.Module):
         theirs = type(transform).__module__.startswith("torchvision.transforms.v2")
-        hooked = transform._forward_hooks or transform._forward_pre_hooks
-        return theirs and not hooked and all(map(within, settings_of(transform).values()))
+        return theirs and all(map(within, settings_of(transform).values()))
     if isinstance(transform, Mapping):
         return all(map(within, transform.values()))
     if isinstance(transform, list | tuple | set | frozenset):
         return all(map(within, transform))
-    # Settings are values; a function or an object of another make may draw from anything.
+    # Parameters are values; a function or an object of another library may draw from any generator.
     return transform is None or isinstance(
         transform, bool | int | float | str | enum.Enum | Tensor | np.ndarray | type | torch.dtype
     )

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -19,11 +21,11 @@ from kdcache.data.augment import OBJECT, Transform, build_transform, describe_tr
 from kdcache.data.dataset import IndexedDataset
 from kdcache.data.mixup import Mix, parse_mix
 from kdcache.data.raw_input import Inputs, as_input, batch_crc32c, dtype_name
-from kdcache.data.replay import generators_kept, seed_generators
 from kdcache.data.shared_memo import RememberedRows
 from kdcache.store.manifest import NONE, ViewRecipe
 
 PROBES = 4
+_TORCH_BITS, _NUMPY_BITS = 63, 32
 
 
 class Shared(NamedTuple):
@@ -244,3 +246,32 @@ def unreplayable(views: Views, view: int, sample: int) -> DatasetError:
         "a transform that draws from torch's, Python's or numpy's global generator, which are seeded for each look",
         "let it draw from one of them: torch.rand, random.random, numpy.random.rand",
     )
+
+
+@contextmanager
+def generators_kept(*, torch_only: bool) -> Iterator[None]:
+    """Restore the global generators of torch, Python and numpy on exit, and compute on one thread until then.
+
+    Some kernels, such as the mean of a large float image, sum in another order on several threads, and the last bit of
+    a pixel must not depend on the process that computed it.
+    """
+    threads, kept = torch.get_num_threads(), torch.default_generator.get_state()
+    others = None if torch_only else (random.getstate(), np.random.get_state())
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        torch.default_generator.set_state(kept)
+        if others is not None:
+            random.setstate(others[0])
+            np.random.set_state(others[1])
+
+
+def seed_generators(key: int, *, torch_only: bool) -> None:
+    """Seed the global generators, or only torch's, from a 128-bit key; for use within `generators_kept`."""
+    # Not torch.manual_seed, which also seeds accelerators and takes a hundred times as long.
+    torch.default_generator.manual_seed(key & (2**_TORCH_BITS - 1))
+    if not torch_only:
+        random.seed(key)
+        np.random.seed(key >> (128 - _NUMPY_BITS))
