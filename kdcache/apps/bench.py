@@ -27,10 +27,11 @@ from kdcache.distill.student.train_student import train_student
 from kdcache.distill.teacher.dump import dump_teacher
 from kdcache.distill.teacher.live_teacher import LiveTargets
 from kdcache.distill.trainer import TrainResult, train
-from kdcache.models.build import build, check_checkpoint_key, dataset_preprocess, load_teacher, open_data
+from kdcache.models.build import build, dataset_preprocess, open_data
 from kdcache.models.checkpoints import read_checkpoint
 from kdcache.models.device import move_to, resolve_device
 from kdcache.models.registry import BuiltModel, count_parameters
+from kdcache.models.teacher import check_checkpoint_key, load_teacher
 from kdcache.store.cache import open_cache
 from kdcache.store.layout import predicted_bytes
 from kdcache.store.manifest import OutputRecord, ViewRecipe

@@ -41,13 +41,14 @@ from kdcache.distill.teacher.dump import dump_teacher as dump
 from kdcache.distill.teacher.dump import plan_dump
 from kdcache.distill.teacher.spot_check import recompute_rows
 from kdcache.distill.trainer import TrainResult, train
-from kdcache.models.build import build, check_classes, dataset_preprocess, describe, load_teacher, open_data, open_test
+from kdcache.models.build import build, check_classes, dataset_preprocess, describe, open_data, open_test
 from kdcache.models.checkpoints import fit_weights, load_weights, read_checkpoint
 from kdcache.models.device import evaluation_mode, floating_dtype
 from kdcache.models.evaluate import Evaluation, evaluate_model
 from kdcache.models.feature_hooks import list_layers
 from kdcache.models.from_run import load_trained
 from kdcache.models.registry import BuiltModel, count_parameters
+from kdcache.models.teacher import load_teacher
 from kdcache.store.cache import open_cache
 from kdcache.store.inspect import verify_cache
 from kdcache.store.layout import predicted_bytes

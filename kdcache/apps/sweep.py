@@ -24,7 +24,8 @@ from kdcache.core.json_records import to_json
 from kdcache.core.options import merge, narrow
 from kdcache.core.progress import log
 from kdcache.core.text_table import text_table
-from kdcache.models.build import build, load_teacher, open_data
+from kdcache.models.build import build, open_data
+from kdcache.models.teacher import load_teacher
 from kdcache.store.cache import open_cache
 from kdcache.store.manifest import NONE
 

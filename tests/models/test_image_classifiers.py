@@ -10,8 +10,8 @@ from PIL import Image
 
 from kdcache.core.config import InputConfig
 from kdcache.core.errors import ModelError, UsageError
-from kdcache.models.build import load_teacher
 from kdcache.models.registry import build_model
+from kdcache.models.teacher import load_teacher
 from kdcache.store.cache import open_cache
 from kdcache.store.manifest import ViewRecipe
 from tests.helpers import answer, refused, synthetic
@@ -44,7 +44,8 @@ def save_vit(folder, processor, classes=("cat", "dog", "owl"), size=16):
 
 def build(spec, **options):
     options = {"num_classes": 3, "input_shape": None, "seed": 0} | options
-    return build_model(spec, **options)
+    settings = {name: options.pop(name) for name in ("mean", "std", "size", "resize", "crop") if name in options}
+    return build_model(spec, settings=InputConfig(**settings), **options)
 
 
 PROCESSORS = {
