@@ -45,7 +45,7 @@ class Batch(NamedTuple):
         indices: (B,) int64, of the samples.
         input_crc32c: (B,) int64 holding uint32, of the shared inputs before any preprocessing; None unless asked for.
         partner_labels: (B,) int64, of the samples that were mixed in; None where nothing was.
-        shares: (B,) float32, 0 to 1: the part of an input that is the sample's own; None where nothing was mixed.
+        mix_lambda: (B,) float32 from 0 to 1, weight of the sample in its mixed input; None without mixing.
         soft_targets: (B, classes), the teacher's logits, where a cache was joined.
         features: the teacher's features, (B, ...), by name of their array, where an objective asked for them.
         negatives: the teacher's features of other samples, (negatives, ...), by name of their array, likewise.
@@ -56,7 +56,7 @@ class Batch(NamedTuple):
     indices: Tensor
     input_crc32c: Tensor | None = None
     partner_labels: Tensor | None = None
-    shares: Tensor | None = None
+    mix_lambda: Tensor | None = None
     soft_targets: Tensor | None = None
     features: dict[str, Tensor] | None = None
     negatives: dict[str, Tensor] | None = None
@@ -64,14 +64,14 @@ class Batch(NamedTuple):
     @property
     def main_labels(self) -> Tensor:
         """(B,) int64: of each input the label that has the larger part of it."""
-        if self.partner_labels is None or self.shares is None:
+        if self.partner_labels is None or self.mix_lambda is None:
             return self.labels
-        return torch.where(self.shares >= 0.5, self.labels, self.partner_labels)
+        return torch.where(self.mix_lambda >= 0.5, self.labels, self.partner_labels)
 
     def to(self, device: torch.device) -> Batch:
         """The batch with what a step computes with on a device; the indices stay on the host."""
         moved: dict[str, Any] = {}
-        for name in ("inputs", "labels", "partner_labels", "shares", "soft_targets"):
+        for name in ("inputs", "labels", "partner_labels", "mix_lambda", "soft_targets"):
             if (value := getattr(self, name)) is not None:
                 moved[name] = _to_device(value, device)
         for name in ("features", "negatives"):
@@ -209,7 +209,7 @@ class Fetcher(Dataset[Batch]):
             ModelError: the preprocessing does not suit it.
         """
         indices = request.indices.astype(np.int64)
-        inputs, labels, partner_labels, shares = self.views.fetch(request.view, indices)
+        inputs, labels, partner_labels, mix_lambda = self.views.fetch(request.view, indices)
         checksums = torch.tensor(batch_crc32c(inputs), dtype=torch.int64) if request.checksums else None
         if self.sequences is not None:
             plain = self.views.recipe.is_plain(request.view)
@@ -219,7 +219,7 @@ class Fetcher(Dataset[Batch]):
         else:
             name = self.views.dataset.name
             inputs = _stack([self.preprocessor.per_sample(value) for value in inputs], indices, name)
-        return Batch(inputs, labels, torch.from_numpy(indices), checksums, partner_labels, shares)
+        return Batch(inputs, labels, torch.from_numpy(indices), checksums, partner_labels, mix_lambda)
 
 
 def _as_it_is(batch: Any) -> Any:

@@ -35,13 +35,13 @@ class Shared(NamedTuple):
         inputs: (B, ...) or B tensors, before any network's preprocessing.
         labels: (B,) int64, of the samples.
         partner_labels: (B,) int64, of the samples that were mixed in; None where nothing was.
-        shares: (B,) float32, 0 to 1: the part of an input that is the sample's own; None where nothing was mixed.
+        mix_lambda: (B,) float32 from 0 to 1, weight of the sample in its mixed input; None without mixing.
     """
 
     inputs: Inputs
     labels: Tensor
     partner_labels: Tensor | None = None
-    shares: Tensor | None = None
+    mix_lambda: Tensor | None = None
 
 
 class Views:
@@ -116,7 +116,7 @@ class Views:
         draws = [self._mix.draw(mix_key(index), index, len(self.dataset)) for index in indices.tolist()]
         partners = np.array([draw.partner for draw in draws], np.int64)
         others, partner_labels = self._augmented(view, partners)
-        mixed, shares = [], []
+        mixed, lambdas = [], []
         for at, (image, other, draw) in enumerate(zip(augmented, others, draws, strict=True)):
             if image.dtype != torch.uint8 or image.ndim != 3 or image.shape != other.shape:
                 raise DatasetError(
@@ -125,12 +125,12 @@ class Views:
                     "uint8 images of one shape, to be mixed",
                     "let --augment give them one, as resized-crop-flip does, or leave out --mix",
                 )
-            result, share = self._mix.apply(image, other, draw)
+            result, mix_lambda = self._mix.apply(image, other, draw)
             mixed.append(result)
-            shares.append(share)
+            lambdas.append(mix_lambda)
         alike = len({image.shape for image in mixed}) == 1
         return Shared(
-            torch.stack(mixed) if alike else mixed, labels, partner_labels, torch.tensor(shares, dtype=torch.float32)
+            torch.stack(mixed) if alike else mixed, labels, partner_labels, torch.tensor(lambdas, dtype=torch.float32)
         )
 
     def _augmented(self, view: int, indices: NDArray[np.int64]) -> tuple[Inputs, Tensor]:

@@ -243,9 +243,9 @@ def test_a_run_on_texts_done_again_is_the_same(pipeline, imdb, tmp_path):
 def test_a_live_teacher_reads_as_its_checkpoint_says_beside_a_student_that_reads_otherwise(pipeline, tmp_path):
     teacher = ("--teacher", TEACHER, "--checkpoint", pipeline.teacher / "best.pt", "--student", STUDENT)
     data = ("--dataset", "imdb", "--data-root", described(pipeline.teacher)["data_root"])
-    shared = (*teacher, *pipeline.shorter, *BRIEF)
-    assert answer("bench", *data, *shared, "--samples", 30, "--rounds", 1)["samples"] == 30
-    swept = answer("sweep", "--cache", pipeline.cache, *shared, "--jobs", 1, "--out", tmp_path / "sweep")
+    shared = (*teacher, *pipeline.shorter)
+    assert answer("bench", *data, *shared, "--samples", 30, "--rounds", 1, "--device", "cpu")["samples"] == 30
+    swept = answer("sweep", "--cache", pipeline.cache, *shared, *BRIEF, "--jobs", 1, "--out", tmp_path / "sweep")
     assert swept["live"]["live_epoch_seconds"] > 0
     assert swept["failed"] == {}
 
@@ -1073,8 +1073,8 @@ HF_REFUSED = {
     "order": (["pos", "neg"], {}, ["2 classes: neg, pos", "in the dataset's order: pos, neg"]),
     "count": (["a", "b", "c"], {}, ["2 classes: neg, pos", "3 classes", "a, b, c"]),
     "tokens": (["neg", "pos"], {"max_tokens": 21}, ["--max-tokens is 21", "at most 20"]),
-    "tokenizer": (["neg", "pos"], {"tokenizer": "t.json"}, ["brings its tokenizer", "leave it out"]),
-    "vocabulary": (["neg", "pos"], {"vocabulary_size": 9}, ["brings its tokenizer", "leave it out"]),
+    "tokenizer": (["neg", "pos"], {"tokenizer": "t.json"}, ["has its own tokenizer", "leave it out"]),
+    "vocabulary": (["neg", "pos"], {"vocabulary_size": 9}, ["has its own tokenizer", "leave it out"]),
 }
 
 

@@ -437,7 +437,7 @@ def test_the_plain_view_is_the_plain_sample():
     shared = views.fetch(0, np.arange(11))
     assert torch.equal(shared.inputs, COLOUR.fetch(np.arange(11))[0])
     assert shared.partner_labels is None
-    assert shared.shares is None
+    assert shared.mix_lambda is None
     without = views_of("mixed")
     assert torch.equal(views.fetch(1, np.arange(11)).inputs, without.fetch(1, np.arange(11)).inputs)
     assert not torch.equal(without.fetch(0, np.arange(11)).inputs, shared.inputs)
@@ -820,7 +820,7 @@ def test_remembered_inputs_are_the_ones_that_are_made(workers, mix):
             assert torch.equal(one.input_crc32c, other.input_crc32c)
             if mix != "none":
                 assert torch.equal(one.partner_labels, other.partner_labels)
-                assert torch.equal(one.shares, other.shares)
+                assert torch.equal(one.mix_lambda, other.mix_lambda)
     # Workers filled what is shared with them.
     assert not kept._remembered.missing(0, np.arange(80)).any()
     assert not kept._remembered.missing(2, np.arange(80)).any()
