@@ -15,7 +15,7 @@ from kdcache.core import config
 from kdcache.core.command_result import Report
 
 app = typer.Typer(
-    help="Run a teacher once, keep its logits, train any number of students from them.",
+    help="Run a teacher once, store its logits, train any number of students from them.",
     no_args_is_help=True,
     context_settings={"max_content_width": 120},
     pretty_exceptions_enable=False,
@@ -40,7 +40,7 @@ def train_teacher(settings: config.TrainTeacherArgs) -> Report:
     "kdcache dump-teacher --dataset mnist --teacher cnn --checkpoint runs/teacher/best.pt --out runs/mnist.zarr",
 )
 def dump_teacher(settings: config.DumpTeacherArgs) -> Report:
-    """Run a teacher once over a dataset and keep its logits in a cache."""
+    """Run a teacher once over a dataset and store its logits in a cache."""
     from kdcache.apps import pipeline
 
     return pipeline.dump_teacher(settings)
@@ -60,7 +60,7 @@ def train_student(settings: config.TrainStudentArgs) -> Report:
 
 @_command(config.EvaluateArgs, "evaluate", "kdcache evaluate --run runs/student")
 def evaluate(settings: config.EvaluateArgs) -> Report:
-    """Judge a run's best checkpoint on a split."""
+    """Evaluate a run's best checkpoint on a split."""
     from kdcache.apps import pipeline
 
     return pipeline.evaluate(settings)
@@ -68,7 +68,7 @@ def evaluate(settings: config.EvaluateArgs) -> Report:
 
 @_command(config.InspectArgs, "inspect", "kdcache inspect runs/mnist.zarr")
 def inspect_cache(settings: config.InspectArgs) -> Report:
-    """Show what a cache is of."""
+    """Print the manifest of a cache."""
     from kdcache.store.inspect import inspect_cache as inspect_one
 
     return inspect_one(settings.cache)
@@ -76,7 +76,7 @@ def inspect_cache(settings: config.InspectArgs) -> Report:
 
 @_command(config.VerifyArgs, "verify", "kdcache verify runs/mnist.zarr")
 def verify(settings: config.VerifyArgs) -> Report:
-    """Check every byte of a cache; with --teacher, recompute a sample of rows as well."""
+    """Verify the checksums of a cache; with --teacher, also recompute a sample of its rows."""
     if settings.teacher is not None:
         from kdcache.apps import pipeline
 
@@ -88,7 +88,7 @@ def verify(settings: config.VerifyArgs) -> Report:
 
 @_command(config.CompareArgs, "compare", "kdcache compare runs/teacher runs/alone runs/student")
 def compare(settings: config.CompareArgs) -> Report:
-    """Show finished runs side by side: accuracy, parameters, seconds an epoch."""
+    """Compare finished runs: accuracy, parameters, seconds per epoch."""
     from kdcache.analysis.compare_runs import compare_runs
 
     return compare_runs(settings.runs)
@@ -96,7 +96,7 @@ def compare(settings: config.CompareArgs) -> Report:
 
 @_command(config.ReportArgs, "report", "kdcache report runs/teacher runs/alone runs/student --out report.html")
 def report(settings: config.ReportArgs) -> Report:
-    """Make one page of finished runs: curves, accuracy, calibration, agreement with the teacher (extra: plots)."""
+    """Write a page on finished runs: curves, accuracy, calibration, agreement with the teacher (extra: plots)."""
     from kdcache.apps.report.build import make_report
 
     return make_report(settings)
@@ -106,7 +106,7 @@ def report(settings: config.ReportArgs) -> Report:
     config.PlotTemperatureArgs, "plot-temperature", "kdcache plot-temperature runs/mnist.zarr --out temperature.png"
 )
 def plot_temperature(settings: config.PlotTemperatureArgs) -> Report:
-    """Draw what temperature does to the answers in a cache (extra: plots)."""
+    """Plot the effect of temperature on the logits in a cache (extra: plots)."""
     from kdcache.analysis.temperature import plot_temperature as plot
 
     return plot(settings)
@@ -118,7 +118,7 @@ def plot_temperature(settings: config.PlotTemperatureArgs) -> Report:
     "kdcache sweep --cache runs/mnist.zarr --student mlp --temperature 1,2,4,8 --alpha 0.5,0.9 --out runs/sweep",
 )
 def sweep(settings: config.SweepArgs) -> Report:
-    """Train many students from one cache, several at once; the same command continues a stopped sweep."""
+    """Train many students from one cache, several in parallel; the same command resumes a stopped sweep."""
     from kdcache.apps.sweep import sweep as sweep_all
 
     return sweep_all(settings)
@@ -126,15 +126,15 @@ def sweep(settings: config.SweepArgs) -> Report:
 
 @_command(config.PredictArgs, "predict", "kdcache predict --run runs/student photos/ one.png --top 3")
 def predict(settings: config.PredictArgs) -> Report:
-    """Let a run's best checkpoint answer for images or texts; CSV on stdout, or JSON with --json."""
-    from kdcache.apps.predict import predict as answer_for
+    """Predict classes of images or texts with a run's best checkpoint; CSV on stdout, or JSON with --json."""
+    from kdcache.apps.predict import predict as predict_all
 
-    return answer_for(settings)
+    return predict_all(settings)
 
 
 @_command(config.ExportArgs, "export", "kdcache export --run runs/student --format onnx --out student.onnx")
 def export(settings: config.ExportArgs) -> Report:
-    """Write a run's best checkpoint as a program that needs no kdcache, and compare its answers."""
+    """Export a run's best checkpoint as a program that runs without kdcache, and compare its logits."""
     from kdcache.apps.export import export as write_and_compare
 
     return write_and_compare(settings)
@@ -142,7 +142,7 @@ def export(settings: config.ExportArgs) -> Report:
 
 @_command(config.BenchArgs, "bench", "kdcache bench --dataset mnist --teacher resnet56 --student resnet8x4")
 def bench(settings: config.BenchArgs) -> Report:
-    """Time an epoch on labels, from a cache and with the live teacher, and tell when the cache has paid."""
+    """Time an epoch on labels, from a cache and with an online teacher, and print the break-even point."""
     from kdcache.apps.bench import bench as time_all
 
     return time_all(settings)
@@ -150,7 +150,7 @@ def bench(settings: config.BenchArgs) -> Report:
 
 @_command(config.DoctorArgs, "doctor", "kdcache doctor runs")
 def doctor(settings: config.DoctorArgs) -> Report:
-    """Look at versions, devices, extras and the disk."""
+    """Check versions, devices, extras and the disk."""
     from kdcache.apps.doctor import examine
 
     return examine(settings)
