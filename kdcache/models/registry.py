@@ -121,14 +121,11 @@ def build_model(
 
 def _with_settings(spec: str, preprocess: Preprocess, settings: InputConfig) -> Preprocess:
     """A preprocessing record with the values that the user set."""
-    changes: dict[str, Any] = {}
-    if settings.mean is not None:
-        changes |= {"mean": settings.mean, "std": settings.std}
-    if settings.size is not None or settings.resize is not None:
-        changes |= {"resize": settings.size or settings.resize, "stretch": False}
-    if settings.size is not None or settings.crop is not None:
-        changes |= {"crop": settings.size or settings.crop}
-    preprocess = replace(preprocess, **changes)
+    resize, crop = settings.size or settings.resize, settings.size or settings.crop
+    stretch = None if resize is None else False
+    values = {"mean": settings.mean, "std": settings.std, "resize": resize, "crop": crop, "stretch": stretch}
+    given: dict[str, Any] = {name: value for name, value in values.items() if value is not None}
+    preprocess = replace(preprocess, **given)
     if (preprocess.crop or 0) > (preprocess.resize or preprocess.crop or 0):
         raise ModelError(
             f"the preprocessing of {spec} resizes to {preprocess.resize} pixels and crops {preprocess.crop}",
