@@ -26,8 +26,8 @@ class PathLock:
     """Held from construction to `release`; the system releases it for a process that dies.
 
     Args:
-        folder: that only one process may write to.
-        what: writes there, for the message.
+        folder: Folder to lock.
+        what: Name of the writing process for messages.
 
     Raises:
         CacheBusy: another process holds it.
@@ -65,7 +65,7 @@ class PathLock:
         return True
 
     def release(self) -> None:
-        """Give the folder free and leave no file behind. The file goes first: who opens it after that makes its own."""
+        """Release the lock and remove its file; it is removed first, so that whoever opens it later creates a new one."""
         self._path.unlink(missing_ok=True)
         _held.discard(self._descriptor)
         os.close(self._descriptor)

@@ -1,4 +1,4 @@
-"""Augmentations by name, and what tells one from another."""
+"""Augmentations by name, and their descriptions."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def _affine(size: int | None, input_shape: tuple[int, ...] | None) -> Transform:
 
 
 def _crop_flip(size: int | None, input_shape: tuple[int, ...] | None) -> Transform:
-    """Of CIFAR: a crop after padding by an eighth of the side, and a flip (He et al., 2016, section 4.2)."""
+    """CIFAR: a crop after padding by an eighth of the side, and a flip (He et al., 2016, section 4.2)."""
     if input_shape is None or len(input_shape) != 3:
         raise DatasetError(
             f"crop-flip was asked for inputs of shape {input_shape or 'that varies'}",
@@ -57,7 +57,7 @@ def _crop_flip_randaugment(size: int | None, input_shape: tuple[int, ...] | None
 
 
 def _resized_crop_flip(size: int | None, input_shape: tuple[int, ...] | None) -> Transform:
-    """Of ImageNet: a crop of 8 to 100 % of the area, resized to a square, and a flip (Szegedy et al., 2015)."""
+    """ImageNet: a crop of 8 to 100 % of the area, resized to a square, and a flip (Szegedy et al., 2015)."""
     v2 = _v2()
     return _in_turn(v2.RandomResizedCrop(size or RESIZED_PIXELS, antialias=True), v2.RandomHorizontalFlip())
 
@@ -83,13 +83,13 @@ PRESETS: dict[str, Callable[[int | None, tuple[int, ...] | None], Transform]] = 
 
 
 def build_transform(spec: str, input_shape: tuple[int, ...] | None) -> Transform | None:
-    """The transform that a spec means; None for `none`.
+    """Build the transform of a spec; None for `none`.
 
     Args:
-        spec: `none`, a name of `PRESETS` with `:PIXELS` behind it for another size of the result, or
+        spec: `none`, a name of `PRESETS`, followed by `:PIXELS` for another size of the result, or
             `py:package.module:function`, which is called with those of `input_shape` that it takes and returns a
             transform.
-        input_shape: of one plain input; None where they differ in size.
+        input_shape: Shape of one plain input; None where they differ in size.
 
     Raises:
         UsageError: there is no such preset or function, or it returns something else.

@@ -1,4 +1,4 @@
-"""Views: the shared input of (view, sample), made again whenever it is asked for, the same to the bit."""
+"""Views: the shared input of (view, sample), recomputed bit for bit at every use."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ _TORCH_BITS, _NUMPY_BITS = 63, 32
 
 
 class Shared(NamedTuple):
-    """What every network sees of some samples in one view, and what it is worth.
+    """Shared inputs and labels of some samples in one view.
 
     Attributes:
-        inputs: (B, ...) or B tensors, before any network's preprocessing.
-        labels: (B,) int64, of the samples.
-        partner_labels: (B,) int64, of the samples that were mixed in; None where nothing was.
-        mix_lambda: (B,) float32 from 0 to 1, weight of the sample in its mixed input; None without mixing.
+        inputs: Tensor (B, ...) or B tensors, before any network's preprocessing.
+        labels: Labels of the samples, (B,) int64.
+        partner_labels: Labels of the mixed-in samples, (B,) int64; None without mixing.
+        mix_lambda: Weight of the sample in its mixed input, (B,) float32 from 0 to 1; None without mixing.
     """
 
     inputs: Inputs
@@ -45,15 +45,15 @@ class Shared(NamedTuple):
 
 
 class Views:
-    """The views of one dataset. Goes to forked and spawned workers, if its transform does.
+    """The views of one dataset. Can be passed to forked and spawned workers, if its transform can.
 
     Args:
         recipe: `augment`, `mix`, `seed` and `plain_view` are followed; the rest is found out.
-        transform: instead of the one that `recipe.augment` means.
+        transform: Transform that replaces the one named by `recipe.augment`.
 
     Attributes:
-        recipe: with the parameters of the transform and, after `probe`, the shape of what it gives.
-        input_shape: of one shared input after `probe`, channels first; None where they differ in size.
+        recipe: Recipe with the parameters of the transform and, after `probe`, the shape of its outputs.
+        input_shape: Shape of one shared input after `probe`, channels first; None where they differ in size.
 
     Raises:
         UsageError: there is no such augmentation or mixing.
@@ -79,10 +79,10 @@ class Views:
         return len(self.dataset)
 
     def remember(self, views: Sequence[int], limit_bytes: int) -> str:
-        """Keep the inputs of some views in memory, if they fit; a line that says what was decided.
+        """Keep the inputs of some views in memory, if they fit; returns a message about the decision.
 
         Args:
-            limit_bytes: what they may take; 0 keeps none.
+            limit_bytes: Memory budget; 0 keeps none.
         """
         if not limit_bytes:
             return "augmented inputs are made at every use; --input-memory keeps them"
@@ -102,7 +102,7 @@ class Views:
         """Some samples as a view shows them. The same for the same view and index, whatever else is asked for.
 
         Args:
-            indices: of the samples, (B,).
+            indices: Indices of the samples, (B,).
 
         Raises:
             DatasetError: a sample cannot be read, or the transform fails on it.

@@ -26,10 +26,10 @@ class Evaluation:
     """A network's answers to some samples, against the true labels.
 
     Attributes:
-        true_n: true classes, (n,), int64.
-        predicted_n: top classes, (n,), int64.
-        top_n: probability of the top class, (n,), float32.
-        nll_n: negative log-likelihood of the true class in nats, (n,), float32.
+        true_n: True classes, (n,) int64.
+        predicted_n: Top classes, (n,) int64.
+        top_n: Probability of the top class, (n,) float32.
+        nll_n: Negative log-likelihood of the true class in nats, (n,) float32.
     """
 
     true_n: NDArray[np.int64]
@@ -65,7 +65,7 @@ def evaluate_model(
     """Let a network answer for samples of a dataset and compare with their labels.
 
     Args:
-        indices: of the samples, (n,); None takes all.
+        indices: Indices of the samples, (n,); None takes all.
     """
     if indices is None:
         indices = np.arange(len(dataset))

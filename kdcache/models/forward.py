@@ -24,10 +24,10 @@ def forward(
     amp: str,
     samples: Tensor | None = None,
 ) -> Tensor:
-    """What a network returns for a batch, (batch, outputs), on the device; the caller sets its mode.
+    """Outputs of a network for a batch, (batch, outputs), on the device; the caller sets its mode.
 
     Args:
-        inputs: (batch, …), after `Preprocessor.per_sample`.
+        inputs: Inputs (batch, …) after `Preprocessor.per_sample`.
         samples: Indices of the samples, (batch,), for messages.
 
     Raises:
@@ -55,12 +55,12 @@ def answer(
     outputs: OutputRecord | None = None,
     samples: Tensor | None = None,
 ) -> Tensor:
-    """What a network says to a batch, (batch, classes), on the device; the caller sets its mode.
+    """Logits of a network for a batch, (batch, classes), on the device; the caller sets its mode.
 
     Args:
-        inputs: (batch, …), after `Preprocessor.per_sample`.
-        outputs: of a teacher: how logits are made of what it returns; None takes these for logits.
-        samples: their indices, (batch,), for messages.
+        inputs: Inputs (batch, …) after `Preprocessor.per_sample`.
+        outputs: Conversion of a teacher's outputs to logits; None if they are logits.
+        samples: Indices of the samples, (batch,), for messages.
 
     Raises:
         ModelError: the network raises an exception of its own; or the given `error`, for logits of another shape.

@@ -35,13 +35,13 @@ def load_teacher(
     outputs: OutputRecord | None = None,
     checkpoint_key: str | None = None,
 ) -> BuiltModel:
-    """A teacher with its weights, and how its outputs become logits of the dataset's classes.
+    """Load a teacher with its weights and the conversion of its outputs to logits of the dataset's classes.
 
     Args:
-        kind: what it returns, `logits` or `probabilities`.
-        class_map: a JSON file from each class of the dataset to the teacher's output; None takes them in order.
-        outputs: both of these, as a cache recorded them.
-        checkpoint_key: entry of the checkpoint that holds the weights, where several fit.
+        kind: Kind of its outputs, `logits` or `probabilities`.
+        class_map: JSON file that maps each class to a teacher's output; None takes the outputs in order.
+        outputs: Kind and class map as recorded in a cache, instead of both.
+        checkpoint_key: Entry of the checkpoint that holds the weights, where several fit.
 
     Raises:
         UsageError: it has no weights, or the class map is wrong.
