@@ -65,7 +65,7 @@ class PathLock:
         return True
 
     def release(self) -> None:
-        """Release the lock and remove its file; it is removed first, so that whoever opens it later creates a new one."""
+        """Release the lock and remove its file; it is removed first, so that later openers create a new one."""
         self._path.unlink(missing_ok=True)
         _held.discard(self._descriptor)
         os.close(self._descriptor)

@@ -211,10 +211,10 @@ def test_names_are_found_where_teachers_bring_them():
     config = SimpleNamespace(id2label={1: "b", 0: "a"})
     module = nn.Linear(1, 2)
     module.config = config
-    assert class_names(module, "py:x:y", {}) == ("a", "b")
-    assert class_names(module, "py:x:y", {"kdcache": {"classes": ["c", "d"]}}) == ("c", "d")
-    assert class_names(nn.Linear(1, 2), "torchvision:resnet18@DEFAULT", {})[:2] == ("tench", "goldfish")
-    assert class_names(nn.Linear(1, 2), "torchvision:resnet18", {}) == ()
+    assert class_names(module, None, {}) == ("a", "b")
+    assert class_names(module, None, {"kdcache": {"classes": ["c", "d"]}}) == ("c", "d")
+    assert class_names(nn.Linear(1, 2), ("tench", "goldfish"), {}) == ("tench", "goldfish")
+    assert class_names(nn.Linear(1, 2), None, {}) == ()
 
 
 @pytest.mark.parametrize(
