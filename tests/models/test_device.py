@@ -89,12 +89,12 @@ def test_no_step_waits_for_the_device(monkeypatch, settings, distilled):
     from kdcache.data.views import as_views
     from kdcache.distill.trainer import _Loop
     from kdcache.store.manifest import Preprocess
-    from kdcache.store.sampler import ExactOrder
+    from kdcache.store.sampler import ExactSampler
     from tests.helpers import synthetic
 
     config = TrainConfig(device="cpu", batch_size=16, **settings)
     objective = distillation_objective(StudentConfig(device="cpu")) if distilled else label_objective(0.1)
-    batches = EpochBatches(ExactOrder(np.arange(64), 0), 16)
+    batches = EpochBatches(ExactSampler(np.arange(64), 0), 16)
     dataset = as_views(synthetic(64))
     network, preprocessor = Network(16, 4), Preprocessor(Preprocess())
     loop = _Loop(network, dataset, objective, preprocessor, config, batches, None, None, lambda _: {}, None)
