@@ -16,10 +16,17 @@ from typer.testing import CliRunner, Result
 from kdcache.cli.app import app
 from kdcache.data.dataset import ArrayDataset
 from kdcache.data.loader import Batch
+from kdcache.data.preprocess import as_preprocessor
 from kdcache.data.views import Views
+from kdcache.distill.teacher.live_teacher import LiveTargets
+from kdcache.models.forward import ForwardPass
 from kdcache.store.cache import Cache, open_cache
+from kdcache.store.layout import shard_key
+from kdcache.store.manifest import read_manifest, recorded_sha256
+from kdcache.store.resume import ResumePolicy, find_dump
 from kdcache.store.row_source import ReadOptions, ReadPlan, RowSource, plan_reading
 from kdcache.store.sampler import Sampler, Schedule, always
+from kdcache.store.storage.local import LocalStorage
 
 COLUMNS = ("logits", "labels", "input_crc32c")
 
@@ -202,3 +209,29 @@ def refused(exit_code: int, *arguments: object) -> str:
     assert result.exit_code == exit_code, result.output
     assert result.stdout == ""
     return result.stderr
+
+
+def stored_manifest(split):
+    """The manifest in a split's folder."""
+    return read_manifest(LocalStorage(split.parent), split.name)
+
+
+def stored_digest(split):
+    """The manifest's sha256 in a split's folder."""
+    return recorded_sha256(LocalStorage(split.parent), split.name)
+
+
+def shard_file(split, array, view, shard):
+    """The file of a shard of an array in a split's folder."""
+    return split / shard_key(array, view, shard)
+
+
+def find(path, manifest, **policy):
+    """`find_dump` in a folder."""
+    return find_dump(LocalStorage(path), manifest, ResumePolicy(**policy))
+
+
+def live_targets(teacher, preprocess, classes):
+    """An online teacher on the device on which it is."""
+    device = next(teacher.parameters()).device
+    return LiveTargets(ForwardPass(teacher, as_preprocessor(preprocess), device, classes=classes))

@@ -1,7 +1,8 @@
-"""What the README says to type runs, on digits instead of MNIST."""
+"""Commands, Python code, options and names in the README, checked on digits instead of MNIST."""
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import sys
@@ -10,42 +11,71 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import typer
+import zarr
 from PIL import Image
+from torch.utils.data import DataLoader
 from torchvision.models import resnet18
 
-from tests.helpers import kdcache
+import kdcache
+from kdcache.cli.app import app
+from kdcache.core.config import DumpConfig
+from kdcache.data.registry import open_dataset
+from tests.helpers import kdcache as run_command
+from tests.helpers import synthetic
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+OPTION = re.compile(r"(?<![\w-])--[a-z][a-z-]*")
+# Code that `py:mine:…` names, as the README describes it.
+MINE = """
+from torchvision.datasets import ImageFolder
+from torchvision.models import resnet18
+
+def photos(split):
+    return ImageFolder(f"photos/{split}")
+
+def teacher(num_classes):
+    return resnet18(num_classes=num_classes)
+"""
 
 
 def blocks(language):
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+    return [block.replace("\\\n", " ") for block in re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)]
+
+
+def commands():
+    return [line for line in "\n".join(blocks("bash")).splitlines() if "kdcache " in line]
+
+
+def python_block(part):
+    """The one Python block that contains `part`, on digits."""
+    (block,) = (block for block in blocks("python") if part in block)
+    return block.replace("mnist", "digits").replace("59_999", "999").replace("num_workers=2", "num_workers=0")
 
 
 @pytest.fixture(scope="module")
 def pipeline(tmp_path_factory):
-    """The folder in which the README's commands were run, one after the other, beside the files that they name."""
+    """A folder in which the README's commands ran one after the other, beside the files that they name."""
     folder = tmp_path_factory.mktemp("readme")
     make_files(folder)
-    text = "\n".join(blocks("bash")).replace("mnist --download", "digits").replace("mnist", "digits")
-    text = re.sub(r"--epochs \d+", "--epochs 2", text)
-    commands = [line for line in text.splitlines() if "kdcache " in line]
-    assert len(commands) >= 20
+    assert len(commands()) >= 20
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.delitem(sys.modules, "mine", raising=False)  # another test's
-        for command in commands:
+        for written in commands():
+            command = written.replace("mnist --download", "digits").replace("mnist", "digits")
+            command = re.sub(r"--epochs \d+", "--epochs 2", command)
             piped, _, own = command.rpartition("| kdcache ")
             words = shlex.split(own.removeprefix("kdcache ").partition(" #")[0])
-            result = kdcache(*words, stdin=piped and f"{shlex.split(piped)[1]}\n")
+            result = run_command(*words, stdin=piped and f"{shlex.split(piped)[1]}\n")
             assert result.exit_code == 0, (command, result.output, result.stderr)
     return folder
 
 
 def make_files(folder):
-    """What a reader has who types the README: photographs with a teacher of them, a drawing, reviews."""
-    (folder / "mine.py").write_text(next(block for block in blocks("python") if "def photos" in block))
+    """Photographs with a teacher of them, a drawing, reviews."""
+    (folder / "mine.py").write_text(MINE)
     torch.save(resnet18(num_classes=2).state_dict(), folder / "teacher.pt")
     random = np.random.default_rng(0)
     for split in ("train", "test"):
@@ -64,78 +94,129 @@ def make_files(folder):
     Image.fromarray(random.integers(0, 256, (30, 30), dtype=np.uint8)).save(folder / "drawing.png")
 
 
-def test_the_pipeline_leaves_what_the_readme_says(pipeline):
-    run = pipeline / "runs" / "student"
-    names = {path.name for path in run.iterdir()}
+def test_a_run_folder_holds_the_files_of_the_readme(pipeline):
+    names = {path.name for path in (pipeline / "runs" / "student").iterdir()}
     assert {"config.json", "metrics.jsonl", "last.pt", "best.pt", "result.json"} <= names
+    assert not (pipeline / "runs" / "mine.zarr").exists()  # --dry-run
 
 
-def test_the_python_that_reads_a_cache_runs(pipeline, monkeypatch):
+def test_the_python_functions_dump_train_and_read(pipeline, monkeypatch):
     monkeypatch.chdir(pipeline)
-    variables = {}
-    reading = [block for block in blocks("python") if "open_cache" in block or "zarr.open_group" in block]
-    own_loop = [block for block in reading if "DataLoader" in block]
-    for block in (block for block in reading if block not in own_loop):
-        exec(block.replace("mnist", "digits").replace("59_999", "999"), {"kdcache": __import__("kdcache")}, variables)
-    assert np.array_equal(variables["logits"], variables["train"]["logits"][0])
-    assert variables["manifest"]["dataset"]["name"] == "digits"
-    assert variables["labels"].shape == (1437,)
+    network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, 4))
+    scope = {"kdcache": kdcache, "zarr": zarr, "teacher": network, "student": network, "dataset": synthetic(64)}
+    exec(python_block("kdcache.dump_teacher"), scope)
+    assert (scope["logits"].shape, scope["logits"].dtype) == ((3, 10), np.float16)
+    assert (scope["labels"].shape, scope["labels"].dtype) == ((1437,), np.int64)
+    assert np.array_equal(scope["logits"], scope["view_0"][[5, 3, 999]])
+    (call,) = re.findall(r"`(cache\.epoch\(.*?\))`", README)
+    batches = [*eval(call, scope)]
+    assert np.array_equal(np.sort(np.concatenate([indices for indices, _ in batches])), np.arange(1437))
+    assert all(np.array_equal(rows, scope["view_0"][indices]) for indices, rows in batches)
 
 
-def test_the_python_that_runs_an_artefact(pipeline, monkeypatch):
+def test_the_python_code_that_runs_an_exported_student(pipeline, monkeypatch):
     monkeypatch.chdir(pipeline)
-    (block,) = (block for block in blocks("python") if "onnxruntime" in block)
     scope = {"images": np.zeros((3, 1, 8, 8), np.uint8)}
-    exec(block, scope)
+    exec(python_block("onnxruntime"), scope)
     assert scope["logits"].shape == (3, 10)
     assert set(scope["answers"]) <= set("0123456789")
 
 
-def test_the_three_lines_for_a_loop_of_ones_own_run(pipeline, monkeypatch):
-    import kdcache
-    from kdcache.data.registry import open_dataset
-
+def test_the_five_lines_of_a_training_loop(pipeline, monkeypatch):
     monkeypatch.chdir(pipeline)
-    (block,) = (block for block in blocks("python") if "DataLoader" in block)
-    scope = {"kdcache": kdcache, "dataset": open_dataset("digits", split="train"), "seen": []}
-    exec("from torch.utils.data import DataLoader", scope)
-    loop = block.replace("mnist", "digits").replace("num_workers=2", "num_workers=0").split("#")[0].rstrip()
-    exec(f"{loop}\n    seen.append((inputs, labels, logits))", scope)
-    (loss,) = (part for part in re.findall("`(.*?)`", README) if part.startswith("kdcache.losses.kd_with_labels"))
-    inputs, labels, logits = scope["seen"][0]
     student = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))
-    assert (
-        eval(loss, {"kdcache": kdcache, "student": student, "inputs": inputs, "labels": labels, "logits": logits}) > 0
+    scope = {"kdcache": kdcache, "DataLoader": DataLoader, "student": student, "seen": []}
+    scope["dataset"] = open_dataset("digits", split="train")
+    code = python_block("in DataLoader(")
+    assert len(code.splitlines()) == 5
+    exec(f"{code.rstrip()}\n    seen.append((labels, teacher_logits, loss))", scope)
+    assert sum(len(labels) for labels, _, _ in scope["seen"]) == 1437
+    assert scope["seen"][0][1].shape == (128, 10)
+    assert all(loss > 0 for _, _, loss in scope["seen"])
+    assert student[1].weight.grad is not None
+
+
+def test_the_whole_training_loop(pipeline, monkeypatch):
+    monkeypatch.chdir(pipeline)
+    scope = {}
+    exec(python_block("set_epoch"), scope)
+    assert torch.isfinite(scope["loss"])
+    assert scope["images"].shape == (6, 3, 64, 64)
+
+
+def test_removing_local_paths_keeps_the_digest(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    kdcache.dump_teacher(
+        torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10)),
+        open_dataset("digits", split="test"),
+        out="runs/digits.zarr",
+        split="test",
+        config=DumpConfig(device="cpu", license="CC-BY-4.0"),
     )
-    assert sum(len(labels) for _, labels, _ in scope["seen"]) == 1437
-    assert scope["seen"][0][2].shape == (128, 10)
+    before = json.loads(run_command("inspect", "runs/digits.zarr", "--json").stdout)["sha256"]
+    document = tmp_path / "runs" / "digits.zarr" / "test" / "zarr.json"
+    assert '"local"' in document.read_text()
+    exec(python_block('mode="r+"'), {"zarr": zarr})
+    assert '"local"' not in document.read_text()
+    assert json.loads(run_command("inspect", "runs/digits.zarr", "--json").stdout)["sha256"] == before
+    assert run_command("verify", "runs/digits.zarr").exit_code == 0
+
+
+def test_every_option_of_the_readme_exists():
+    options = options_by_command()
+    known = set().union(*options.values()) | {"--help", "--install-completion"}
+    assert set(OPTION.findall(README)) - known == set()
+
+
+def test_the_commands_of_the_readme_use_their_own_options():
+    options = options_by_command()
+    written = [*commands(), *re.findall(r"`((?:kdcache )?(?:dump|train|verify)[a-z-]* [^`]*--[^`]*)`", README)]
+    assert len(written) > len(commands())
+    for command in written:
+        words = shlex.split(command.rpartition("| ")[2].partition(" #")[0].removeprefix("kdcache "))
+        assert {word for word in words if word.startswith("--")} <= options[words[0]], command
+
+
+def options_by_command():
+    group = typer.main.get_command(app)
+    return {
+        name: {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
+        for name, command in group.commands.items()
+    }
+
+
+def test_every_command_is_in_the_readme():
+    for name in options_by_command():
+        assert f"kdcache {name}" in README or f"`{name}`" in README, name
 
 
 def test_every_make_target_of_the_readme_exists():
     makefile = (ROOT / "Makefile").read_text()
-    for target in set(re.findall(r"make ([a-z]+)", README)) - {"of", "alone"}:
+    for target in re.findall(r"make ([a-z]+)", README):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
 
 
-def test_every_command_is_in_the_readme():
-    from kdcache.cli.app import app
+def test_every_link_within_the_readme_has_a_section():
+    headings = re.findall(r"^#+ (.*)$", README, re.MULTILINE)
+    anchors = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+    linked = re.findall(r"\]\(#([\w-]+)\)", README)
+    assert len(linked) >= 8
+    assert set(linked) <= anchors
 
-    for command in app.registered_commands:
-        assert f"kdcache {command.name}" in README or f"`{command.name}`" in README, command.name
 
-
-def test_every_test_that_the_readme_names_exists():
-    named = set(re.findall(r"`(test_\w+\.py)`", README))
+def test_every_test_file_of_the_readme_exists():
+    named = set(re.findall(r"`((?:\w+/)?test_\w+\.py)`", README))
     assert len(named) >= 10
-    assert all((ROOT / "tests" / name).is_file() for name in named)
+    assert [name for name in named if not (ROOT / "tests" / name).is_file()] == []
 
 
-def test_what_the_readme_says_of_messages_is_what_they_say():
+def test_the_messages_of_the_readme_are_in_the_source():
     """Word by word, but for names, numbers and values."""
     source = re.sub(r'"\s*\n\s*f?"', "", "".join(path.read_text() for path in (ROOT / "kdcache").rglob("*.py")))
     for _ in range(2):  # braces within braces
         source = re.sub(r"\{[^{}]*\}", "…", source)
-    table = README[README.index("## Troubleshooting") : README.index("## Developing")]
+    table = README[README.index("| message |") :]
+    table = table[: table.index("</details>")]
     messages = [
         message for row in re.findall(r"^\| (`.*?) \|", table, re.MULTILINE) for message in re.findall("`(.*?)`", row)
     ]

@@ -117,7 +117,7 @@ def _check_cache(settings: PlotTemperatureArgs, cache: Cache) -> None:
         )
     if len(cache.classes) < 2:
         raise UsageError(
-            f"{cache.path} has {len(cache.classes)} class",
+            f"{cache.place} has {len(cache.classes)} class",
             "at least two: a single one always has probability 1",
             "choose another cache",
         )
@@ -155,7 +155,7 @@ def _text(settings: PlotTemperatureArgs, cache: Cache, printed: TemperatureCurve
     medians = zip(printed.temperatures_t, printed.top_qt[1], printed.entropy_qt[1], strict=True)
     rows = [[f"{temperature:g}", f"{top:.4f}", f"{nats:.4f}"] for temperature, top, nats in medians]
     lines = [
-        f"{cache.path}: {data['samples']:,} samples, {len(cache.classes)} classes, entropy at most {limit:.3f} nats",
+        f"{cache.place}: {data['samples']:,} samples, {len(cache.classes)} classes, entropy at most {limit:.3f} nats",
         *text_table(header, rows, numbers=header),
     ]
     if not cache.manifest.recipe.is_plain(0):

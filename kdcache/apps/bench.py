@@ -30,6 +30,7 @@ from kdcache.distill.trainer import TrainResult, train
 from kdcache.models.build import build, dataset_preprocess, open_data
 from kdcache.models.checkpoints import read_checkpoint
 from kdcache.models.device import move_to, resolve_device
+from kdcache.models.forward import ForwardPass
 from kdcache.models.registry import BuiltModel, count_parameters
 from kdcache.models.teacher import check_checkpoint_key, load_teacher
 from kdcache.store.cache import open_cache
@@ -184,14 +185,16 @@ def live_targets(
 ) -> LiveTargets:
     """The teacher at every step; where it takes other inputs than the student, they are made for it as well."""
     same = geometry_of(teacher) == geometry_of(student)
-    return LiveTargets(
-        teacher.module,
+    device = resolve_device(config.device)
+    network = ForwardPass(
+        move_to(teacher.module, device),
         teacher.preprocessor,
+        device,
         classes=len(dataset.classes),
-        fetcher=None if same else Fetcher(as_views(dataset), teacher.preprocessor),
         amp=config.amp,
         outputs=teacher.outputs,
     )
+    return LiveTargets(network, fetcher=None if same else Fetcher(as_views(dataset), teacher.preprocessor))
 
 
 def geometry_of(built: BuiltModel) -> tuple[Any, ...]:

@@ -25,7 +25,7 @@ from kdcache.data.dataset import IndexedDataset
 from kdcache.data.loader import BatchRequest, batch_loader
 from kdcache.models.build import check_classes, open_data
 from kdcache.models.device import evaluation_mode
-from kdcache.models.forward import answer
+from kdcache.models.forward import ForwardPass
 from kdcache.models.from_run import TrainedNetwork, load_trained
 
 # Batch size of the comparison, after a batch of one sample. Small, so that texts come in several lengths.
@@ -138,16 +138,10 @@ def _compared(trained: TrainedNetwork, dataset: IndexedDataset, samples: int) ->
     parts = np.split(indices, range(COMPARED_BATCH, len(indices), COMPARED_BATCH))
     requests = [BatchRequest(part) for part in (indices[:1], *parts)]
     device, preprocessor, found = torch.device("cpu"), trained.preprocessor, []
+    network = ForwardPass(trained.module, preprocessor, device, classes=len(trained.classes))
     with evaluation_mode(trained.module):
         for batch in batch_loader(dataset, requests, preprocessor=preprocessor, device=device):
-            logits = answer(
-                trained.module,
-                batch.inputs,
-                preprocessor=preprocessor,
-                device=device,
-                amp="off",
-                classes=len(trained.classes),
-            ).float()
+            logits = network(batch.inputs, batch.indices).float()
             if not torch.isfinite(logits).all():
                 raise ModelError(
                     f"the network itself gives a sample of {dataset.name} a logit that is not finite",

@@ -142,12 +142,15 @@ def _dump_split(settings: DumpTeacherArgs, split: str) -> Report:
             "free_bytes": plan.free_bytes,
             "complete": plan.existing is not None and plan.existing.complete and not plan.existing.extending,
         }
-        fits = "fits" if plan.bytes <= plan.free_bytes else "DOES NOT FIT"
+        room = ""
+        if plan.free_bytes is not None:
+            fits = "fits" if plan.bytes <= plan.free_bytes else "DOES NOT FIT"
+            room = f"; {plan.free_bytes:,} bytes are free: it {fits}"
         state = "; already complete" if data["complete"] else ""
         return Report(
             data,
-            f"{split}: {counted(plan.rows, 'row')}, {counted(plan.bytes, 'byte')} in {counted(plan.shards, 'shard')}; "
-            f"{plan.free_bytes:,} bytes are free: it {fits}{state}",
+            f"{split}: {counted(plan.rows, 'row')}, {counted(plan.bytes, 'byte')} in {counted(plan.shards, 'shard')}"
+            f"{room}{state}",
         )
     result = dump(
         built.module, dataset, **arguments, repair=settings.repair, accept_new_bytes=settings.accept_new_bytes

@@ -18,14 +18,11 @@ from torch import Tensor
 from kdcache.core.command_result import Report
 from kdcache.core.config import PredictArgs
 from kdcache.core.errors import DatasetError, ModelError, UsageError
-from kdcache.core.progress import Progress
 from kdcache.data.dataset import IndexedDataset, Indices
 from kdcache.data.folders import IMAGES, TEXTS, FileKind, LeftOut, find_files, printable
-from kdcache.data.loader import batch_loader, consecutive_batches
 from kdcache.data.preprocess import resize
 from kdcache.data.raw_input import read_image
-from kdcache.models.device import evaluation_mode, memory_errors, move_to, resolve_device
-from kdcache.models.forward import answer
+from kdcache.models.evaluate import predict_batches
 from kdcache.models.from_run import TrainedNetwork, load_trained
 
 STDIN = "-"
@@ -55,7 +52,7 @@ def predict(settings: PredictArgs) -> Report:
     trained = load_trained(Path(settings.run))
     _check_kind(trained, settings)
     items = [item for given in settings.inputs for item in _items(given, trained, settings.inputs)]
-    inputs = GivenInputs(items, trained, resize=settings.resize)
+    inputs = GivenInputs(items, trained, resize=settings.resize_images)
     probabilities_nc = _probabilities(trained, inputs, settings)
     order_nc = np.argsort(-probabilities_nc, axis=1, kind="stable")[:, : settings.top]
     predictions = [
@@ -127,7 +124,7 @@ class GivenInputs(IndexedDataset):
         raise DatasetError(
             f"{name} is {image.shape[1]} pixels high and {image.shape[2]} wide",
             f"{height} high and {width} wide, as the images that the network was trained on",
-            "give --resize, which brings images to that size, or do it yourself",
+            "give --resize-images, which brings images to that size, or do it yourself",
         )
 
 
@@ -150,10 +147,10 @@ def _check_kind(trained: TrainedNetwork, settings: PredictArgs) -> None:
             "a run on texts, or on images (uint8, with 1 or 3 channels)",
             "call the network from Python: kdcache.models.from_run.load_trained gives it",
         )
-    if settings.resize and (trained.is_text or shape is None):
+    if settings.resize_images and (trained.is_text or shape is None):
         what = "texts" if trained.is_text else "images of differing sizes, which its own preprocessing brings to one"
         raise UsageError(
-            f"--resize is given, and {settings.run} was trained on {what}", "images of one size", "leave it out"
+            f"--resize-images is given, and {settings.run} was trained on {what}", "images of one size", "leave it out"
         )
 
 
@@ -220,37 +217,20 @@ def _lines() -> Iterator[Item]:
 
 def _probabilities(trained: TrainedNetwork, inputs: GivenInputs, settings: PredictArgs) -> NDArray[np.float64]:
     """The softmax of the logits at temperature 1, (inputs, classes)."""
-    device = resolve_device(settings.device)
-    module, preprocessor = move_to(trained.module, device), trained.preprocessor
-    batches = consecutive_batches(np.arange(len(inputs)), settings.batch_size)
-    loader = batch_loader(inputs, batches, preprocessor=preprocessor, workers=settings.workers, device=device)
     found_nc = np.empty((len(inputs), len(trained.classes)))
-    with (
-        evaluation_mode(module),
-        memory_errors(settings.batch_size),
-        Progress("predict", len(inputs), "inputs") as progress,
+    for batch, on_device in predict_batches(
+        trained.module, inputs, preprocess=trained.preprocessor, config=settings, title="predict", unit="inputs"
     ):
-        for batch in loader:
-            logits_bc = answer(
-                module,
-                batch.inputs,
-                preprocessor=preprocessor,
-                device=device,
-                amp=settings.amp,
-                classes=len(trained.classes),
-                samples=batch.indices,
-            ).cpu()
-            wrong = np.flatnonzero(~torch.isfinite(logits_bc).all(dim=1).numpy())
-            if len(wrong):
-                raise ModelError(
-                    f"the network answers {inputs.name_of(int(batch.indices[wrong[0]]))} with a logit that is not "
-                    "finite",
-                    "finite logits",
-                    "use --amp off, or see in its metrics.jsonl whether the training diverged",
-                )
-            # float64 has room for what softmax adds up; the logits are rounded by the network's own precision.
-            found_nc[batch.indices.numpy()] = logits_bc.float().double().softmax(dim=1).numpy()
-            progress.advance(len(logits_bc))
+        logits_bc = on_device.cpu()
+        wrong = np.flatnonzero(~torch.isfinite(logits_bc).all(dim=1).numpy())
+        if len(wrong):
+            raise ModelError(
+                f"a logit of {inputs.name_of(int(batch.indices[wrong[0]]))} is not finite",
+                "finite logits",
+                "use --amp off, or see in its metrics.jsonl whether the training diverged",
+            )
+        # float64 has room for what softmax adds up; the logits are rounded by the network's own precision.
+        found_nc[batch.indices.numpy()] = logits_bc.float().double().softmax(dim=1).numpy()
     return found_nc
 
 

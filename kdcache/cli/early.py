@@ -26,6 +26,10 @@ def check_early(settings: Settings) -> None:
     _check_names(given)
     _check_files(given)
     _check_caches(settings, given)
+    if isinstance(settings, DumpTeacherArgs):
+        from kdcache.store.encodings.registry import encoding_named
+
+        encoding_named(settings.encoding)
     _check_runs(settings, given)
 
 
@@ -82,8 +86,9 @@ def _check_caches(settings: Settings, given: dict[str, Any]) -> None:
                 cache_splits(path)
     if isinstance(settings, DumpTeacherArgs) and not settings.list_layers:
         from kdcache.store.resume import check_free
+        from kdcache.store.storage.registry import open_storage
 
-        check_free(Path(settings.out))
+        check_free(open_storage(settings.out))
 
 
 def _check_runs(settings: Settings, given: dict[str, Any]) -> None:

@@ -47,8 +47,10 @@ PANELS = {
         *("epochs", "optimizer", "learning_rate", "weight_decay", "schedule", "warmup_epochs"),
         *("val_fraction", "momentum", "milestones", "gamma", "clip_norm", "ema"),
     ),
-    "Data and preprocessing": ("dataset", "data_root", "download", "mean", "std", "size", "resize", "crop"),
-    "Teacher outputs": ("teacher_outputs", "class_map"),
+    "Data and preprocessing": (
+        *("dataset", "data_root", "download", "mean", "std", "size", "resize", "crop"),
+        *("teacher_outputs", "class_map"),
+    ),
     "Views": ("augment", "mix", "views", "view_seed", "plain_view", "view_schedule", "add_views"),
     "Text": ("max_tokens", "vocabulary_size", "tokenizer"),
     "Execution": ("device", "batch_size", "workers", "amp", "seed"),

@@ -422,7 +422,7 @@ class PredictArgs(InferenceConfig):
         (), "Images, text files, folders of them, or - for texts on stdin, one per line.", argument=True, required=True
     )
     top: int = option(3, "Classes per input, likeliest first.", minimum=1)
-    resize: bool = option(False, "Resize images of other sizes than the network was trained on.")
+    resize_images: bool = option(False, "Resize images of other sizes than the network was trained on.")
 
 
 @dataclass(frozen=True, kw_only=True)

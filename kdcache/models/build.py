@@ -24,7 +24,7 @@ from kdcache.data.text_preprocess import is_sequences, recorded_tokenizer, seque
 from kdcache.data.views import Views, as_views
 from kdcache.models.checkpoints import fits
 from kdcache.models.device import evaluation_mode
-from kdcache.models.forward import answer
+from kdcache.models.forward import ForwardPass
 from kdcache.models.registry import (
     BuiltModel,
     build_model,
@@ -219,23 +219,14 @@ def probe_model(built: BuiltModel, views: Views, seed: int) -> None:
     indices = np.arange(min(2, len(views)))
     # The plain sample too, because networks are judged on it.
     looks = [(as_views(views.dataset), 0)] + ([] if views.recipe.is_plain(1) else [(views, 1)])
-    classes = len(views.dataset.classes)
+    network = ForwardPass(built.module, preprocessor, device, classes=len(views.dataset.classes), outputs=built.outputs)
     with torch.random.fork_rng(devices=[]), evaluation_mode(built.module):
         # Lazy layers draw their weights in their first forward pass, from the global generator.
         torch.default_generator.manual_seed(rng.generator_seed(seed, "lazy init"))
         for source, view in looks:
             request = BatchRequest(indices, view)
             (batch,) = batch_loader(source, [request], preprocessor=preprocessor, device=device)
-            answer(
-                built.module,
-                batch.inputs,
-                preprocessor=preprocessor,
-                device=device,
-                amp="off",
-                classes=classes,
-                outputs=built.outputs,
-                samples=batch.indices,
-            )
+            network(batch.inputs, batch.indices)
 
 
 def recorded_preprocess(checkpoint: dict[str, Any], path: Path) -> Preprocess:

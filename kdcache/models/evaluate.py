@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,10 +13,10 @@ from torch import Tensor, nn
 from kdcache.core.config import InferenceConfig
 from kdcache.core.progress import Progress
 from kdcache.data.dataset import IndexedDataset
-from kdcache.data.loader import batch_loader, consecutive_batches
+from kdcache.data.loader import Batch, batch_loader, consecutive_batches
 from kdcache.data.preprocess import Preprocessor, as_preprocessor
 from kdcache.models.device import evaluation_mode, memory_errors, move_to, resolve_device
-from kdcache.models.forward import answer
+from kdcache.models.forward import ForwardPass
 from kdcache.store.manifest import Preprocess
 
 SHOWN_SAMPLES = 5
@@ -54,6 +55,40 @@ class Evaluation:
         return [(2 * at + 1) * count // (2 * min(SHOWN_SAMPLES, count)) for at in range(min(SHOWN_SAMPLES, count))]
 
 
+def predict_batches(
+    module: nn.Module,
+    dataset: IndexedDataset,
+    *,
+    preprocess: Preprocess | Preprocessor,
+    config: InferenceConfig,
+    indices: NDArray[np.int64] | None = None,
+    title: str,
+    unit: str = "samples",
+) -> Iterator[tuple[Batch, Tensor]]:
+    """Batches of plain samples with a network's logits, (batch, classes), on the device.
+
+    Args:
+        module: Moved to the device, and put in eval mode while the batches are computed.
+        indices: Indices of the samples, (n,); None for all.
+        title: Title of the progress bar.
+        unit: What the progress bar counts.
+    """
+    if indices is None:
+        indices = np.arange(len(dataset))
+    device, preprocessor = resolve_device(config.device), as_preprocessor(preprocess)
+    network = ForwardPass(move_to(module, device), preprocessor, device, classes=len(dataset.classes), amp=config.amp)
+    batches = consecutive_batches(indices, config.batch_size)
+    loader = batch_loader(dataset, batches, preprocessor=preprocessor, workers=config.workers, device=device)
+    with (
+        evaluation_mode(module),
+        memory_errors(config.batch_size),
+        Progress(title, len(indices), unit) as progress,
+    ):
+        for batch in loader:
+            yield batch, network(batch.inputs, batch.indices)
+            progress.advance(len(batch.labels))
+
+
 def evaluate_model(
     module: nn.Module,
     dataset: IndexedDataset,
@@ -62,39 +97,18 @@ def evaluate_model(
     config: InferenceConfig,
     indices: NDArray[np.int64] | None = None,
 ) -> Evaluation:
-    """Let a network answer for samples of a dataset and compare with their labels.
+    """Compare a network's predictions for samples of a dataset with their labels.
 
     Args:
-        indices: Indices of the samples, (n,); None takes all.
+        indices: Indices of the samples, (n,); None for all.
     """
-    if indices is None:
-        indices = np.arange(len(dataset))
-    device = resolve_device(config.device)
-    move_to(module, device)
-    preprocessor = as_preprocessor(preprocess)
-    classes = len(dataset.classes)
-    batches = consecutive_batches(indices, config.batch_size)
-    loader = batch_loader(dataset, batches, preprocessor=preprocessor, workers=config.workers, device=device)
     parts: list[tuple[Tensor, ...]] = []
-    with (
-        evaluation_mode(module),
-        memory_errors(config.batch_size),
-        Progress(f"evaluate {dataset.split}", len(indices), "samples") as progress,
+    for batch, logits_bc in predict_batches(
+        module, dataset, preprocess=preprocess, config=config, indices=indices, title=f"evaluate {dataset.split}"
     ):
-        for batch in loader:
-            logits = answer(
-                module,
-                batch.inputs,
-                preprocessor=preprocessor,
-                device=device,
-                amp=config.amp,
-                classes=classes,
-                samples=batch.indices,
-            )
-            log_p = logits.float().log_softmax(dim=1)
-            top, predicted = log_p.max(dim=1)
-            nll = -log_p.gather(1, batch.labels.to(device)[:, None])[:, 0]
-            parts.append((batch.labels, predicted.cpu(), top.exp().cpu(), nll.cpu()))
-            progress.advance(len(batch.labels))
+        log_p = logits_bc.float().log_softmax(dim=1)
+        top, predicted = log_p.max(dim=1)
+        nll = -log_p.gather(1, batch.labels.to(logits_bc.device)[:, None])[:, 0]
+        parts.append((batch.labels, predicted.cpu(), top.exp().cpu(), nll.cpu()))
     true_n, predicted_n, top_n, nll_n = (torch.cat(each).numpy() for each in zip(*parts, strict=True))
     return Evaluation(true_n=true_n, predicted_n=predicted_n, top_n=top_n, nll_n=nll_n)

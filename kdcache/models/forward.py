@@ -15,66 +15,71 @@ from kdcache.models.teacher_outputs import to_logits
 from kdcache.store.manifest import OutputRecord
 
 
-def forward(
-    module: nn.Module,
-    inputs: Tensor,
-    *,
-    preprocessor: Preprocessor,
-    device: torch.device,
-    amp: str,
-    samples: Tensor | None = None,
-) -> Tensor:
-    """Outputs of a network for a batch, (batch, outputs), on the device; the caller sets its mode.
+class ForwardPass:
+    """Forward pass: logits for a batch. The caller sets the network's mode and whether gradients are recorded.
 
     Args:
-        inputs: Inputs (batch, …) after `Preprocessor.per_sample`.
-        samples: Indices of the samples, (batch,), for messages.
-
-    Raises:
-        ModelError: the network raises an exception of its own.
-    """
-    prepared = preprocessor.per_batch(inputs.to(device, non_blocking=True), floating_dtype(module))
-    try:
-        with autocast(device, amp):
-            return output_logits(module(prepared))
-    except (KdcacheError, torch.OutOfMemoryError):
-        raise
-    except Exception as problem:  # the network is code of the user's: it may raise anything
-        raise _failure(problem, module, prepared, samples) from problem
-
-
-def answer(
-    module: nn.Module,
-    inputs: Tensor,
-    *,
-    preprocessor: Preprocessor,
-    device: torch.device,
-    amp: str,
-    classes: int,
-    error: type[KdcacheError] = ModelError,
-    outputs: OutputRecord | None = None,
-    samples: Tensor | None = None,
-) -> Tensor:
-    """Logits of a network for a batch, (batch, classes), on the device; the caller sets its mode.
-
-    Args:
-        inputs: Inputs (batch, …) after `Preprocessor.per_sample`.
+        module: The network, on `device`.
+        preprocessor: Preprocessing from shared inputs to the network's inputs.
+        device: Device of the network.
+        classes: Number of classes of the dataset.
+        amp: Precision: `off`, `bf16` or `fp16`.
         outputs: Conversion of a teacher's outputs to logits; None if they are logits.
-        samples: Indices of the samples, (batch,), for messages.
-
-    Raises:
-        ModelError: the network raises an exception of its own; or the given `error`, for logits of another shape.
+        error: Type of the error for logits of another shape.
     """
-    logits = forward(module, inputs, preprocessor=preprocessor, device=device, amp=amp, samples=samples)
-    if outputs is not None:
-        logits = to_logits(logits, outputs)
-    if logits.shape != (len(inputs), classes):
-        raise error(
-            f"the network answers {tuple(logits.shape)} to a batch of {len(inputs)}",
-            f"{(len(inputs), classes)}: one logit for each of the dataset's classes",
-            "use a network made for this dataset's classes; --class-map chooses among a teacher's outputs",
-        )
-    return logits
+
+    def __init__(
+        self,
+        module: nn.Module,
+        preprocessor: Preprocessor,
+        device: torch.device,
+        *,
+        classes: int,
+        amp: str = "off",
+        outputs: OutputRecord | None = None,
+        error: type[KdcacheError] = ModelError,
+    ) -> None:
+        self.module, self.preprocessor, self.device = module, preprocessor, device
+        self.classes, self.amp, self.outputs = classes, amp, outputs or OutputRecord()
+        self._error = error
+
+    @property
+    def narrow(self) -> bool:
+        """Whether the network computes in a narrower dtype than float32."""
+        return self.amp != "off" or floating_dtype(self.module).itemsize < 4
+
+    def raw(self, inputs: Tensor, samples: Tensor | None = None) -> Tensor:
+        """Outputs of the network for a batch, (batch, outputs), on the device.
+
+        Args:
+            inputs: Inputs (batch, …) after `Preprocessor.per_sample`.
+            samples: Indices of the samples, (batch,), for messages.
+
+        Raises:
+            ModelError: the network raises an exception of its own.
+        """
+        prepared = self.preprocessor.per_batch(inputs.to(self.device, non_blocking=True), floating_dtype(self.module))
+        try:
+            with autocast(self.device, self.amp):
+                return output_logits(self.module(prepared))
+        except (KdcacheError, torch.OutOfMemoryError):
+            raise
+        except Exception as problem:  # the network is code of the user's: it may raise anything
+            raise _failure(problem, self.module, prepared, samples) from problem
+
+    def __call__(self, inputs: Tensor, samples: Tensor | None = None) -> Tensor:
+        """Logits for a batch, (batch, classes), on the device.
+
+        Args and errors as for `raw`, and the error of the constructor for logits of another shape.
+        """
+        logits = to_logits(self.raw(inputs, samples), self.outputs)
+        if logits.shape != (len(inputs), self.classes):
+            raise self._error(
+                f"the network returns {tuple(logits.shape)} for a batch of {len(inputs)}",
+                f"{(len(inputs), self.classes)}: one logit for each of the dataset's classes",
+                "use a network made for this dataset's classes; --class-map chooses among a teacher's outputs",
+            )
+        return logits
 
 
 def output_logits(output: Any) -> Tensor:

@@ -5,16 +5,13 @@ Nothing is returned unchecked: manifest against its sha256, ledger against manif
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kdcache.core.errors import CacheDamaged, CacheIncomplete, CacheNotFound
-from kdcache.core.paths import local_path
 from kdcache.store.chunk_reader import REPAIR, ChunkReader, sample_indices
 from kdcache.store.encodings.floats import LOGITS
 from kdcache.store.encodings.registry import encoding_of, logit_arrays
@@ -23,49 +20,55 @@ from kdcache.store.local_paths import LocalPaths, read_local
 from kdcache.store.manifest import Manifest, enclosing_cache, is_cache, read_manifest
 from kdcache.store.row_source import ReadOptions, plan_reading
 from kdcache.store.sampler import always, batches_of
+from kdcache.store.storage.base import Storage
+from kdcache.store.storage.registry import Location, open_storage
 
 
-def cache_splits(path: str | os.PathLike[str]) -> list[str]:
+def cache_splits(location: Location) -> list[str]:
     """Names of the splits in a cache, sorted.
 
+    Args:
+        location: A path, or an open storage.
+
     Raises:
-        CacheNotFound: there is no cache at the path.
+        CacheNotFound: there is no cache at the location.
     """
-    root = Path(local_path(os.fspath(path), "the cache"))
+    root = open_storage(location)
     if (cache := enclosing_cache(root)) is not None:
         raise CacheNotFound(
-            f"no cache at {root}: it lies inside the cache {cache}", "the cache itself", f"give {cache}"
+            f"no cache at {root.url}: it lies inside the cache {cache}", "the cache itself", f"give {cache}"
         )
     if not is_cache(root):
-        found = "nothing is there" if not root.exists() else "what is there is something else"
+        found = "nothing is there" if root.is_empty() else "what is there is something else"
         raise CacheNotFound(
-            f"no cache at {root}: {found}",
+            f"no cache at {root.url}: {found}",
             "a folder written by dump-teacher",
             "check the path, or make one with kdcache dump-teacher --out PATH",
         )
-    return sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    return [name for name in root.folders() if not name.startswith(".")]
 
 
-def open_cache(path: str | os.PathLike[str], split: str = "train", *, allow_partial: bool = False) -> Cache:
+def open_cache(location: Location, split: str = "train", *, allow_partial: bool = False) -> Cache:
     """Open one split of a cache for reading.
 
     Args:
-        allow_partial: open a split whose dump has not finished, too; only its committed samples can be read.
+        location: A path, or an open storage.
+        allow_partial: Open a split whose dump has not finished, too; only its committed samples can be read.
 
     Raises:
         CacheNotFound: no cache there, or not this split.
         CacheIncomplete: its dump has not finished.
         CacheDamaged: manifest or ledger fail their checksums.
     """
-    path = local_path(os.fspath(path), "the cache")
-    splits = cache_splits(path)
+    root = open_storage(location)
+    splits = cache_splits(root)
     if split not in splits:
         raise CacheNotFound(
-            f"the cache {path} has no split {split!r}",
+            f"the cache {root.url} has no split {split!r}",
             f"one of {', '.join(splits) or '(none yet)'}",
             f"add it: the dump-teacher command that made the cache, with --split {split}",
         )
-    return Cache(Path(path) / split, allow_partial=allow_partial)
+    return Cache(root, split, allow_partial=allow_partial)
 
 
 class Cache:
@@ -75,25 +78,27 @@ class Cache:
 
     Attributes:
         manifest: Provenance of the split.
-        path: Folder of the split.
+        url: Where the cache is.
+        place: Where the split is, for messages.
         local: Where its dataset was when it was dumped, as a hint.
         encoding: How its logits are stored.
         logit_arrays: Names of the arrays that hold its logits.
     """
 
-    def __init__(self, split_path: Path, *, allow_partial: bool = False) -> None:
-        self.path = split_path
-        self.manifest: Manifest = read_manifest(split_path)
-        self.local: LocalPaths = read_local(split_path, self.manifest)
+    def __init__(self, root: Storage, split: str, *, allow_partial: bool = False) -> None:
+        storage = root.below(split)
+        self._root, self.url, self.place = root, root.url, storage.url
+        self.manifest: Manifest = read_manifest(root, split)
+        self.local: LocalPaths = read_local(storage, self.manifest)
         self._partial = allow_partial and not self.manifest.complete
-        ledger = Ledger(split_path, self.manifest, views=self.manifest.readable_views)
+        ledger = Ledger(storage, self.manifest, views=self.manifest.readable_views)
         if not self._partial:
-            check_complete(split_path, self.manifest, ledger)
-        self.reader = ChunkReader(split_path, self.manifest, ledger)
+            check_complete(self.place, self.manifest, ledger)
+        self.reader = ChunkReader(storage, self.manifest, ledger)
         self.encoding, self.logit_arrays = encoding_of(self.manifest), logit_arrays(self.manifest)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _reopen, (self.path, self._partial)
+        return _reopen, (self._root, self.manifest.dataset.split, self._partial)
 
     def __len__(self) -> int:
         """Number of samples."""
@@ -180,7 +185,7 @@ class Cache:
             CacheDamaged: a chunk fails its checksum.
         """
         if self._partial:
-            check_complete(self.path, self.manifest, self.reader.ledger)
+            check_complete(self.place, self.manifest, self.reader.ledger)
         everything = range(len(self))
         if name == LOGITS:
             return self._decode({each: self.reader.span(each, view, everything) for each in self.logit_arrays})
@@ -191,11 +196,11 @@ class Cache:
         return logits
 
 
-def _reopen(split_path: Path, allow_partial: bool) -> Cache:
-    return Cache(split_path, allow_partial=allow_partial)
+def _reopen(root: Storage, split: str, allow_partial: bool) -> Cache:
+    return Cache(root, split, allow_partial=allow_partial)
 
 
-def check_complete(split_path: Path, manifest: Manifest, ledger: Ledger) -> None:
+def check_complete(place: str, manifest: Manifest, ledger: Ledger) -> None:
     """Refuse a split that lacks rows, or whose ledger is not the one that the manifest answers for.
 
     Raises:
@@ -205,14 +210,14 @@ def check_complete(split_path: Path, manifest: Manifest, ledger: Ledger) -> None
     if not manifest.complete:
         done = sum(int(ledger.committed(view).sum()) for view in range(manifest.readable_views))
         raise CacheIncomplete(
-            f"{split_path} is incomplete: {done} of {manifest.shards * manifest.views} shards are committed",
+            f"{place} is incomplete: {done} of {manifest.shards * manifest.views} shards are committed",
             "a finished dump",
             "run the same dump-teacher command again, which continues it; or give --allow-partial to use what is there",
         )
     for view, digest in enumerate(manifest.view_sha256):
         if (found := ledger.digest(view)) != digest:
             raise CacheDamaged(
-                f"the ledger of view {view} in {split_path} has sha256 {found}",
+                f"the ledger of view {view} in {place} has sha256 {found}",
                 f"{digest}, as the manifest says",
                 REPAIR,
             )

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numcodecs.blosc import decompress  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 
-from kdcache.core.atomic_files import storage_errors
 from kdcache.core.errors import CacheDamaged, CacheIncomplete
-from kdcache.store.layout import shard_path
+from kdcache.store.layout import shard_key
 from kdcache.store.ledger import Ledger
 from kdcache.store.manifest import ArrayRecord, Manifest
 from kdcache.store.shard_codec import (
@@ -26,6 +21,10 @@ from kdcache.store.shard_codec import (
     index_bytes,
     stored_dtype,
 )
+from kdcache.store.storage.base import MissingKey, Storage, WrongSize
+
+# An array, a view and a shard.
+Place = tuple[ArrayRecord, int, int]
 
 REPAIR = "run the dump-teacher command that made it with --repair, or restore the cache from a copy"
 
@@ -33,11 +32,14 @@ REPAIR = "run the dump-teacher command that made it with --repair, or restore th
 class ChunkReader:
     """Reads the chunks of one split.
 
+    Args:
+        storage: The split's part of the storage.
+
     Holds no open file and no state, so it may be used from several threads, and in forked and spawned processes.
     """
 
-    def __init__(self, split_path: Path, manifest: Manifest, ledger: Ledger) -> None:
-        self.path, self.manifest, self.ledger = split_path, manifest, ledger
+    def __init__(self, storage: Storage, manifest: Manifest, ledger: Ledger) -> None:
+        self.storage, self.manifest, self.ledger = storage, manifest, ledger
 
     def rows(self, name: str, view: int, indices: NDArray[np.int64]) -> NDArray[Any]:
         """Some rows of an array, (n, *row_shape), in the order asked.
@@ -92,66 +94,79 @@ class ChunkReader:
         if not 0 <= view < self.manifest.readable_views:
             raise IndexError(f"view is {view}; the cache has {self.manifest.readable_views}")
         shard, position = divmod(chunk, self.manifest.shard_rows // array.chunk_rows)
-        path = shard_path(self.path, array, view if array.per_view else 0, shard)
         length, crcs = self.ledger.lookup(array, view, shard)
         if not length:
             rows = self.manifest.rows_of(shard)
             raise CacheIncomplete(
-                f"{array.name}, view {view}, shard {shard} (samples {rows.start} to {rows.stop - 1}) of {self.path} "
-                "is not committed",
+                f"{array.name}, view {view}, shard {shard} (samples {rows.start} to {rows.stop - 1}) of "
+                f"{self.storage.url} is not committed",
                 "rows that the dump has written",
                 "run the same dump-teacher command again; it continues",
             )
-        committed = int(crcs[position])
+        place, committed = (array, view, shard), int(crcs[position])
         try:
-            with open_shard(path, length) as descriptor:
-                if array.compression == "none":
-                    _read_raw(descriptor, position * chunk_stride(array), out, committed)
-                else:
-                    self._read_compressed(descriptor, array, length, position, out, committed)
+            if array.compression == "none":
+                payload, stored = out.reshape(-1).view(np.uint8), bytearray(CRC_BYTES)
+                self.shard_range(place, position * chunk_stride(array), payload.data, memoryview(stored))
+                check_crc(payload, bytes(stored), committed)
+            else:
+                offset, size = self._find(place, position)
+                data = bytearray(size)
+                self.shard_range(place, offset, memoryview(data))
+                payload = np.frombuffer(data, np.uint8, max(size - CRC_BYTES, 0))
+                check_crc(payload, bytes(data[-CRC_BYTES:]), committed)
+                decompress(payload, out.reshape(-1).view(np.uint8))
         except BadChunk as problem:
             raise self.damage(array, view, shard, problem) from problem
+
+    def shard_range(self, place: Place, start: int, *outs: memoryview) -> None:
+        """Fill buffers from a position in a shard that has the length that the ledger says.
+
+        Raises:
+            BadChunk: the shard is missing or has another length.
+            StorageError: the storage refuses.
+        """
+        array, view, shard = place
+        key = shard_key(array, view if array.per_view else 0, shard)
+        try:
+            self.storage.read_range(key, start, *outs, size=self.ledger.lookup(*place)[0])
+        except MissingKey as problem:
+            raise BadChunk("its file is missing") from problem
+        except WrongSize as problem:
+            raise BadChunk(f"its file {problem}") from problem
+
+    def shard_index(self, place: Place) -> NDArray[np.uint64]:
+        """Offset and length of each chunk of a shard, (chunks, 2).
+
+        Raises:
+            BadChunk: the shard is missing, has another length, or its index fails its checksum.
+        """
+        length = self.ledger.lookup(*place)[0]
+        index = index_bytes(self.manifest, place[0])
+        if not index:
+            return np.array([[0, length]], np.uint64)
+        if length < index:
+            raise BadChunk(f"its file has {length} bytes, fewer than its index")
+        data = bytearray(index)
+        self.shard_range(place, length - index, memoryview(data))
+        return decode_index(bytes(data))
+
+    def _find(self, place: Place, position: int) -> tuple[int, int]:
+        """Offset and length of a compressed chunk."""
+        offset, size = (int(number) for number in self.shard_index(place)[position])
+        if offset + size > self.ledger.lookup(*place)[0] - index_bytes(self.manifest, place[0]):
+            raise BadChunk(f"its index places chunk {position} outside the file")
+        return offset, size
 
     def damage(self, array: ArrayRecord, view: int, shard: int, problem: BadChunk) -> CacheDamaged:
         """The error for a shard whose bytes are not the committed ones."""
         rows = self.manifest.rows_of(shard)
         return CacheDamaged(
-            f"{array.name}, view {view}, shard {shard} (samples {rows.start} to {rows.stop - 1}) of {self.path} "
+            f"{array.name}, view {view}, shard {shard} (samples {rows.start} to {rows.stop - 1}) of {self.storage.url} "
             f"is damaged: {problem}",
             "the bytes that the dump committed",
             REPAIR,
         )
-
-    def _read_compressed(
-        self, descriptor: int, array: ArrayRecord, length: int, position: int, out: NDArray[Any], committed: int
-    ) -> None:
-        offset, size = 0, length
-        if index := index_bytes(self.manifest, array):
-            table = decode_index(os.pread(descriptor, index, length - index))
-            offset, size = (int(number) for number in table[position])
-            if offset + size > length - index:
-                raise BadChunk(f"its index places chunk {position} outside the file")
-        data = os.pread(descriptor, size, offset)
-        payload = data[:-CRC_BYTES]
-        check_crc(payload, data[-CRC_BYTES:], committed)
-        decompress(payload, out.reshape(-1).view(np.uint8))
-
-
-@contextmanager
-def open_shard(path: Path, length: int) -> Iterator[int]:
-    """The descriptor of a shard's file that has the length the ledger says.
-
-    Raises:
-        BadChunk: it is missing or has another length.
-        StorageError: the disk refuses.
-    """
-    if not path.exists():
-        raise BadChunk("its file is missing")
-    with storage_errors("read", path), open(path, "rb", buffering=0) as file:
-        found = os.fstat(file.fileno()).st_size
-        if found != length:
-            raise BadChunk(f"its file has {found} bytes, the ledger says {length}")
-        yield file.fileno()
 
 
 def sample_indices(indices: Any) -> NDArray[np.int64]:
@@ -177,12 +192,3 @@ def check_indices(indices: NDArray[np.int64], length: int) -> None:
     # Seen as unsigned, a negative index is larger than any length: one pass instead of two.
     if indices.size and indices.view(np.uint64).max() >= length:
         raise IndexError(f"sample indices run from {indices.min()} to {indices.max()}; the cache has {length} samples")
-
-
-def _read_raw(descriptor: int, offset: int, out: NDArray[Any], committed: int) -> None:
-    """Straight into the caller's memory: for large chunks a copy more is a third of the time."""
-    stored = bytearray(CRC_BYTES)
-    payload = out.reshape(-1).view(np.uint8)
-    if os.preadv(descriptor, [payload.data, stored], offset) != payload.nbytes + CRC_BYTES:
-        raise BadChunk("its file ends early")
-    check_crc(payload, bytes(stored), committed)

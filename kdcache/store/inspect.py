@@ -3,75 +3,76 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from kdcache.core.command_result import Report
 from kdcache.core.errors import CacheDamaged, CacheIncomplete, CacheNotFound
 from kdcache.core.json_records import counted, to_json
-from kdcache.core.paths import local_path
 from kdcache.core.progress import Progress
 from kdcache.store.cache import cache_splits
 from kdcache.store.chunk_reader import REPAIR
+from kdcache.store.encodings.registry import encoding_of
 from kdcache.store.ledger import Ledger
 from kdcache.store.local_paths import LocalPaths, read_local
 from kdcache.store.manifest import Manifest, Preprocess, cache_sha256, read_manifest, recorded_sha256
+from kdcache.store.storage.base import Storage
+from kdcache.store.storage.registry import Location, open_storage
 from kdcache.store.verify import SplitReport, verify_split
 
 
-def inspect_cache(path: str | os.PathLike[str]) -> Report:
+def inspect_cache(location: Location) -> Report:
     """The manifests of a cache's splits with what is committed of each: as data and as text.
 
     Raises:
         CacheNotFound, CacheDamaged: the cache cannot be read.
         CacheIncomplete: not even one split was begun.
     """
-    path = local_path(os.fspath(path), "the cache")
-    splits = {name: _inspect_split(Path(path) / name) for name in cache_splits(path)}
+    root = open_storage(location)
+    splits = {name: _inspect_split(root, name) for name in cache_splits(root)}
     if not splits:
-        raise CacheIncomplete(f"the cache {path} has no split yet", "a dump", "run dump-teacher again")
+        raise CacheIncomplete(f"the cache {root.url} has no split yet", "a dump", "run dump-teacher again")
     details = {name: split[0] for name, split in splits.items()}
     finished = all(each["complete"] and not each["views_being_added"] for each in details.values())
     digest = cache_sha256({name: each["sha256"] for name, each in details.items()}) if finished else None
     cited = f"{digest}, the digest to cite for the whole cache" if digest else "to cite once every split is complete"
-    texts = [f"{path}\n  sha256  {cited}", *(text for _, text in splits.values())]
-    return Report({"cache": str(path), "sha256": digest, "splits": details}, "\n\n".join(texts))
+    texts = [f"{root.url}\n  sha256  {cited}", *(text for _, text in splits.values())]
+    return Report({"cache": root.url, "sha256": digest, "splits": details}, "\n\n".join(texts))
 
 
-def verify_cache(path: str | os.PathLike[str], splits: Sequence[str] = ()) -> Report:
+def verify_cache(location: Location, splits: Sequence[str] = ()) -> Report:
     """Check every byte of some splits, or of all: as data and as text, with exit code 3 where something is wrong.
 
     Raises:
         CacheNotFound: no cache there, or not one of these splits.
     """
-    path = local_path(os.fspath(path), "the cache")
-    names = cache_splits(path)
+    root = open_storage(location)
+    names = cache_splits(root)
     if missing := [name for name in splits if name not in names]:
-        raise CacheNotFound(f"the cache {path} has no split {missing[0]!r}", f"of {', '.join(names) or '(none yet)'}")
+        raise CacheNotFound(
+            f"the cache {root.url} has no split {missing[0]!r}", f"of {', '.join(names) or '(none yet)'}"
+        )
     reports: dict[str, SplitReport] = {}
     began = time.perf_counter()
     for name in splits or names:
-        folder = Path(path) / name
-        total = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+        total = sum(size for _, size in root.objects(name))
         with Progress(f"verify {name}", total, "bytes") as progress:
-            reports[name] = verify_split(folder, on_read=progress.advance)
+            reports[name] = verify_split(root, name, on_read=progress.advance)
     seconds = time.perf_counter() - began
     whole = bool(reports) and not any(report.problems for report in reports.values())
-    lines = [] if reports else [f"{path} has no split yet"]
+    lines = [] if reports else [f"{root.url} has no split yet"]
     for name, report in reports.items():
         state = counted(len(report.problems), "problem") if report.problems else "whole"
         shards = counted(report.shards, "shard")
-        lines.append(f"{Path(path) / name}: {state}; {counted(report.bytes, 'byte')} of {shards} checked")
+        lines.append(f"{root.place(name)}: {state}; {counted(report.bytes, 'byte')} of {shards} checked")
         lines += [f"  damage: {problem}" for problem in report.problems] + [f"  note: {note}" for note in report.notes]
     checked = sum(report.bytes for report in reports.values())
     lines.append(f"{checked:,} bytes in {seconds:.2f} s ({checked / max(seconds, 1e-9) / 1e6:,.0f} MB/s)")
     if not whole:
         lines.append(f"to do: {REPAIR}")
     data = {
-        "cache": str(path),
+        "cache": root.url,
         "whole": whole,
         "seconds": seconds,
         "splits": {name: dataclasses.asdict(report) for name, report in reports.items()},
@@ -79,11 +80,11 @@ def verify_cache(path: str | os.PathLike[str], splits: Sequence[str] = ()) -> Re
     return Report(data, "\n".join(lines), 0 if whole else CacheDamaged.exit_code)
 
 
-def _inspect_split(split_path: Path) -> tuple[dict[str, Any], str]:
-    manifest = read_manifest(split_path)
-    ledger = Ledger(split_path, manifest)
+def _inspect_split(root: Storage, split: str) -> tuple[dict[str, Any], str]:
+    manifest, storage = read_manifest(root, split), root.below(split)
+    ledger = Ledger(storage, manifest)
     committed = sum(int(ledger.committed(view).sum()) for view in range(manifest.views))
-    stored = sum(file.stat().st_size for file in split_path.rglob("*") if file.is_file())
+    stored = sum(size for _, size in storage.objects())
     shards = manifest.shards * manifest.views
     data = {
         "complete": manifest.complete,
@@ -93,16 +94,16 @@ def _inspect_split(split_path: Path) -> tuple[dict[str, Any], str]:
         "views_being_added": manifest.views - manifest.readable_views,
         "rows": manifest.dataset.length * manifest.readable_views,
         "bytes": stored,
-        "sha256": recorded_sha256(split_path),
+        "sha256": recorded_sha256(root, split),
         "manifest": to_json(manifest),
     }
-    return data, _describe(split_path, manifest, data, read_local(split_path, manifest))
+    return data, _describe(storage.url, manifest, data, read_local(storage, manifest))
 
 
-def _describe(split_path: Path, manifest: Manifest, data: dict[str, Any], local: LocalPaths) -> str:
+def _describe(place: str, manifest: Manifest, data: dict[str, Any], local: LocalPaths) -> str:
     committed, shards = data["committed_shards"], counted(data["shards"], "shard")
     dataset, teacher = manifest.dataset, manifest.teacher
-    logits = manifest.array("logits")
+    logits = manifest.arrays[0]
     unknown = "not known: view 0 is mixed" if manifest.complete else "not known yet"
     accuracy = unknown if teacher.accuracy is None else f"{teacher.accuracy:.2%} on this split"
     state = "complete" if manifest.complete else f"incomplete: {committed} of {shards} committed"
@@ -135,7 +136,7 @@ def _describe(split_path: Path, manifest: Manifest, data: dict[str, Any], local:
         "views": _describe_views(manifest),
         "features": features or "none",
         "rows": f"{dataset.length * manifest.readable_views:,}",
-        "encoding": f"{logits.dtype}, compression {logits.compression}, amp {manifest.amp}",
+        "encoding": f"{encoding_of(manifest).spec}, compression {logits.compression}, amp {manifest.amp}",
         "layout": f"chunks of {logits.chunk_rows} rows in shards of {manifest.shard_rows}, "
         f"{counted(data['bytes'], 'byte')} in all",
         "made with": ", ".join(f"{name} {version}" for name, version in manifest.versions.items())
@@ -147,7 +148,7 @@ def _describe(split_path: Path, manifest: Manifest, data: dict[str, Any], local:
     width = max(map(len, lines))
     below = "\n" + " " * (width + 4)
     described = (f"  {name:<{width}}  {value}".replace("\n", below) for name, value in lines.items())
-    return "\n".join([str(split_path), *described])
+    return "\n".join([place, *described])
 
 
 def _describe_views(manifest: Manifest) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -102,10 +101,10 @@ def chunks_in_shard(manifest: Manifest, array: ArrayRecord, shard: int) -> int:
     return -(-len(manifest.rows_of(shard)) // array.chunk_rows)
 
 
-def shard_path(split_path: Path, array: ArrayRecord, view: int, shard: int) -> Path:
-    """The file of one shard under Zarr's default chunk keys."""
+def shard_key(array: ArrayRecord, view: int, shard: int) -> str:
+    """Key of a shard below its split, by Zarr's default chunk keys."""
     position = ([view] if array.per_view else []) + [shard] + [0] * len(array.row_shape)
-    return split_path.joinpath(array.name, "c", *map(str, position))
+    return "/".join((array.name, "c", *map(str, position)))
 
 
 def fill_value(dtype: str) -> float | int:

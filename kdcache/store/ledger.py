@@ -9,18 +9,17 @@ of one view and is replaced as a whole, so a commit needs no append and no lock 
 from __future__ import annotations
 
 import hashlib
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from crc32c import crc32c
 from numpy.typing import NDArray
 
-from kdcache.core.atomic_files import storage_errors, write_durable
 from kdcache.core.errors import CacheDamaged
 from kdcache.store.layout import chunks_per_shard, zarr_array_options
 from kdcache.store.manifest import METADATA, ArrayRecord, Manifest
 from kdcache.store.shard_codec import CRC_BYTES
+from kdcache.store.storage.base import MissingKey, Storage
 
 NAME = "ledger"
 BLOCK_SHARDS = 256
@@ -34,7 +33,7 @@ class Ledger:
     """The ledger of one split, held in memory; every commit goes to disk before the call returns.
 
     Args:
-        split_path: folder of the split's Zarr group.
+        storage: The split's part of the storage.
         salvage: take a damaged part as empty instead of raising, and name it in `damaged`.
         views: how many are looked at; None takes all, those included that are being added.
 
@@ -49,9 +48,9 @@ class Ledger:
     """
 
     def __init__(
-        self, split_path: Path, manifest: Manifest, *, salvage: bool = False, views: int | None = None
+        self, storage: Storage, manifest: Manifest, *, salvage: bool = False, views: int | None = None
     ) -> None:
-        self._path = split_path / NAME
+        self._storage = storage
         self._manifest = manifest
         self.damaged: list[tuple[int, int]] = []
         self.suspended: dict[tuple[int, int], NDArray[np.uint64]] = {}
@@ -152,26 +151,26 @@ class Ledger:
             if of_view == view and shard // self._block == block:
                 entries[shard % self._block] = entry
         payload = entries.tobytes()
-        write_durable(self._file(view, block), payload + crc32c(payload).to_bytes(CRC_BYTES, "little"))
-
-    def _file(self, view: int, block: int) -> Path:
-        return self._path / "c" / str(view) / str(block) / "0"
+        self._storage.write(_key(view, block), payload + crc32c(payload).to_bytes(CRC_BYTES, "little"))
 
     def _load(self, view: int, block: int) -> None:
-        path = self._file(view, block)
-        if not path.exists():
+        try:
+            data = self._storage.read(_key(view, block))
+        except MissingKey:
             return
-        with storage_errors("read", path):
-            data = path.read_bytes()
         target = self._entries[view, block * self._block : (block + 1) * self._block]
         payload, stored = data[:-CRC_BYTES], data[-CRC_BYTES:]
         if len(payload) != target.nbytes or crc32c(payload).to_bytes(CRC_BYTES, "little") != stored:
             raise CacheDamaged(
-                f"the ledger file {self._file(view, block)} is damaged",
+                f"the ledger file {self._storage.place(_key(view, block))} is damaged",
                 f"{target.nbytes + CRC_BYTES} bytes that match their crc32c",
                 "run the dump-teacher command that made it with --repair, or restore the file from a copy",
             )
         target[:] = np.frombuffer(payload, "<u8").reshape(target.shape)
+
+
+def _key(view: int, block: int) -> str:
+    return f"{NAME}/c/{view}/{block}/0"
 
 
 def create_arrays(group: Any, manifest: Manifest) -> None:

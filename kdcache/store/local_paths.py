@@ -9,6 +9,7 @@ from typing import Any
 
 from kdcache.store.encodings.registry import encoding_of
 from kdcache.store.manifest import Manifest, group_attribute
+from kdcache.store.storage.base import Storage
 
 LOCAL = "local"
 _FOLDERS = ("folder", "text-folder")
@@ -54,13 +55,13 @@ def portable(manifest: Manifest) -> Manifest:
     )
 
 
-def read_local(split_path: Path, manifest: Manifest) -> LocalPaths:
+def read_local(group: Storage, manifest: Manifest) -> LocalPaths:
     """Where the dataset of a split was: as recorded beside the manifest, or inside one by an older version.
 
     Nothing checks these paths, so a recorded spec counts only where it is one of the manifest's dataset.
     """
     record = manifest.dataset
-    recorded = group_attribute(split_path).get(LOCAL)
+    recorded = group_attribute(group).get(LOCAL)
     found = recorded if isinstance(recorded, dict) else {}
     dataset, data_root = found.get("dataset"), found.get("data_root")
     if not isinstance(dataset, str) or portable_spec(dataset) != portable_spec(record.name):

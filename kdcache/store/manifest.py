@@ -11,12 +11,11 @@ import json
 import math
 import re
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from kdcache.core.atomic_files import storage_errors
 from kdcache.core.errors import CacheDamaged, UsageError
 from kdcache.core.json_records import ADDED, canonical_json, from_json, to_json
+from kdcache.store.storage.base import MissingKey, Storage
 
 SCHEMA = 1
 ATTRIBUTE = "kdcache"
@@ -335,15 +334,16 @@ def manifest_attributes(manifest: Manifest) -> dict[str, Any]:
     return {ATTRIBUTE: {"manifest": to_json(manifest), "sha256": manifest_sha256(manifest)}}
 
 
-def recorded_sha256(split_path: Path) -> str:
-    """The digest that a split's manifest was written with: the one to cite. Its JSON need not be what today's version
-    would write of it, so it is read and not computed.
+def recorded_sha256(storage: Storage, split: str) -> str:
+    """The digest that a split's manifest was written with: the one to cite.
+
+    It is read and not computed, because today's version need not write the same JSON of it.
 
     Raises:
         CacheDamaged: the manifest does not have it.
     """
-    read_manifest(split_path)
-    return str(group_attribute(split_path)["sha256"])
+    read_manifest(storage, split)
+    return str(group_attribute(storage.below(split))["sha256"])
 
 
 def cache_sha256(splits: dict[str, str]) -> str:
@@ -352,85 +352,93 @@ def cache_sha256(splits: dict[str, str]) -> str:
 
 
 def manifest_sha256(manifest: Manifest) -> str:
-    """The hash that answers for a split: of its manifest, and so of all that a finished one covers."""
+    """Digest of a split: of its manifest, and so of everything that the manifest of a finished split covers."""
     return hashlib.sha256(canonical_json(to_json(manifest))).hexdigest()
 
 
-def read_manifest(split_path: Path) -> Manifest:
+def read_manifest(storage: Storage, split: str) -> Manifest:
     """The manifest of a split, checked against its digest.
+
+    Args:
+        storage: The root of the cache.
 
     Raises:
         CacheDamaged: it is missing, was edited, or a version wrote it that this one cannot read.
     """
-    holder = group_attribute(split_path)
+    place, holder = storage.place(split), group_attribute(storage.below(split))
     if not isinstance(holder, dict) or not {"manifest", "sha256"} <= holder.keys():
-        raise CacheDamaged(f"{split_path}: the kdcache attribute is not a manifest with its sha256", remedy=_REMEDY)
+        raise CacheDamaged(f"{place}: the kdcache attribute is not a manifest with its sha256", remedy=_REMEDY)
     digest = hashlib.sha256(canonical_json(holder["manifest"])).hexdigest()
     if digest != holder["sha256"]:
+        raise CacheDamaged(f"{place}: the manifest's sha256 is {digest}", f"{holder['sha256']}, as written", _REMEDY)
+    manifest = from_json(Manifest, holder["manifest"], where=place, error=CacheDamaged)
+    if manifest.dataset.split != split:
         raise CacheDamaged(
-            f"{split_path}: the manifest's sha256 is {digest}", f"{holder['sha256']}, as written", _REMEDY
-        )
-    manifest = from_json(Manifest, holder["manifest"], where=str(split_path), error=CacheDamaged)
-    if manifest.dataset.split != split_path.name:
-        raise CacheDamaged(
-            f"{split_path} holds the split {manifest.dataset.split!r}",
-            f"{split_path.name!r}, as its folder says",
+            f"{place} holds the split {manifest.dataset.split!r}",
+            f"{split!r}, as its folder says",
             "give the folder its name back",
         )
     return manifest
 
 
-def enclosing_cache(path: Path) -> Path | None:
-    """The cache that a path lies in, below its root; None where it lies in none."""
-    # From the top, because the groups below a root are marked otherwise.
-    return next((parent for parent in reversed(path.absolute().parents) if is_cache(parent)), None)
+def enclosing_cache(storage: Storage) -> str | None:
+    """Where the cache is that a storage lies in, below its root; None where it lies in none."""
+    # The outermost first, because the groups below a root are marked otherwise.
+    return next((outer.url for outer in storage.enclosing() if is_cache(outer)), None)
 
 
-def is_cache(path: Path) -> bool:
-    """Whether a cache's root group is at a path; False for nothing and for anything else.
+def is_cache(storage: Storage) -> bool:
+    """Whether a storage holds a cache's root group; False for nothing and for anything else.
 
     Raises:
         CacheDamaged: it is the root of a cache that this version cannot read.
     """
-    if not (path / METADATA).is_file():
+    try:
+        document = _parsed(storage, storage.read(METADATA))
+    except MissingKey:
         return False
-    document = _read_json(path / METADATA)
     attributes = document.get("attributes") if isinstance(document, dict) else None
     if not isinstance(attributes, dict) or ATTRIBUTE not in attributes:
         return False
-    if group_attribute(path) != ROOT_MARK:
+    if group_attribute(storage) != ROOT_MARK:
         raise CacheDamaged(
-            f"{path} is marked {attributes[ATTRIBUTE]!r}", f"{ROOT_MARK!r}, which this version reads", _REMEDY
+            f"{storage.url} is marked {attributes[ATTRIBUTE]!r}", f"{ROOT_MARK!r}, which this version reads", _REMEDY
         )
     return True
 
 
-def group_attribute(group_path: Path) -> Any:
-    """What a Zarr group's attributes hold for kdcache; None where they hold nothing."""
-    path = group_path / METADATA
-    document = _read_json(path)
+def group_attribute(group: Storage) -> Any:
+    """What a Zarr group's attributes hold for kdcache; None where they hold nothing.
+
+    Raises:
+        CacheDamaged: the group's metadata is missing or damaged.
+    """
+    try:
+        document = _parsed(group, group.read(METADATA))
+    except MissingKey as problem:
+        place = group.place(METADATA)
+        raise CacheDamaged(f"{place} is missing", "the metadata of a Zarr group", _REMEDY) from problem
     try:
         if document["node_type"] != "group" or document["zarr_format"] != 3:
             raise ValueError(f"node_type {document['node_type']!r}, zarr_format {document['zarr_format']!r}")
         return document["attributes"].get(ATTRIBUTE)
     except (ValueError, KeyError, TypeError, AttributeError) as problem:
-        raise _not_a_group(path, problem) from problem
+        raise _not_a_group(group, problem) from problem
 
 
-def _read_json(path: Path) -> Any:
+def _parsed(group: Storage, content: bytes) -> Any:
     def refuse(constant: str) -> None:
         raise ValueError(f"it holds {constant}")
 
-    if not path.exists():
-        raise CacheDamaged(f"{path} is missing", "the metadata of a Zarr group", _REMEDY)
     try:
-        with storage_errors("read", path):
-            return json.loads(path.read_bytes(), parse_constant=refuse)
+        return json.loads(content, parse_constant=refuse)
     except ValueError as problem:
-        raise _not_a_group(path, problem) from problem
+        raise _not_a_group(group, problem) from problem
 
 
-def _not_a_group(path: Path, problem: Exception) -> CacheDamaged:
+def _not_a_group(group: Storage, problem: Exception) -> CacheDamaged:
     return CacheDamaged(
-        f"{path} is not the metadata of a Zarr group: {problem}", "JSON with node_type group and attributes", _REMEDY
+        f"{group.place(METADATA)} is not the metadata of a Zarr group: {problem}",
+        "JSON with node_type group and attributes",
+        _REMEDY,
     )

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 
+from kdcache.core.errors import StorageError
 from kdcache.core.json_records import counted
 from kdcache.store.chunk_reader import ChunkReader
-from kdcache.store.layout import chunks_in_shard, chunks_per_shard, shard_path
+from kdcache.store.layout import chunks_in_shard, chunks_per_shard, shard_key
 from kdcache.store.manifest import ArrayRecord
 from kdcache.store.shard_codec import CRC_BYTES, BadChunk, chunk_stride, decode_index, index_bytes
+from kdcache.store.storage.base import MissingKey
 from kdcache.store.verify import check_places, committed_places
 from kdcache.store.writer import SplitWriter
 
@@ -23,7 +25,7 @@ def prepare_repair(writer: SplitWriter) -> list[str]:
     """
     manifest, ledger = writer.manifest, writer.ledger
     found = list(writer.restored)
-    reader = ChunkReader(writer.path, manifest, ledger)
+    reader = ChunkReader(writer.storage, manifest, ledger)
     if writer.proof_needed:
         found.append("the manifest is damaged; it is written again if its sha256 or what it says proves it")
     for view in writer.new_digests():
@@ -46,7 +48,7 @@ def prepare_repair(writer: SplitWriter) -> list[str]:
     missing = [place for place in writer.pending() if place not in broken]
     if missing and manifest.complete:
         found.append(f"{counted(len(missing), 'shard')} not in the ledger")
-    if writer.accept_new_bytes:
+    if writer.policy.accept_new_bytes:
         broken |= {(view, shard) for view in ledger.unproved for shard in range(manifest.shards)}
     for view, shard in sorted(broken):
         ledger.suspend(view, shard)
@@ -57,7 +59,7 @@ def _rebuild(reader: ChunkReader, view: int) -> None:
     """Enter a view's shards, in memory, as their files describe themselves, where they do."""
     manifest, ledger = reader.manifest, reader.ledger
     for shard in range(manifest.shards):
-        with contextlib.suppress(BadChunk, OSError):
+        with contextlib.suppress(BadChunk, MissingKey, StorageError):
             entry = {
                 array.name: _describe(reader, array, view, shard)
                 for array in manifest.arrays
@@ -69,7 +71,7 @@ def _rebuild(reader: ChunkReader, view: int) -> None:
 def _describe(reader: ChunkReader, array: ArrayRecord, view: int, shard: int) -> tuple[int, list[int]]:
     """A shard's ledger entry as its file has it: its length, and the crc32c that stands behind each chunk."""
     manifest = reader.manifest
-    data = shard_path(reader.path, array, view, shard).read_bytes()
+    data = reader.storage.read(shard_key(array, view, shard))
     ends = [len(data)]
     if index := index_bytes(manifest, array):
         table = decode_index(data[len(data) - index :])[: chunks_in_shard(manifest, array, shard)]

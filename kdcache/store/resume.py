@@ -1,16 +1,12 @@
-"""What stands where a split is to be written: the same dump, another one, or what is left of a damaged one."""
+"""What is already stored where a split is to be written: the same dump, another one, or the rest of a damaged one."""
 
 from __future__ import annotations
 
 import json
-import os
-from dataclasses import replace
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
-from kdcache.core import file_lock
-from kdcache.core.atomic_files import TEMPORARY, check_folder
-from kdcache.core.errors import CacheDamaged, CacheIncomplete, CacheNotFound, TargetExists
+from kdcache.core.errors import CacheDamaged, CacheIncomplete, CacheNotFound, TargetExists, UsageError
 from kdcache.core.json_records import brief, counted, differences, from_json, to_json
 from kdcache.store.ledger import Ledger
 from kdcache.store.local_paths import portable, portable_spec
@@ -26,48 +22,59 @@ from kdcache.store.manifest import (
     read_manifest,
     recorded_sha256,
 )
+from kdcache.store.storage.base import MissingKey, Storage
 
 # Fields that come out of a dump or tell how it was carried out: taken from what is left of a damaged manifest.
 _RECORDED = ("views", "view_sha256", "device", "batch_size", "versions")
 _RECORDED_IF_THERE = ("encoding", "compute", "license", "citation", "history")
 
 
-def check_target(
-    path: Path,
-    manifest: Manifest,
-    *,
-    repair: bool = False,
-    add_views: int = 0,
-    allow_device_change: bool = False,
-) -> Manifest | None:
-    """The manifest of the same dump that stands at a target, None where the place is free; reads only.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ResumePolicy:
+    """How a dump treats what is already stored.
 
-    A dump may be asked for fewer views than stand there: it was extended since. What the caller has to write to it
-    (more views, an allowed change of device, other terms of use) is in the result already.
+    Attributes:
+        repair: Check everything, and compute again what is broken or missing.
+        add_views: Number of views to add to a finished split.
+        allow_device_change: Let another device, or other settings of it, compute what is missing.
+        accept_new_bytes: With `repair`, replace committed rows by recomputed ones that differ.
+    """
 
-    Args:
-        repair: take `manifest` itself where the one there is damaged; `SplitWriter.finish` asks for proof.
-        add_views: give the manifest that stands there room for so many more than `manifest` has.
-        allow_device_change: let another device, or other settings of it, compute what is missing; recorded in the
-            manifest's history.
+    repair: bool = False
+    add_views: int = 0
+    allow_device_change: bool = False
+    accept_new_bytes: bool = False
+
+    def __post_init__(self) -> None:
+        if self.accept_new_bytes and not self.repair:
+            raise UsageError("accept_new_bytes is given without repair", "both, or neither", "give repair=True")
+
+
+def find_dump(root: Storage, manifest: Manifest, policy: ResumePolicy) -> Manifest | None:
+    """The manifest of the same dump that is already stored, None where the place is free; reads only.
+
+    A dump may ask for fewer views than are stored: it was extended since. What the caller has to write (more views, an
+    allowed change of device, other terms of use) is in the result already. With `policy.repair` a damaged manifest
+    gives `manifest` itself, for which `SplitWriter.finish` asks for proof.
 
     Raises:
-        TargetExists: something else stands there, or rows of another device.
+        TargetExists: something else is stored, or rows of another device.
         CacheNotFound, CacheIncomplete: there is nothing to add views to, or its dump has not finished.
-        CacheDamaged: a cache stands there that cannot be read.
+        CacheDamaged: what is stored cannot be read.
     """
-    split = path / manifest.dataset.split
-    found = _same_dump(path, manifest, repair=repair, exact_versions=repair or add_views > 0)
-    target = _with_views(split, found, manifest, add_views)
+    split = manifest.dataset.split
+    place = root.place(split)
+    found = _same_dump(root, manifest, repair=policy.repair, exact_versions=policy.repair or policy.add_views > 0)
+    target = _with_views(place, found, manifest, policy.add_views)
     if target is None or target is manifest:
         return target
     # A finished split is only read, and what repairs it must give the committed bytes.
-    if not target.complete or (add_views and target.extending):
-        target = _on_device(split, target, manifest, allow_device_change)
-    return _with_terms(split, target, manifest)
+    if not target.complete or (policy.add_views and target.extending):
+        target = _on_device(root, target, manifest, policy.allow_device_change)
+    return _with_terms(root, target, manifest)
 
 
-def _with_views(split: Path, found: Manifest | None, manifest: Manifest, add_views: int) -> Manifest | None:
+def _with_views(split: str, found: Manifest | None, manifest: Manifest, add_views: int) -> Manifest | None:
     """What stands there, if it has the views that are asked for, or with room for those that are to be added."""
     if add_views:
         return _with_room(split, found, manifest.views, add_views)
@@ -86,7 +93,7 @@ def _with_views(split: Path, found: Manifest | None, manifest: Manifest, add_vie
     )
 
 
-def _with_room(split: Path, found: Manifest | None, views: int, add_views: int) -> Manifest:
+def _with_room(split: str, found: Manifest | None, views: int, add_views: int) -> Manifest:
     """What stands there with room for `views` + `add_views` in all: a number to reach, so it can be asked for twice."""
     if found is None:
         raise CacheNotFound(
@@ -112,22 +119,23 @@ def _with_room(split: Path, found: Manifest | None, views: int, add_views: int) 
     return replace(found, views=wanted)
 
 
-def _on_device(split: Path, found: Manifest, manifest: Manifest, allowed: bool) -> Manifest:
-    """What stands there, to be continued on the device of `manifest`; with the change recorded if it is another one."""
+def _on_device(root: Storage, found: Manifest, manifest: Manifest, allowed: bool) -> Manifest:
+    """The stored manifest, to be continued on the device of `manifest`; with the change recorded if it is another."""
+    storage = root.below(found.dataset.split)
     old, new = found.compute, manifest.compute
     if not old:  # by an older version, which recorded the kind of device alone
         old, new = {"device": _kind(found)}, {"device": _kind(manifest)}
     changed = [name for name in dict.fromkeys([*old, *new]) if old.get(name) != new.get(name)]
     if not changed:
         return found
-    ledger = Ledger(split, replace(found, views=max(found.readable_views, 1)), salvage=True)
+    ledger = Ledger(storage, replace(found, views=max(found.readable_views, 1)), salvage=True)
     shards = sum(int(ledger.committed(view).sum()) for view in range(found.readable_views))
     result = replace(found, compute=manifest.compute, device=manifest.device)
     if not shards:
         return result  # no row of the other device is there
     if not allowed:
         raise TargetExists(
-            f"{split} has {counted(shards, 'shard')} that another device or other settings computed: "
+            f"{storage.url} has {counted(shards, 'shard')} that another device or other settings computed: "
             + "; ".join(f"{name} is {old.get(name)!r} there and {new.get(name)!r} here" for name in changed),
             "one device with one set of settings for all rows: others give other last bits",
             "go on where it was begun, or give --allow-device-change, which the manifest records; nothing was changed",
@@ -145,15 +153,17 @@ def _kind(manifest: Manifest) -> str:
     return manifest.compute.get("device") or manifest.device.partition(":")[0]
 
 
-def _with_terms(split: Path, found: Manifest, manifest: Manifest) -> Manifest:
-    """What stands there under the license and citation that were given; what was not given stays."""
+def _with_terms(root: Storage, found: Manifest, manifest: Manifest) -> Manifest:
+    """The stored manifest with the license and citation that were given; what was not given stays."""
     given = {"license": manifest.license, "citation": manifest.citation}
     after = {name: text for name, text in given.items() if text and text != getattr(found, name)}
     if not after:
         return found
     history = found.history
     if found.complete:
-        before = {name: getattr(found, name) for name in after} | {"manifest_sha256": recorded_sha256(split)}
+        before = {name: getattr(found, name) for name in after} | {
+            "manifest_sha256": recorded_sha256(root, found.dataset.split)
+        }
         history = (*history, ChangeRecord(what="terms", before=before, after=after))
     return replace(
         found,
@@ -163,42 +173,42 @@ def _with_terms(split: Path, found: Manifest, manifest: Manifest) -> Manifest:
     )
 
 
-def check_free(path: Path) -> bool:
-    """Whether a path is free for a new cache; False where there is a cache.
+def check_free(root: Storage) -> bool:
+    """Whether a storage is free for a new cache; False where it holds a cache.
 
     Raises:
-        TargetExists: something else stands there.
-        CacheDamaged: a cache stands there that cannot be read.
+        TargetExists: it holds something else.
+        CacheDamaged: it holds a cache that cannot be read.
     """
-    if (cache := enclosing_cache(path)) is not None:
+    if (cache := enclosing_cache(root)) is not None:
         raise TargetExists(
-            f"{path} lies inside the cache {cache}",
+            f"{root.url} lies inside the cache {cache}",
             "the cache itself; a split is a folder in it",
             f"give --out {cache} --split NAME, or choose another --out; nothing was changed",
         )
-    check_folder(path)
-    if is_cache(path):
+    root.check_root()
+    if is_cache(root):
         return False
-    if os.path.lexists(path) and not (path.is_dir() and _is_free(path)):
+    if not root.is_empty():
         raise TargetExists(
-            f"{path} exists and is not a kdcache cache",
+            f"{root.url} exists and is not a kdcache cache",
             "a free path, an empty folder, or a cache",
             "choose another --out; nothing was changed",
         )
     return True
 
 
-def _same_dump(path: Path, manifest: Manifest, *, repair: bool, exact_versions: bool) -> Manifest | None:
-    if check_free(path):
+def _same_dump(root: Storage, manifest: Manifest, *, repair: bool, exact_versions: bool) -> Manifest | None:
+    if check_free(root):
         return None
-    split = path / manifest.dataset.split
-    if not split.exists():
+    split = manifest.dataset.split
+    if only_created(root.below(split)):
         return None
     try:
-        found = read_manifest(split)
+        found = read_manifest(root, split)
     except CacheDamaged:
         if repair:
-            return recorded_manifest(split, manifest) or manifest
+            return recorded_manifest(root.below(split), manifest) or manifest
         raise
     # A finished split is only read, so another version of a package cannot mix two kinds of rows in it.
     ignore = NOT_IDENTITY | ({"versions"} if found.complete and not exact_versions else set())
@@ -206,7 +216,7 @@ def _same_dump(path: Path, manifest: Manifest, *, repair: bool, exact_versions: 
         ignore |= {"dataset.labels_sha256"}
     if changes := differences(portable(found), portable(manifest), ignore=ignore):
         raise TargetExists(
-            f"{split} holds another dump: "
+            f"{root.place(split)} holds another dump: "
             + "; ".join(f"{field} is {brief(old)} there and {brief(new)} here" for field, old, new in changes[:8]),
             "the same settings to continue or keep it",
             "choose another --out, or give the settings it was made with; nothing was changed",
@@ -214,14 +224,14 @@ def _same_dump(path: Path, manifest: Manifest, *, repair: bool, exact_versions: 
     return found
 
 
-def recorded_manifest(split_path: Path, manifest: Manifest) -> Manifest | None:
+def recorded_manifest(group: Storage, manifest: Manifest) -> Manifest | None:
     """The manifest that a damaged one was, if what is left of it proves that it was of this dump; None if nothing does.
 
     What a dump is of is known from the dump; what came out of it is taken from what is recorded. Together they are it
     if they have the recorded sha256, or if the recorded settings are those of this dump.
     """
     try:
-        attribute = json.loads((split_path / METADATA).read_bytes())["attributes"][ATTRIBUTE]
+        attribute = json.loads(group.read(METADATA))["attributes"][ATTRIBUTE]
         recorded = attribute["manifest"]
         results = {name: recorded[name] for name in _RECORDED}
         results |= {name: recorded[name] for name in _RECORDED_IF_THERE if name in recorded}
@@ -235,23 +245,23 @@ def recorded_manifest(split_path: Path, manifest: Manifest) -> Manifest | None:
         candidate = from_json(
             Manifest,
             own | results | {"dataset": own["dataset"] | dataset, "teacher": own["teacher"] | teacher},
-            where=str(split_path),
+            where=group.url,
             error=CacheDamaged,
         )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (MissingKey, ValueError, KeyError, TypeError, AttributeError):
         return None
     return candidate if manifest_sha256(candidate) == attribute.get("sha256") else None
 
 
-def check_proof(path: Path, attribute: dict[str, Any], problem: CacheDamaged) -> None:
-    """Let a manifest take the place of a damaged one only if it is that one: by its sha256, or by what it says."""
-    recorded = path.read_bytes() if path.exists() else b""
-    if attribute["sha256"].encode() in recorded:
-        return
+def check_proof(group: Storage, attribute: dict[str, Any], problem: CacheDamaged) -> None:
+    """Let a manifest replace a damaged one only if it is the same: by its sha256, or by what is left of it."""
     try:
+        recorded = group.read(METADATA)
+        if attribute["sha256"].encode() in recorded:
+            return
         if json.loads(recorded)["attributes"][ATTRIBUTE]["manifest"] == attribute["manifest"]:
             return
-    except (ValueError, KeyError, TypeError):
+    except (MissingKey, ValueError, KeyError, TypeError):
         pass
     raise CacheDamaged(
         f"{problem.found}; the manifest that this dump would write is another one",
@@ -260,6 +270,10 @@ def check_proof(path: Path, attribute: dict[str, Any], problem: CacheDamaged) ->
     ) from problem
 
 
-def _is_free(folder: Path) -> bool:
-    """Whether a folder holds nothing but what a dump that was killed at its very start leaves."""
-    return all(entry.name == file_lock.NAME or entry.name == METADATA + TEMPORARY for entry in folder.iterdir())
+def only_created(group: Storage) -> bool:
+    """Whether a split is not stored, or was being created when the process was killed: it has no rows and no manifest.
+
+    A split's manifest is the last object of its creation, and its ledger is written with the first rows.
+    """
+    keys = [key for key, _ in group.objects()]
+    return METADATA not in keys and all(key.endswith(f"/{METADATA}") for key in keys)

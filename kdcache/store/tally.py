@@ -20,7 +20,7 @@ class Tally:
 
     def __init__(self, writer: SplitWriter) -> None:
         self._writer = writer
-        self._reader = ChunkReader(writer.path, writer.manifest, writer.ledger)
+        self._reader = ChunkReader(writer.storage, writer.manifest, writer.ledger)
         self._encoding, self._logit_arrays = encoding_of(writer.manifest), logit_arrays(writer.manifest)
         self._correct = 0
         self._labels = hashlib.sha256()
@@ -79,7 +79,7 @@ class Tally:
             return []
         before = {f"view {view}": old for view, (old, _) in changed.items()}
         after = {f"view {view}": new for view, (_, new) in changed.items()}
-        before["manifest_sha256"] = recorded_sha256(self._writer.path)
+        before["manifest_sha256"] = recorded_sha256(self._writer.root, self._writer.manifest.dataset.split)
         return [ChangeRecord(what="bytes", before=before, after=after | self._writer.compute)]
 
     def _catch_up(self) -> None:

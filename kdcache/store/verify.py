@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 import numpy as np
 
 from kdcache.core.errors import CacheDamaged, CacheIncomplete, KdcacheError
 from kdcache.core.system import core_count
 from kdcache.store.cache import check_complete
-from kdcache.store.chunk_reader import ChunkReader, open_shard
-from kdcache.store.layout import chunks_in_shard, shard_path
+from kdcache.store.chunk_reader import ChunkReader, Place
+from kdcache.store.layout import chunks_in_shard, shard_key
 from kdcache.store.ledger import NAME as LEDGER
 from kdcache.store.ledger import Ledger, create_arrays
 from kdcache.store.manifest import METADATA, ArrayRecord, Manifest, read_manifest
-from kdcache.store.shard_codec import ABSENT, CRC_BYTES, BadChunk, check_crc, chunk_stride, decode_index, index_bytes
-
-Place = tuple[ArrayRecord, int, int]
+from kdcache.store.shard_codec import ABSENT, CRC_BYTES, BadChunk, check_crc, chunk_stride, index_bytes
+from kdcache.store.storage.base import Storage
 
 
 @dataclass(kw_only=True)
@@ -41,26 +38,26 @@ class SplitReport:
 
 
 def verify_split(
-    split_path: Path, *, threads: int | None = None, on_read: Callable[[int], None] | None = None
+    root: Storage, split: str, *, threads: int | None = None, on_read: Callable[[int], None] | None = None
 ) -> SplitReport:
     """Check manifest, ledger, every byte of every committed shard, and the metadata that other Zarr readers go by.
 
     Args:
-        threads: that read at the same time; None takes one a core.
-        on_read: called with the bytes of each shard that was checked.
+        threads: Number of threads; None for one per core.
+        on_read: Called with the bytes of each shard that was checked.
     """
-    report = SplitReport()
+    report, storage = SplitReport(), root.below(split)
     try:
-        manifest = read_manifest(split_path)
-        ledger = Ledger(split_path, manifest)
+        manifest = read_manifest(root, split)
+        ledger = Ledger(storage, manifest)
     except KdcacheError as problem:
         report.problems.append(problem.found)
         return report
     try:
-        check_complete(split_path, manifest, ledger)
+        check_complete(storage.url, manifest, ledger)
     except (CacheIncomplete, CacheDamaged) as problem:
         report.problems.append(f"{problem.found}; needed: {problem.needed}")
-    reader = ChunkReader(split_path, manifest, ledger)
+    reader = ChunkReader(storage, manifest, ledger)
     places = committed_places(manifest, ledger)
     report.rows = manifest.dataset.length * manifest.readable_views
     report.shards = len({(view, shard) for _, view, shard in places})
@@ -69,8 +66,8 @@ def verify_split(
             report.bytes += ledger.lookup(*place)[0]
         else:
             report.problems.append(damage.found)
-    report.problems += _metadata_problems(split_path, manifest)
-    report.notes += _foreign_files(split_path, manifest, places)
+    report.problems += _metadata_problems(storage, manifest)
+    report.notes += _foreign_objects(storage, places)
     return report
 
 
@@ -109,69 +106,66 @@ def check_places(
 
 
 def check_shard(reader: ChunkReader, array: ArrayRecord, view: int, shard: int) -> None:
-    """Check every byte of one shard's file.
+    """Check every byte of one shard.
 
     Raises:
         BadChunk: a byte is not as committed.
-        StorageError: the disk refuses.
+        StorageError: the storage refuses.
     """
-    manifest = reader.manifest
-    length, crcs = reader.ledger.lookup(array, view, shard)
-    used = chunks_in_shard(manifest, array, shard)
-    index = index_bytes(manifest, array)
-    with open_shard(shard_path(reader.path, array, view if array.per_view else 0, shard), length) as descriptor:
-        table = np.array([[0, length]], np.uint64)
-        if index:
-            table = decode_index(os.pread(descriptor, index, length - index))
-            if (table[used:] != ABSENT).any():
-                raise BadChunk("its index names chunks that it does not have")
-        end = 0
-        for position, (offset, size) in enumerate(table[:used].tolist()):
-            if offset != end or (array.compression == "none" and size != chunk_stride(array)):
-                raise BadChunk(f"its index places chunk {position} at {offset}, {size} bytes long")
-            data = os.pread(descriptor, size, offset)
-            if len(data) != size:
-                raise BadChunk("its file ends early")
-            # A view, because a copy of every chunk costs more than its checksum.
-            check_crc(np.frombuffer(data, np.uint8, len(data) - CRC_BYTES), data[-CRC_BYTES:], int(crcs[position]))
-            end = offset + size
-        if end != length - index:
-            raise BadChunk("its file holds bytes that no chunk names")
+    place, manifest = (array, view, shard), reader.manifest
+    length, crcs = reader.ledger.lookup(*place)
+    used, index = chunks_in_shard(manifest, array, shard), index_bytes(manifest, array)
+    table = reader.shard_index(place)
+    if (table[used:] != ABSENT).any():
+        raise BadChunk("its index names chunks that it does not have")
+    end = 0
+    for position, (offset, size) in enumerate(table[:used].tolist()):
+        if offset != end or (array.compression == "none" and size != chunk_stride(array)):
+            raise BadChunk(f"its index places chunk {position} at {offset}, {size} bytes long")
+        if not CRC_BYTES <= size <= length - index - offset:
+            raise BadChunk(f"its index places chunk {position} outside the file")
+        data = bytearray(size)
+        reader.shard_range(place, offset, memoryview(data))
+        # A view, because a copy of every chunk costs more than its checksum.
+        check_crc(np.frombuffer(data, np.uint8, size - CRC_BYTES), bytes(data[-CRC_BYTES:]), int(crcs[position]))
+        end = offset + size
+    if end != length - index:
+        raise BadChunk("its file holds bytes that no chunk names")
 
 
-def _metadata_problems(split_path: Path, manifest: Manifest) -> list[str]:
+def _metadata_problems(storage: Storage, manifest: Manifest) -> list[str]:
     """Where the arrays' zarr.json differ from the manifest: kdcache reads by the manifest, other readers do not."""
     import zarr
+    from zarr.core.buffer import default_buffer_prototype
     from zarr.storage import MemoryStore
 
     expected, before = (zarr.create_group(MemoryStore(), zarr_format=3) for _ in range(2))
     create_arrays(expected, manifest)
     # While views are being added, the arrays may have grown already or not yet.
     create_arrays(before, replace(manifest, views=manifest.readable_views))
+    to_buffer = default_buffer_prototype().buffer.from_bytes
     problems = []
     for name, array in sorted(expected.arrays()):
-        path = split_path / name
+        key = f"{name}/{METADATA}"
         try:
-            found = zarr.open_array(path, mode="r", zarr_format=3).metadata.to_dict()
-        except Exception as problem:  # whatever zarr makes of a damaged file
-            problems.append(f"{path / METADATA} cannot be read: {type(problem).__name__}: {problem}")
+            store = MemoryStore({METADATA: to_buffer(storage.read(key))})
+            found = zarr.open_array(store, mode="r", zarr_format=3).metadata.to_dict()
+        except Exception as problem:  # whatever zarr makes of damaged metadata
+            problems.append(f"{storage.place(key)} cannot be read: {type(problem).__name__}: {problem}")
             continue
         wanted, earlier = array.metadata.to_dict(), before[name].metadata.to_dict()
         problems += [
-            f"{path / METADATA}: {key} is {found.get(key)!r}; needed: {wanted[key]!r}"
-            for key in wanted
-            if key != "attributes" and repr(found.get(key)) not in (repr(wanted[key]), repr(earlier[key]))
+            f"{storage.place(key)}: {field} is {found.get(field)!r}; needed: {wanted[field]!r}"
+            for field in wanted
+            if field != "attributes" and repr(found.get(field)) not in (repr(wanted[field]), repr(earlier[field]))
         ]
     return problems
 
 
-def _foreign_files(split_path: Path, manifest: Manifest, places: list[Place]) -> list[str]:
-    known = {shard_path(split_path, array, view if array.per_view else 0, shard) for array, view, shard in places}
+def _foreign_objects(storage: Storage, places: list[Place]) -> list[str]:
+    known = {shard_key(array, view if array.per_view else 0, shard) for array, view, shard in places}
     return [
-        f"{path} does not belong to the store"
-        for path in sorted(split_path.rglob("*"))
-        if path.is_file()
-        and path not in known
-        and path.name != METADATA
-        and path.relative_to(split_path).parts[0] != LEDGER
+        f"{storage.place(key)} does not belong to the store"
+        for key, _ in storage.objects()
+        if key not in known and key.rpartition("/")[2] != METADATA and not key.startswith(f"{LEDGER}/")
     ]

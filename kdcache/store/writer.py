@@ -6,20 +6,17 @@ that the next run with the same manifest continues.
 
 from __future__ import annotations
 
+import contextlib
 import json
-import shutil
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kdcache.core import file_lock
-from kdcache.core.atomic_files import TEMPORARY, make_folder, storage_errors, sync_folder, sync_tree, write_durable
 from kdcache.core.errors import CacheDamaged
 from kdcache.core.json_records import counted
-from kdcache.store.layout import shard_path
+from kdcache.store.layout import shard_key
 from kdcache.store.ledger import Ledger, array_metadata
 from kdcache.store.local_paths import LocalPaths
 from kdcache.store.manifest import (
@@ -33,92 +30,82 @@ from kdcache.store.manifest import (
     manifest_attributes,
     read_manifest,
 )
-from kdcache.store.resume import check_proof, check_target, recorded_manifest
+from kdcache.store.resume import ResumePolicy, check_proof, find_dump, recorded_manifest
 from kdcache.store.shard_codec import encode_shard
-
-_BUILDING = ".{}.creating"
+from kdcache.store.storage.base import MissingKey
+from kdcache.store.storage.registry import Location, open_storage
 
 
 class SplitWriter:
-    """Writes the rows of one split behind a manifest. Use it as a context: it holds the cache's lock until it is left.
+    """Writes the rows of one split behind a manifest. A context manager that holds the cache's lock.
 
     Args:
-        path: the cache; created where it does not exist.
-        manifest: of the split to write, without results.
-        local: where its dataset is now; recorded beside the manifest of a new split.
-        repair: open a split whose manifest or ledger is damaged, too.
-        accept_new_bytes: replace committed rows by what is computed again, even where it is not the same.
-        allow_device_change: let another device continue the split.
-        add_views: room for so many views more than the manifest's is made in a finished split, whose views stay
-            readable meanwhile.
+        root: Where the cache is, or will be.
+        manifest: Manifest of the split, without results.
+        policy: How to treat what is already stored.
+        local: Where its dataset is now; recorded beside the manifest of a new split.
 
     Attributes:
-        manifest: as it stands on disk; complete once every view is finished.
-        proof_needed: whether the manifest there is damaged, and `finish` must prove that it was this one; nothing else
+        manifest: The stored manifest; complete once every view is finished.
+        proof_needed: Whether the stored manifest is damaged, and `finish` must prove that it was this one; nothing else
             is written before.
-        restored: what metadata was written again, as text.
-        changes: what opening it added to the manifest's history.
-        rejected: what was computed again and is not what was committed, as text; nothing of it is written.
+        restored: Metadata that was written again, as text.
+        changes: What opening the split added to the manifest's history.
+        rejected: Recomputed parts that are not what was committed, as text; nothing of them is written.
 
     Raises:
-        TargetExists: the path holds something else, or the same split of another dump; the message names the settings
-            that differ.
+        TargetExists: something else is stored, or the same split of another dump; the message names the settings that
+            differ.
         CacheNotFound, CacheIncomplete: views are to be added to what is not there, or not finished.
-        CacheBusy: another dump writes to the path.
-        CacheDamaged: what is there cannot be read.
+        CacheBusy: another dump writes to the cache.
+        CacheDamaged: what is stored cannot be read.
     """
 
     def __init__(
         self,
-        path: Path,
+        root: Location,
         manifest: Manifest,
+        policy: ResumePolicy | None = None,
         *,
         local: LocalPaths | None = None,
-        repair: bool = False,
-        add_views: int = 0,
-        accept_new_bytes: bool = False,
-        allow_device_change: bool = False,
     ) -> None:
-        self.path = path / manifest.dataset.split
-        self.compute, self.accept_new_bytes = manifest.compute, accept_new_bytes
+        self.root, self.policy = open_storage(root), policy or ResumePolicy()
+        self.storage = self.root.below(manifest.dataset.split)
+        self.compute = manifest.compute
         self._local = {} if local is None else local.attribute()
-        ways: dict[str, Any] = {"repair": repair, "add_views": add_views, "allow_device_change": allow_device_change}
-        check_target(path, manifest, **ways)
-        with storage_errors("create", path):
-            make_folder(path)
-        self._lock = file_lock.PathLock(path)
         self.restored: list[str] = []
         self.rejected: list[str] = []
         self.changes: tuple[ChangeRecord, ...] = ()
-        try:
-            # Again, now that nobody else writes: what was free may have been taken since.
-            found = check_target(path, manifest, **ways)
-            if not is_cache(path):
-                root = {"zarr_format": 3, "node_type": "group", "attributes": {ATTRIBUTE: ROOT_MARK}}
-                write_durable(path / METADATA, json.dumps(root, indent=2).encode())
-            if found is None:
-                _create_split(self.path, manifest, self._local)
-            self.manifest = found or manifest
-            self.proof_needed = found is manifest
-            if repair and not self.proof_needed:
-                self._restore_manifest(manifest)
-            if found is not None and not self.proof_needed and read_manifest(self.path) != found:
-                self.changes = found.history[len(read_manifest(self.path).history) :]
-                self._put_manifest(found)
-            if (self.manifest.extending or repair) and not self.proof_needed:
-                self._put_metadata()
-            for leftover in self.path.rglob(f"*{TEMPORARY}"):
-                leftover.unlink()
-            self.ledger = Ledger(self.path, self.manifest, salvage=repair)
-        except BaseException:
-            self._lock.release()
-            raise
+        find_dump(self.root, manifest, self.policy)
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self.root.lock("dump"))
+            self._open(manifest)
+            self._lock = stack.pop_all()
+
+    def _open(self, manifest: Manifest) -> None:
+        # Again, now that nobody else writes: what was free may have been taken since.
+        found = find_dump(self.root, manifest, self.policy)
+        if not is_cache(self.root):
+            group = {"zarr_format": 3, "node_type": "group", "attributes": {ATTRIBUTE: ROOT_MARK}}
+            self.root.write(METADATA, json.dumps(group, indent=2).encode())
+        if found is None:
+            self._create(manifest)
+        self.manifest = found or manifest
+        self.proof_needed = found is manifest
+        if self.policy.repair and not self.proof_needed:
+            self._restore_manifest(manifest)
+        if found is not None and not self.proof_needed and self._stored_manifest() != found:
+            self.changes = found.history[len(self._stored_manifest().history) :]
+            self._put_manifest(found)
+        if (self.manifest.extending or self.policy.repair) and not self.proof_needed:
+            self._put_metadata()
+        self.ledger = Ledger(self.storage, self.manifest, salvage=self.policy.repair)
 
     def __enter__(self) -> SplitWriter:
         return self
 
     def __exit__(self, *_: Any) -> None:
-        self._lock.release()
+        self._lock.close()
 
     def pending(self) -> list[tuple[int, int]]:
         """The (view, shard) pairs that are not committed, in writing order."""
@@ -155,14 +142,14 @@ class SplitWriter:
         encoded: Iterable[tuple[ArrayRecord, bytes | bytearray, list[int]]] = (
             (array, *encode_shard(self.manifest, array, arrays[array.name])) for array in stored
         )
-        if (view, shard) in self.ledger.suspended and not self.accept_new_bytes:
+        if (view, shard) in self.ledger.suspended and not self.policy.accept_new_bytes:
             encoded = list(encoded)
             if changed := list(filter(None, (self._deviation(view, shard, *each) for each in encoded))):
                 self.rejected += changed
                 return
         entry = {}
         for array, data, crcs in encoded:
-            write_durable(shard_path(self.path, array, view, shard), data)
+            self.storage.write(shard_key(array, view, shard), data)
             entry[array.name] = len(data), crcs
         self.ledger.commit(view, shard, entry)
 
@@ -192,7 +179,7 @@ class SplitWriter:
             CacheDamaged: they did, and new bytes are not accepted; names old and new checksums.
         """
         problems = list(self.rejected)
-        if not problems and not self.accept_new_bytes:
+        if not problems and not self.policy.accept_new_bytes:
             problems = [
                 f"view {view}: sha256 of its ledger {old} committed, {new} now"
                 for view, (old, new) in self.new_digests().items()
@@ -203,7 +190,7 @@ class SplitWriter:
         apart = [f"{name} {old} there, {here.get(name)} here" for name, old in there.items() if here.get(name) != old]
         more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise CacheDamaged(
-            f"{self.path}: {counted(len(problems), 'part')} computed again differ from what was committed: "
+            f"{self.storage.url}: {counted(len(problems), 'part')} computed again differ from what was committed: "
             + "; ".join(problems[:3])
             + more
             + (f" (what differs: {', '.join(apart)})" if apart else ""),
@@ -214,9 +201,9 @@ class SplitWriter:
 
     def _restore_manifest(self, manifest: Manifest) -> None:
         try:
-            read_manifest(self.path)
+            self._stored_manifest()
         except CacheDamaged:
-            recorded = recorded_manifest(self.path, manifest)
+            recorded = recorded_manifest(self.storage, manifest)
             assert recorded is not None, "else its proof would be needed"
             self.restored.append("the manifest was damaged; what is left of it proves what it was")
             target, self.manifest = self.manifest, recorded
@@ -231,24 +218,25 @@ class SplitWriter:
         """
         if self.proof_needed:
             raise CacheDamaged(
-                f"the manifest of {self.path} is damaged, and so are rows: nothing proves that they are of this dump",
+                f"the manifest of {self.storage.url} is damaged, and so are rows: nothing proves that they are "
+                "of this dump",
                 "a manifest, or whole rows",
                 "restore the manifest from a copy, or dump again into another folder; nothing was changed",
             )
 
+    def _stored_manifest(self) -> Manifest:
+        return read_manifest(self.root, self.manifest.dataset.split)
+
     def _put_metadata(self) -> None:
-        """Let the arrays' metadata say what the manifest says, where it does not: it is missing, damaged or grew."""
-        for name, expected in array_metadata(self.manifest).items():
-            path = self.path / name
+        """Write the arrays' metadata again where it is not what the manifest says: it is missing, damaged or grew."""
+        for key, expected in array_metadata(self.manifest).items():
             try:
-                with storage_errors("read", path):
-                    current = json.loads(path.read_bytes()) if path.exists() else None
-            except ValueError:
+                current = json.loads(self.storage.read(key))
+            except (MissingKey, ValueError):
                 current = None
             if current != json.loads(expected):
-                self.restored.append(f"{path} is written again")
-                make_folder(path.parent)
-                write_durable(path, expected)
+                self.restored.append(f"{self.storage.place(key)} is written again")
+                self.storage.write(key, expected)
 
     def finish(self, manifest: Manifest) -> None:
         """Seal the split: put the manifest with its results and the digests of the ledger.
@@ -263,41 +251,30 @@ class SplitWriter:
             raise ValueError("view_sha256 is not that of the ledger")
         for view in sorted(self.ledger.unproved):
             self.ledger.save(view)
-        # One that is there already keeps the spelling, and so the digest, of the version that wrote it.
-        if self.proof_needed or read_manifest(self.path) != manifest:
+        # One that is stored already keeps the spelling, and so the digest, of the version that wrote it.
+        if self.proof_needed or self._stored_manifest() != manifest:
             self._put_manifest(manifest)
 
     def _put_manifest(self, manifest: Manifest) -> None:
-        path, attributes = self.path / METADATA, manifest_attributes(manifest)
+        attributes = manifest_attributes(manifest)
         try:
-            read_manifest(self.path)
+            self._stored_manifest()
         except CacheDamaged as problem:
-            check_proof(path, attributes[ATTRIBUTE], problem)
-            document = _group_document(manifest, self._local)
+            check_proof(self.storage, attributes[ATTRIBUTE], problem)
+            document = self._group_document(manifest)
         else:
-            document = json.loads(path.read_bytes())
+            document = json.loads(self.storage.read(METADATA))
             document["attributes"][ATTRIBUTE] |= attributes[ATTRIBUTE]
-        write_durable(path, json.dumps(document, indent=2).encode())
+        self.storage.write(METADATA, json.dumps(document, indent=2).encode())
         self.manifest = manifest
 
+    def _create(self, manifest: Manifest) -> None:
+        """Store a split's metadata, its manifest last, so that a kill leaves a split or what counts as none."""
+        for key, document in array_metadata(manifest).items():
+            self.storage.write(key, document)
+        self.storage.write(METADATA, json.dumps(self._group_document(manifest), indent=2).encode())
 
-def _group_document(manifest: Manifest, local: dict[str, Any]) -> dict[str, Any]:
-    attributes = manifest_attributes(manifest)
-    attributes[ATTRIBUTE] |= local
-    return {"zarr_format": 3, "node_type": "group", "attributes": attributes}
-
-
-def _create_split(split_path: Path, manifest: Manifest, local: dict[str, Any]) -> None:
-    """Build the split's metadata beside its place and move it there, so that a kill leaves all of it or nothing."""
-    group = _group_document(manifest, local)
-    building = split_path.with_name(_BUILDING.format(split_path.name))
-    with storage_errors("create", split_path):
-        shutil.rmtree(building, ignore_errors=True)
-        building.mkdir()
-        (building / METADATA).write_text(json.dumps(group, indent=2))
-        for path, document in array_metadata(manifest).items():
-            (building / path).parent.mkdir()
-            (building / path).write_bytes(document)
-        sync_tree(building)
-        building.replace(split_path)
-        sync_folder(split_path.parent)
+    def _group_document(self, manifest: Manifest) -> dict[str, Any]:
+        attributes = manifest_attributes(manifest)
+        attributes[ATTRIBUTE] |= self._local
+        return {"zarr_format": 3, "node_type": "group", "attributes": attributes}

@@ -20,7 +20,7 @@ from kdcache.apps.export_formats import FORMATS, METADATA
 from kdcache.apps.export_module import Deployable
 from kdcache.cli.app import app
 from kdcache.core import config
-from kdcache.core.errors import DatasetError, KdcacheError, MissingExtra, ModelError, StorageError, UsageError
+from kdcache.core.errors import DatasetError, KdcacheError, MissingExtra, ModelError, TargetExists, UsageError
 from kdcache.core.json_records import to_json
 from kdcache.data.loader import BatchRequest, batch_loader
 from kdcache.data.registry import open_dataset
@@ -402,7 +402,7 @@ def test_networks_that_cannot_be_exported(root, tmp_path, network, form, parts):
         ({"dataset": "py:other:larger"}, DatasetError, ["(1, 9, 9)", "(1, 8, 8)"]),
         ({"dataset": "py:other:nine"}, ModelError, ["10 classes", "9 classes"]),
         ({"samples": 1}, UsageError, ["--samples is 1", "at least 2"]),
-        ({"out": "file/student.pt2"}, StorageError, ["file/student.pt2"]),
+        ({"out": "file/student.pt2"}, TargetExists, ["file is a file, not a folder"]),
     ],
 )
 def test_what_is_refused(cnn, tmp_path, monkeypatch, settings, error, parts):

@@ -11,6 +11,7 @@ import numpy as np
 
 from kdcache.core.errors import KdcacheError
 from kdcache.store.cache import open_cache
+from kdcache.store.storage.local import LocalStorage
 from kdcache.store.verify import verify_split
 from tests.crashes import contents, dump, in_child, killed_at_write, random_kills, writes_of_a_dump
 
@@ -60,7 +61,7 @@ def damage(out: Path, what: str, count: int, seed: int = 0) -> Counter[str]:
         try:
             read = _read(out)
             assert all(np.array_equal(read[name], whole[name]) for name in whole), f"{file} changed a value"
-            report = verify_split(out / "train")
+            report = verify_split(LocalStorage(out), "train")
             seen = "no value changed, seen by verify" if report.problems else "no value changed, not seen by verify"
             outcomes[seen] += 1
         except KdcacheError as problem:

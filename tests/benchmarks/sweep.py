@@ -13,14 +13,13 @@ from kdcache.core.config import DumpConfig, StudentConfig
 from kdcache.distill.objective import Join, distillation_objective
 from kdcache.distill.student.soft_targets import CachedTargets
 from kdcache.distill.teacher.dump import dump_teacher
-from kdcache.distill.teacher.live_teacher import LiveTargets
 from kdcache.distill.trainer import train
 from kdcache.models.device import resolve_device
 from kdcache.models.registry import count_parameters
 from kdcache.store.cache import open_cache
 from tests.benchmarks.data import IMAGE, images, network
 from tests.benchmarks.timing import side_by_side
-from tests.helpers import logit_source
+from tests.helpers import live_targets, logit_source
 
 SAMPLES, EPOCHS = 8_192, 2
 SETTINGS = list(itertools.product((1.0, 2.0, 4.0, 8.0), (0.5, 0.9)))
@@ -61,7 +60,7 @@ def run(*, rounds: int, device: str) -> None:
 
         def live(teacher: nn.Module = teacher) -> float:
             began = time.perf_counter()
-            students(LiveTargets(teacher, IMAGE, classes=10))
+            students(live_targets(teacher, IMAGE, classes=10))
             return time.perf_counter() - began
 
         side_by_side(

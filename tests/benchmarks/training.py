@@ -9,13 +9,12 @@ from kdcache.core.config import DumpConfig, StudentConfig
 from kdcache.distill.objective import distillation_objective, label_objective
 from kdcache.distill.student.soft_targets import CachedTargets
 from kdcache.distill.teacher.dump import dump_teacher
-from kdcache.distill.teacher.live_teacher import LiveTargets
 from kdcache.distill.trainer import train
 from kdcache.models.device import resolve_device
 from kdcache.store.cache import open_cache
 from tests.benchmarks.data import IMAGE, images, network
 from tests.benchmarks.timing import side_by_side
-from tests.helpers import logit_source
+from tests.helpers import live_targets, logit_source
 
 SAMPLES = 30_000
 
@@ -29,7 +28,7 @@ def run(*, rounds: int, device: str) -> None:
         cache = open_cache(path)
         source, _, _ = logit_source(cache)
         cached = CachedTargets([cache], [source])
-        live = LiveTargets(teacher.to(resolve_device(device)), IMAGE, classes=10)
+        live = live_targets(teacher.to(resolve_device(device)), IMAGE, classes=10)
         labels_only, distill = label_objective(0.0), distillation_objective(config)
         for name in ("mlp", "cnn"):
             student = network(name)

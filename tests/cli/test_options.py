@@ -43,6 +43,12 @@ RUNS = {
     "predict": ["--run {0}/t {0}/seven.png --device cpu"],
     "export": ["--run {0}/t --out {0}/t.pt2"],
     "doctor": ["{}"],
+    # `student_layer` is read where a student is trained, which for a sweep is a process of its own.
+    "sweep": [
+        "--cache {0}/c.zarr --out {0}/sweep --epochs 1 --device cpu --optimizer sgd --schedule step --jobs 1 "
+        "--checkpoint {0}/t/best.pt --teacher cnn --student mlp",
+    ],
+    "bench": ["--checkpoint {0}/t/best.pt --samples 64 --rounds 1 --device cpu --optimizer sgd"],
 }
 
 
@@ -85,11 +91,11 @@ def test_every_setting_of_a_command_is_read(folder, tmp_path_factory, monkeypatc
     for run in RUNS[command]:
         found |= read_while(monkeypatch, command, *run.format(place).split())
     names = {each.name for each in dataclasses.fields(SETTINGS_CLASSES[command])}
-    assert names - found == set()
+    assert names - found == ({"student_layer"} if command == "sweep" else set())
 
 
 def test_every_command_is_walked_over():
-    assert {command.name for command in app.registered_commands} == {*RUNS, "bench", "sweep"} == {*SETTINGS_CLASSES}
+    assert {command.name for command in app.registered_commands} == {*RUNS} == {*SETTINGS_CLASSES}
 
 
 def conditional():
@@ -218,4 +224,4 @@ def test_every_shared_setting_has_a_panel():
         assert inherited - {"tensorboard"} <= set(placed)
     assert set(placed) <= set(typing.get_type_hints(config.DumpTeacherArgs)) | set(
         typing.get_type_hints(config.TrainStudentArgs)
-    ) | {"resize", "crop"}
+    )

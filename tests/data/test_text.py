@@ -243,9 +243,11 @@ def test_a_run_on_texts_done_again_is_the_same(pipeline, imdb, tmp_path):
 def test_a_live_teacher_reads_as_its_checkpoint_says_beside_a_student_that_reads_otherwise(pipeline, tmp_path):
     teacher = ("--teacher", TEACHER, "--checkpoint", pipeline.teacher / "best.pt", "--student", STUDENT)
     data = ("--dataset", "imdb", "--data-root", described(pipeline.teacher)["data_root"])
-    shared = (*teacher, *pipeline.shorter)
-    assert answer("bench", *data, *shared, "--samples", 30, "--rounds", 1, "--device", "cpu")["samples"] == 30
-    swept = answer("sweep", "--cache", pipeline.cache, *shared, *BRIEF, "--jobs", 1, "--out", tmp_path / "sweep")
+    shared = (*teacher, *pipeline.shorter, *BRIEF)
+    assert (
+        answer("bench", *data, *teacher, *pipeline.shorter, *BRIEF[2:], "--samples", 30, "--rounds", 1)["samples"] == 30
+    )
+    swept = answer("sweep", "--cache", pipeline.cache, *shared, "--jobs", 1, "--out", tmp_path / "sweep")
     assert swept["live"]["live_epoch_seconds"] > 0
     assert swept["failed"] == {}
 

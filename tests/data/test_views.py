@@ -28,11 +28,10 @@ from kdcache.data.versions import package_versions
 from kdcache.data.views import generators_kept, seed_generators
 from kdcache.distill.objective import distillation_objective
 from kdcache.distill.student.join_checks import SAMPLED_INPUTS
-from kdcache.distill.teacher.live_teacher import LiveTargets
 from kdcache.distill.trainer import train
 from kdcache.store.manifest import Preprocess, ViewRecipe
 from kdcache.store.sampler import ExactSampler, view_schedule
-from tests.helpers import Items, Network, generator_states, probed_views, synthetic
+from tests.helpers import Items, Network, generator_states, live_targets, probed_views, synthetic
 
 CPU = torch.device("cpu")
 COLOUR, GREY = synthetic(11, shape=(3, 32, 32)), synthetic(11, shape=(1, 28, 28))
@@ -900,7 +899,7 @@ def test_training_from_views_in_a_cache_is_training_with_the_teacher_beside_it(t
         preprocess=preprocess,
         config=settings,
         schedule=view_schedule("cycle", (), available=3, seed=0),
-        join=LiveTargets(teacher, preprocess, classes=len(dataset.classes)),
+        join=live_targets(teacher, preprocess, classes=len(dataset.classes)),
         on_step=lambda step, parts: online.append(float(parts["loss"])),
     )
     result = train_student(

@@ -22,6 +22,7 @@ from kdcache.core.errors import CacheIncomplete, CacheMismatch, KdcacheError, Us
 from kdcache.data.raw_input import input_crc32c
 from kdcache.distill.student.soft_targets import CachedTargets
 from kdcache.store import row_source
+from kdcache.store.resume import ResumePolicy
 from kdcache.store.sampler import view_schedule
 from kdcache.store.writer import SplitWriter
 from tests.distill.test_extend import TINY, Jitter, Sums, dump, flip, learn, student
@@ -221,7 +222,7 @@ def test_the_views_that_every_cache_has_are_used(made):
 
 def test_a_cache_whose_extension_is_under_way_counts_with_its_finished_views(tmp_path, made):
     shutil.copytree(made(1), tmp_path / "c")
-    SplitWriter(tmp_path / "c", replace(open_cache(tmp_path / "c").manifest), add_views=1).__exit__()
+    SplitWriter(tmp_path / "c", replace(open_cache(tmp_path / "c").manifest), ResumePolicy(add_views=1)).__exit__()
     assert {epoch % 2 for epoch, *_ in watched([made(0, 3), tmp_path / "c"], epochs=3)} == {0, 1}
     with pytest.raises(UsageError, match="view 2"):
         learn([made(0, 3), tmp_path / "c"], views=(2,))

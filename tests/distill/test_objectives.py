@@ -21,6 +21,7 @@ from kdcache.models.feature_hooks import PENULTIMATE, FeatureHooks, list_layers,
 from kdcache.store.inspect import inspect_cache
 from kdcache.store.layout import predicted_bytes
 from kdcache.store.manifest import ViewRecipe
+from kdcache.store.storage.local import LocalStorage
 from kdcache.store.verify import verify_split
 from tests.helpers import Items, synthetic, tree
 
@@ -84,7 +85,7 @@ def test_features_are_stored_as_the_teacher_gave_them(paths, name, pool):
         ("conv.2", pool),
         (PENULTIMATE, pool),
     ]
-    assert verify_split(paths / name / "train").problems == []
+    assert verify_split(LocalStorage(paths / name), "train").problems == []
 
 
 def test_the_bytes_of_features_are_predicted_to_the_byte(paths):

@@ -59,7 +59,7 @@ def test_a_second_process_is_refused_and_changes_nothing(tmp_path):
         before = tree(folder)
         with pytest.raises(CacheBusy) as caught:
             fit(config(), run=run_folder(folder, config()))
-        assert f"another training run writes to {folder} (process {child.pid})" in caught.value.found
+        assert f"another training run writes to {folder}" in caught.value.found
         assert caught.value.exit_code == 1
         assert tree(folder) == before
         child.kill()

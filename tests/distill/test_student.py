@@ -16,14 +16,13 @@ from kdcache.data.views import as_views
 from kdcache.distill.objective import distillation_objective
 from kdcache.distill.student.join_checks import check_join
 from kdcache.distill.student.soft_targets import CachedTargets, DeviceSource
-from kdcache.distill.teacher.live_teacher import LiveTargets
 from kdcache.distill.trainer import train
 from kdcache.models.checkpoints import read_checkpoint
 from kdcache.models.registry import build_model
 from kdcache.store.manifest import Preprocess
 from kdcache.store.row_source import ReadOptions
 from kdcache.store.sampler import always
-from tests.helpers import Items, Network, changed, logit_source, synthetic, tensors, tree
+from tests.helpers import Items, Network, changed, live_targets, logit_source, synthetic, tensors, tree
 
 STEPS = 200
 DUMP = DumpConfig(device="cpu", batch_size=64, shard_rows=64, encoding="float32")
@@ -81,7 +80,7 @@ def drifts(scene, folder, *, dtype, encodings):
             objective=distillation_objective(settings),
             preprocess=preprocess,
             config=settings,
-            join=LiveTargets(teacher, preprocess, classes=len(dataset.classes)),
+            join=live_targets(teacher, preprocess, classes=len(dataset.classes)),
             on_step=on_step,
         )
     )
@@ -266,7 +265,7 @@ def test_no_teacher_is_needed(cache, monkeypatch):
     monkeypatch.setitem(sys.modules, "kdcache.distill.teacher.dump", None)
     student = nn.Sequential(nn.Flatten(), nn.Linear(16, 4))
     nn.init.zeros_(student[1].weight)
-    result = train_student(student, BASE, cache.path.parent, config=config(epochs=4, alpha=1.0))
+    result = train_student(student, BASE, cache.url, config=config(epochs=4, alpha=1.0))
     assert result.epochs[-1]["kd"] < 0.9 * result.epochs[0]["kd"]
 
 

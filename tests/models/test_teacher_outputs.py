@@ -17,8 +17,8 @@ from kdcache.distill.teacher.class_agreement import accuracy_lines, best_permuta
 from kdcache.distill.teacher.dump import dump_teacher
 from kdcache.models.teacher_outputs import check_class_names, class_names, read_class_map, resolve_columns, to_logits
 from kdcache.store.cache import open_cache
-from kdcache.store.manifest import OutputRecord, TeacherRecord, manifest_sha256, read_manifest
-from tests.helpers import answer, kdcache, refused, synthetic
+from kdcache.store.manifest import OutputRecord, TeacherRecord, manifest_sha256
+from tests.helpers import answer, kdcache, refused, stored_manifest, synthetic
 
 CONFIG = DumpConfig(device="cpu", batch_size=8, shard_rows=16, encoding="float32")
 
@@ -115,7 +115,7 @@ def test_a_manifest_without_the_field_keeps_its_digest(make_manifest, tmp_path, 
     manifest = make_manifest()
     assert "outputs" not in to_json(manifest.teacher)
     write_split(tmp_path, manifest, make_rows(manifest))
-    assert read_manifest(tmp_path / "train").teacher.outputs == OutputRecord()
+    assert stored_manifest(tmp_path / "train").teacher.outputs == OutputRecord()
     mapped = replace(manifest, teacher=replace(manifest.teacher, outputs=OutputRecord(columns=(1, 0, 2))))
     assert to_json(mapped.teacher)["outputs"] == {"kind": "logits", "columns": [1, 0, 2]}
     assert manifest_sha256(mapped) != manifest_sha256(manifest)

@@ -7,6 +7,7 @@ import pytest
 import zarr
 
 from kdcache.store.cache import cache_splits, open_cache
+from kdcache.store.storage.local import LocalStorage
 from kdcache.store.verify import verify_split
 from tests.helpers import synthetic
 from tests.make_fixture import FIXTURE
@@ -28,5 +29,5 @@ def test_a_cache_of_schema_1_opens(split):
 
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_a_cache_of_schema_1_verifies(split):
-    report = verify_split(FIXTURE / split)
+    report = verify_split(LocalStorage(FIXTURE), split)
     assert (report.problems, report.notes, report.shards) == ([], [], 3)

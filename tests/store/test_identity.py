@@ -24,15 +24,24 @@ from kdcache.store.manifest import (
     cache_sha256,
     manifest_attributes,
     manifest_sha256,
-    read_manifest,
-    recorded_sha256,
 )
+from kdcache.store.storage.local import LocalStorage
 from kdcache.store.verify import verify_split
-from tests.helpers import Interrupted, Network, answer, kdcache, refused, synthetic, tree
+from tests.helpers import (
+    Interrupted,
+    Network,
+    answer,
+    kdcache,
+    refused,
+    stored_digest,
+    stored_manifest,
+    synthetic,
+    tree,
+)
 from tests.make_fixture import FIXTURE
 
 GPU = {"device": "cuda", "name": "NVIDIA H100", "cudnn": "92600", "matmul_precision": "tf32"}
-PROBED = 2
+PROBED = 6  # a batch of two, twice, and one of two with another neighbour
 
 
 def dump(out, *, teacher=None, dataset=None, config=None, **ways):
@@ -113,13 +122,13 @@ def test_a_dump_is_not_continued_on_another_device_unless_the_user_says_so(tmp_p
         assert tree(out) == before
         dump(out, allow_device_change=True)
         compute = dump_manifest.compute_facts(torch.device("cpu"))
-    manifest = read_manifest(out / "train")
+    manifest = stored_manifest(out / "train")
     (change,) = manifest.history
     assert change.what == "device"
     assert change.before["committed_shards"] == "2"
     assert manifest.compute == compute
     assert all(change.after[name] == compute[name] for name in change.after)
-    assert verify_split(out / "train").problems == []
+    assert verify_split(LocalStorage(out), "train").problems == []
 
 
 def test_an_allowed_change_is_asked_for_once_and_the_way_back_again(tmp_path):
@@ -130,7 +139,7 @@ def test_an_allowed_change_is_asked_for_once_and_the_way_back_again(tmp_path):
         dump(out)
     with on_gpu():
         dump(out)
-    assert len(read_manifest(out / "train").history) == 1
+    assert len(stored_manifest(out / "train").history) == 1
 
 
 def test_a_finished_dump_is_read_on_any_device_and_extended_on_its_own(tmp_path):
@@ -150,17 +159,17 @@ def test_a_dump_that_committed_nothing_may_move(tmp_path):
         dump(tmp_path / "c", teacher=Network(16, 4, stop_after=PROBED + 8))
     with on_gpu():
         dump(tmp_path / "c")
-    manifest = read_manifest(tmp_path / "c" / "train")
+    manifest = stored_manifest(tmp_path / "c" / "train")
     assert (manifest.compute, manifest.history) == (GPU, ())
 
 
 def test_an_unfinished_dump_of_an_older_version_is_continued_on_its_kind_of_device(tmp_path):
     out = begun(tmp_path / "c")
-    rewrite(out / "train", replace(read_manifest(out / "train"), compute={}))
+    rewrite(out / "train", replace(stored_manifest(out / "train"), compute={}))
     with on_gpu(), pytest.raises(TargetExists, match="device is 'cpu' there and 'cuda' here"):
         dump(out)
     assert dump(out).computed_rows == 28
-    assert read_manifest(out / "train").compute == {}
+    assert stored_manifest(out / "train").compute == {}
 
 
 def rewrite(split, manifest):
@@ -192,7 +201,7 @@ def test_a_repair_that_computes_other_bytes_is_refused_and_changes_nothing(whole
         name: data for name, data in before.items() if "ledger" not in name
     }
     dump(whole, repair=True)
-    assert verify_split(whole / "train").problems == []
+    assert verify_split(LocalStorage(whole), "train").problems == []
 
 
 def test_what_comes_out_as_committed_is_restored_beside_what_does_not(whole):
@@ -225,22 +234,22 @@ def test_without_a_ledger_the_manifests_digest_decides(whole):
     assert left == before
     (whole / "train/logits/c/0/2/0").unlink()
     assert dump(whole, repair=True).computed_rows == 16
-    assert verify_split(whole / "train").problems == []
+    assert verify_split(LocalStorage(whole), "train").problems == []
 
 
 def test_accepted_bytes_give_the_cache_a_new_identity_that_tells_the_old_one(whole):
-    old, old_view = recorded_sha256(whole / "train"), read_manifest(whole / "train").view_sha256[0]
+    old, old_view = stored_digest(whole / "train"), stored_manifest(whole / "train").view_sha256[0]
     flip(whole / "train/logits/c/0/2/0")
     with elsewhere(threads="77"):
         dump(whole, teacher=Slightly(16, 4), repair=True, accept_new_bytes=True)
-    manifest = read_manifest(whole / "train")
+    manifest = stored_manifest(whole / "train")
     (change,) = manifest.history
     assert change.what == "bytes"
     assert change.before == {"view 0": old_view, "manifest_sha256": old}
     assert change.after["view 0"] == manifest.view_sha256[0] != old_view
     assert change.after["threads"] == "77"
-    assert recorded_sha256(whole / "train") != old
-    assert verify_split(whole / "train").problems == []
+    assert stored_digest(whole / "train") != old
+    assert verify_split(LocalStorage(whole), "train").problems == []
 
 
 def test_accepting_new_bytes_changes_nothing_where_they_are_the_old_ones(whole):
@@ -262,7 +271,7 @@ def test_a_stopped_acceptance_is_no_finished_cache_and_goes_on_only_by_the_same_
         dump(whole, teacher=Slightly(16, 4), repair=True)
     dump(whole, teacher=Slightly(16, 4), repair=True, accept_new_bytes=True)
     assert len(open_cache(whole).manifest.history) == 1
-    assert verify_split(whole / "train").problems == []
+    assert verify_split(LocalStorage(whole), "train").problems == []
 
 
 def test_an_extension_does_not_seal_other_rows_anew(tmp_path):
@@ -347,7 +356,7 @@ def test_on_the_same_machine_the_data_are_found_and_elsewhere_by_dataset(publish
         digest = document["attributes"]["kdcache"]["sha256"]
         del document["attributes"]["kdcache"]["local"]
         file.write_text(json.dumps(document))
-        assert recorded_sha256(tmp_path / "pets.zarr" / split) == digest
+        assert stored_digest(tmp_path / "pets.zarr" / split) == digest
     message = refused(1, *train, "--cache", tmp_path / "pets.zarr", "--out", tmp_path / "there")
     assert "--dataset" in message
     found = ("--dataset", f"folder:{home}/pets")
@@ -360,12 +369,12 @@ def test_a_hint_that_is_not_of_the_dataset_is_not_followed(published, tmp_path):
     home, _ = published
     shutil.copytree(home / "pets.zarr", tmp_path / "c.zarr")
     file = tmp_path / "c.zarr/train" / METADATA
-    manifest = read_manifest(file.parent)
+    manifest = stored_manifest(file.parent)
     for local in ({"dataset": "py:other:data"}, {"dataset": 7, "data_root": []}, "text", None):
         document = json.loads(file.read_text())
         document["attributes"]["kdcache"]["local"] = local
         file.write_text(json.dumps(document))
-        found = read_local(file.parent, manifest)
+        found = read_local(LocalStorage(file.parent), manifest)
         assert (found.dataset, found.data_root) == ("folder:pets", None)
 
 
@@ -373,7 +382,7 @@ def test_inspect_prints_terms_and_the_digest_to_cite(published):
     home, _ = published
     data, text = inspect_cache(home / "pets.zarr").data, kdcache("inspect", home / "pets.zarr").stdout
     splits = {name: split["sha256"] for name, split in data["splits"].items()}
-    assert splits == {name: recorded_sha256(home / "pets.zarr" / name) for name in ("train", "test")}
+    assert splits == {name: stored_digest(home / "pets.zarr" / name) for name in ("train", "test")}
     assert data["sha256"] == cache_sha256(splits)
     for part in (data["sha256"], *splits.values(), "CC-BY-4.0", "Alice, 2026"):
         assert part in text
@@ -394,10 +403,10 @@ def test_terms_change_without_another_dump_and_the_history_tells(published, tmp_
     assert answer(*command, "--license", "CC-BY-4.0")["splits"]["train"]["computed_rows"] == 0
     assert tree(tmp_path / "pets.zarr") == before
     assert answer(*command, "--license", "MIT")["splits"]["train"]["computed_rows"] == 0
-    manifest = read_manifest(tmp_path / "pets.zarr/train")
+    manifest = stored_manifest(tmp_path / "pets.zarr/train")
     (change,) = manifest.history
     assert (manifest.license, manifest.citation) == ("MIT", "Alice, 2026")
-    digest = recorded_sha256(home / "pets.zarr/train")
+    digest = stored_digest(home / "pets.zarr/train")
     assert change.before == {"license": "CC-BY-4.0", "manifest_sha256": digest}
     assert change.after == {"license": "MIT"}
     assert [name for name, data in tree(tmp_path / "pets.zarr").items() if before[name] != data] == [
@@ -434,7 +443,7 @@ def test_a_cache_with_paths_inside_still_opens_trains_and_is_repaired_to_the_byt
     as_older_version(out)
     original = tree(out)
     manifest = open_cache(out).manifest
-    assert manifest_sha256(manifest) == recorded_sha256(out / "train")
+    assert manifest_sha256(manifest) == stored_digest(out / "train")
     assert kdcache("verify", out).exit_code == 0
     train = ("train-student", "--student", "mlp", "--epochs", 1, "--size", 12, "--device", "cpu")
     answer(*train, "--cache", out, "--out", tmp_path / "run")

@@ -13,6 +13,7 @@ from kdcache.core.config import DumpConfig
 from kdcache.core.errors import CacheDamaged, CacheIncomplete, TargetExists
 from kdcache.distill.teacher.dump import dump_teacher
 from kdcache.store.cache import open_cache
+from kdcache.store.storage.local import LocalStorage
 from kdcache.store.verify import verify_split
 from tests.crashes import contents
 from tests.helpers import Interrupted, Network, synthetic
@@ -65,9 +66,9 @@ def test_what_is_broken_and_nothing_else_is_computed_again(tmp_path, whole, dama
     out = tmp_path / "c.zarr"
     shutil.copytree(original, out)
     damage(out / "train")
-    assert verify_split(out / "train").problems
+    assert verify_split(LocalStorage(out), "train").problems
     assert dump(out, repair=True, compression=compression).computed_rows == recomputed
-    assert verify_split(out / "train").problems == []
+    assert verify_split(LocalStorage(out), "train").problems == []
     found, expected = contents(out), contents(original)
     for name in {**found, **expected}:
         if name.endswith("zarr.json"):
@@ -102,7 +103,7 @@ def test_an_interrupted_repair_is_not_mistaken_for_a_finished_dump(tmp_path, who
     flip(out / "train/logits/c/0/2/0")
     with pytest.raises(Interrupted):
         dump(out, repair=True, compression=compression, teacher=Network(16, 4, stop_after=8))
-    assert "samples 32 to 47" in verify_split(out / "train").problems[0]
+    assert "samples 32 to 47" in verify_split(LocalStorage(out), "train").problems[0]
     with pytest.raises(CacheDamaged, match="samples 32 to 47"):
         open_cache(out).rows([40])
     assert dump(out, repair=True, compression=compression).computed_rows == 16

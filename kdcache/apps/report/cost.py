@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from kdcache.core.config import RuntimeConfig
-from kdcache.core.progress import Progress
 from kdcache.core.rng import keyed_sample
 from kdcache.data.dataset import IndexedDataset
-from kdcache.data.loader import BatchRequest, batch_loader, consecutive_batches
-from kdcache.models.device import evaluation_mode, floating_dtype, memory_errors, move_to, resolve_device, synchronize
-from kdcache.models.forward import answer
+from kdcache.data.loader import BatchRequest, batch_loader
+from kdcache.models.device import evaluation_mode, floating_dtype, move_to, resolve_device, synchronize
+from kdcache.models.evaluate import predict_batches
+from kdcache.models.forward import ForwardPass
 from kdcache.models.from_run import TrainedNetwork
 
 # Number of samples whose median-sized one is measured, because texts differ in length.
@@ -50,28 +50,12 @@ def logits_of(
     Args:
         what: Title of the progress bar.
     """
-    device = resolve_device(config.device)
-    module, preprocessor, classes = move_to(trained.module, device), trained.preprocessor, len(dataset.classes)
-    loader = batch_loader(
-        dataset,
-        consecutive_batches(indices, config.batch_size),
-        preprocessor=preprocessor,
-        workers=config.workers,
-        device=device,
-    )
     logits, labels = [], []
-    with (
-        evaluation_mode(module),
-        memory_errors(config.batch_size),
-        Progress(what, len(indices), "samples") as progress,
+    for batch, logits_bc in predict_batches(
+        trained.module, dataset, preprocess=trained.preprocessor, config=config, indices=indices, title=what
     ):
-        for batch in loader:
-            logits_bc = answer(
-                module, batch.inputs, preprocessor=preprocessor, device=device, amp=config.amp, classes=classes
-            )
-            logits.append(logits_bc.float().cpu().numpy())
-            labels.append(batch.labels.numpy())
-            progress.advance(len(logits_bc))
+        logits.append(logits_bc.float().cpu().numpy())
+        labels.append(batch.labels.numpy())
     return np.concatenate(logits), np.concatenate(labels)
 
 
@@ -82,13 +66,13 @@ def measure_cost(trained: TrainedNetwork, dataset: IndexedDataset, config: Runti
     with evaluation_mode(module):
         counted = multiply_adds(module, preprocessor.per_batch(inputs, floating_dtype(module)))
     device = resolve_device(config.device)
-    module, classes = move_to(module, device), len(dataset.classes)
+    network = ForwardPass(move_to(module, device), preprocessor, device, classes=len(dataset.classes), amp=config.amp)
     times: list[float] = []
     with evaluation_mode(module):
         began = time.perf_counter()
         while len(times) < WARM_UP + REPEATS and not (len(times) > WARM_UP and _late(began)):
             start = time.perf_counter()
-            answer(module, inputs, preprocessor=preprocessor, device=device, amp=config.amp, classes=classes)
+            network(inputs)
             synchronize(device)
             times.append(time.perf_counter() - start)
     return Cost(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -55,7 +54,7 @@ def check_join(cache: Cache, views: Views, *, used: Sequence[int] = (0,), verify
     dataset = views.dataset
     labels = dataset.labels() if cache.complete else None
     if labels is not None and fingerprint_labels(labels) != cache.manifest.dataset.labels_sha256:
-        raise label_mismatch(cache.path, np.arange(len(cache)), cache.column("labels"), labels)
+        raise label_mismatch(cache.place, np.arange(len(cache)), cache.column("labels"), labels)
     check_deterministic(dataset)
     if verify_inputs != "off":
         _check_inputs(cache, views, used[0])
@@ -94,7 +93,7 @@ def check_recorded(cache: Cache, views: Views) -> None:
 def _check_recipe(cache: Cache, views: Views, *, ignore: frozenset[str] = frozenset()) -> None:
     if changes := differences(cache.manifest.recipe, views.recipe, ignore=ignore):
         raise CacheMismatch(
-            f"{cache.path} was made with other views: "
+            f"{cache.place} was made with other views: "
             + "; ".join(f"{name} is {brief(old)} there and {brief(new)} here" for name, old, new in changes[:8]),
             "the augmentation that the teacher's answers were given for" + _versions_apart(cache),
             "make the transform what it was, or dump the teacher over these views",
@@ -136,8 +135,8 @@ def check_ensemble(caches: Sequence[Cache], used: Sequence[int]) -> None:
         if changes:
             name, value, other_value = changes[0]
             raise CacheMismatch(
-                f"{first.path} and {other.path} are not of the same inputs: {name} is {brief(value)} in the first and "
-                f"{brief(other_value)} in the second",
+                f"{first.place} and {other.place} are not of the same inputs: {name} is {brief(value)} in the first "
+                f"and {brief(other_value)} in the second",
                 "caches of several teachers over the same views of the same dataset",
                 "dump both teachers with the same --dataset, --split, --augment, --mix and --view-seed",
             )
@@ -146,7 +145,7 @@ def check_ensemble(caches: Sequence[Cache], used: Sequence[int]) -> None:
             both = np.intersect1d(first.samples(view), other.samples(view))
             if len(apart := both[one_crcs[both] != two_crcs[both]]):
                 raise CacheMismatch(
-                    f"{first.path} and {other.path} saw different inputs of sample {apart[0]} in view {view} "
+                    f"{first.place} and {other.place} saw different inputs of sample {apart[0]} in view {view} "
                     f"({len(apart)} of {len(first)} differ)",
                     "caches of several teachers over the same views of the same dataset",
                     "dump both teachers with the same versions over the same data",
@@ -155,14 +154,14 @@ def check_ensemble(caches: Sequence[Cache], used: Sequence[int]) -> None:
 
 def _mismatch(cache: Cache, cached: str, given: str) -> CacheMismatch:
     return CacheMismatch(
-        f"{cache.path} is a cache of {cached}; the student's data has {given}",
+        f"{cache.place} is a cache of {cached}; the student's data has {given}",
         "the samples that the teacher answered for, in the same order",
         "point --data-root or --dataset at the teacher's data, or dump the teacher over this data",
     )
 
 
 def label_mismatch(
-    where: Path, indices: NDArray[np.int64], cached: NDArray[np.int64], given: NDArray[np.int64]
+    where: str, indices: NDArray[np.int64], cached: NDArray[np.int64], given: NDArray[np.int64]
 ) -> CacheMismatch:
     at = int(np.flatnonzero(cached != given)[0])
     reordered = len(cached) > 1 and np.array_equal(np.sort(cached), np.sort(given))
@@ -200,7 +199,7 @@ def check_crcs(
     if not cache.manifest.recipe.is_plain(view):
         why += f", in view {view}"
     raise CacheMismatch(
-        f"{why}; crc32c {crc:#010x} here, {crcs_n[sample]:#010x} in {cache.path}",
+        f"{why}; crc32c {crc:#010x} here, {crcs_n[sample]:#010x} in {cache.place}",
         "the samples that the teacher answered for, in the same order and untouched" + _versions_apart(cache),
         f"give the dataset as the teacher saw it (what the student needs beside, by {OWN_TRANSFORM}), or dump the "
         "teacher over this data",

@@ -61,7 +61,7 @@ def join(
     record, recipe = cache.manifest.dataset, cache.manifest.recipe
     if recipe.mix != NONE:
         raise UsageError(
-            f"{cache.path} is of mixed inputs ({recipe.mix}), which have two labels each",
+            f"{cache.place} is of mixed inputs ({recipe.mix}), which have two labels each",
             "a cache without --mix, for items of (input, label, logits)",
             "train with kdcache.train_student or train-student, or dump without --mix",
         )
@@ -146,7 +146,7 @@ class _SharedView:
         needed = sum(row_bytes(array.dtype, array.row_shape) for array in arrays) * len(cache)
         if needed > physical_memory_bytes():
             raise UsageError(
-                f"a view of {cache.path} takes {needed:,} bytes, more than this machine's memory",
+                f"a view of {cache.place} takes {needed:,} bytes, more than this machine's memory",
                 "room for one view: a DataLoader reads samples at random",
                 "use kdcache.train_student, which streams, or Cache.epoch, whose order a stream can follow",
             )

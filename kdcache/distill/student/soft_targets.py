@@ -103,7 +103,7 @@ class CachedTargets:
             CacheMismatch: a label or an input of the batch is not the one that the teacher had.
             CacheDamaged: a chunk fails its checksum.
         """
-        where = self._caches[0].path
+        where = self._caches[0].place
         cached = self._labels_n[batch.indices]
         if not torch.equal(cached, batch.labels):
             raise label_mismatch(where, batch.indices.numpy(), cached.numpy(), batch.labels.numpy())

@@ -82,7 +82,7 @@ def train_student(
     manifest = caches[0].manifest
     indexed = as_indexed(dataset, name=manifest.dataset.name, split=manifest.dataset.split)
     if out is not None:
-        paths = [str(each.path.parent) for each in caches]
+        paths = [each.url for each in caches]
         run = RunFolder(Path(out), {"cache": paths, **to_json(config)}, resume=resume)
     available = min(each.views for each in caches)
     named = view_schedule(config.view_schedule, config.views, available=available, seed=config.seed)
@@ -240,7 +240,7 @@ def _samples(caches: Sequence[Cache], used: Sequence[int]) -> NDArray[np.int64]:
     samples = reduce(np.intersect1d, [cache.samples(view) for cache in caches for view in (0, *used)])
     if not len(samples):
         raise CacheIncomplete(
-            f"of {caches[0].path} no sample is committed in all of the views {', '.join(map(str, used))}",
+            f"of {caches[0].place} no sample is committed in all of the views {', '.join(map(str, used))}",
             "at least one",
             "choose views that are there, --views 0 for example, or let the dump go on",
         )

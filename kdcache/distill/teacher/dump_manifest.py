@@ -8,51 +8,45 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from kdcache.core.config import DumpConfig
 from kdcache.data.registry import fingerprint_labels, fingerprint_samples
 from kdcache.data.versions import package_versions
 from kdcache.data.views import Views
+from kdcache.models.forward import ForwardPass
 from kdcache.models.registry import count_parameters, weights_sha256
 from kdcache.store.encodings.registry import encoding_named
 from kdcache.store.layout import build_arrays
 from kdcache.store.local_paths import portable_spec
-from kdcache.store.manifest import DatasetRecord, FeatureRecord, Manifest, Preprocess, TeacherRecord
+from kdcache.store.manifest import DatasetRecord, FeatureRecord, Manifest, TeacherRecord
 
 
 def build_manifest(
-    teacher: nn.Module,
+    teacher: ForwardPass,
     views: Views,
-    split: str,
     teacher_name: str,
-    preprocess: Preprocess,
-    device: torch.device,
     config: DumpConfig,
-    feature_shapes: dict[str, tuple[int, ...]],
+    features: dict[FeatureRecord, tuple[int, ...]],
 ) -> Manifest:
     """The manifest of a dump, without its results.
 
     Args:
-        feature_shapes: of one row, by layer, as they are stored.
+        features: With the shape of one row as it is stored.
     """
     dataset = views.dataset
     labels = dataset.labels()
-    features = tuple(
-        FeatureRecord(layer=layer, pool=config.pool, array=f"features.{layer}") for layer in feature_shapes
-    )
     shard_rows, arrays = build_arrays(
         length=len(dataset),
         encoding=encoding_named(config.encoding),
         classes=len(dataset.classes),
-        features={feature.array: feature_shapes[feature.layer] for feature in features},
+        features={feature.array: shape for feature, shape in features.items()},
         compression=config.compression,
         shard_rows=config.shard_rows,
     )
     return Manifest(
         dataset=DatasetRecord(
             name=portable_spec(dataset.name),
-            split=split,
+            split=dataset.split,
             length=len(dataset),
             classes=dataset.classes,
             input_dtype=dataset.input_dtype,
@@ -62,22 +56,23 @@ def build_manifest(
         ),
         teacher=TeacherRecord(
             spec=portable_spec(teacher_name),
-            weights_sha256=weights_sha256(teacher),
-            parameters=count_parameters(teacher),
-            preprocess=preprocess,
+            weights_sha256=weights_sha256(teacher.module),
+            parameters=count_parameters(teacher.module),
+            preprocess=teacher.preprocessor.record,
+            outputs=teacher.outputs,
         ),
         views=config.views,
         recipe=views.recipe,
         arrays=arrays,
         encoding=config.encoding,
-        features=features,
+        features=tuple(features),
         shard_rows=shard_rows,
         seed=config.seed,
         amp=config.amp,
-        device=str(device),
+        device=str(teacher.device),
         batch_size=config.batch_size,
-        versions=package_versions(reads_text=bool(preprocess.tokenizer_sha256)),
-        compute=compute_facts(device),
+        versions=package_versions(reads_text=bool(teacher.preprocessor.record.tokenizer_sha256)),
+        compute=compute_facts(teacher.device),
         license=config.license,
         citation=config.citation,
     )

@@ -16,9 +16,9 @@ from kdcache.data.loader import batch_loader, consecutive_batches
 from kdcache.data.preprocess import Preprocessor
 from kdcache.data.tokenizer import Tokenizer
 from kdcache.data.views import Views
-from kdcache.models.device import evaluation_mode, move_to, resolve_device
-from kdcache.models.feature_hooks import FeatureHooks, pool_features
-from kdcache.models.forward import answer
+from kdcache.distill.teacher.teacher_pass import TeacherPass
+from kdcache.models.device import move_to, resolve_device
+from kdcache.models.forward import ForwardPass
 from kdcache.models.registry import weights_sha256
 from kdcache.store.cache import Cache
 from kdcache.store.encodings.floats import LOGITS
@@ -63,7 +63,6 @@ def recompute_rows(
         tokenizer: of the teacher, if it reads text.
     """
     manifest = cache.manifest
-    stored_features = {feature.array: feature for feature in manifest.features}
     drawn = keyed_sample(len(cache) * cache.views, rows, execution.seed, "recompute")
     device = resolve_device(execution.device)
     module = move_to(teacher, device)
@@ -82,27 +81,22 @@ def recompute_rows(
         view=0,
         same_weights=weights_sha256(module) == manifest.teacher.weights_sha256,
     )
+    network = ForwardPass(
+        module,
+        preprocessor,
+        device,
+        classes=len(cache.classes),
+        amp=manifest.amp,
+        outputs=manifest.teacher.outputs,
+        error=TeacherOutputError,
+    )
     loader = batch_loader(views, requests, preprocessor=preprocessor, workers=execution.workers, device=device)
-    with evaluation_mode(module), FeatureHooks(module, [each.layer for each in stored_features.values()]) as taps:
+    with TeacherPass(network, manifest.features) as teacher_pass:
         for request, batch in zip(requests, loader, strict=True):
-            logits = answer(
-                module,
-                batch.inputs,
-                preprocessor=preprocessor,
-                device=device,
-                amp=manifest.amp,
-                classes=len(cache.classes),
-                error=TeacherOutputError,
-                outputs=manifest.teacher.outputs,
-            )
-            caught = taps.take()
-            answers = {LOGITS: logits} | {
-                array: pool_features(caught[feature.layer], feature.pool) for array, feature in stored_features.items()
-            }
-            for array, answers_now in answers.items():
+            for array, output in teacher_pass(batch).items():
                 indices, view = request.indices, request.view
                 stored = cache.rows(indices, view) if array == LOGITS else cache.reader.rows(array, view, indices)
-                differences = _differences(answers_now, stored, array)
+                differences = _differences(output, stored, array)
                 if not differences.max() <= worst.largest_difference:  # a NaN too
                     worst = replace(
                         worst,
@@ -114,15 +108,15 @@ def recompute_rows(
     return worst
 
 
-def _differences(answers: Tensor, stored: NDArray[Any], array: str) -> NDArray[np.float64]:
+def _differences(output: Tensor, stored: NDArray[Any], array: str) -> NDArray[np.float64]:
     """The largest of each row, as a part of 1 + |x|."""
-    if answers.shape != stored.shape:
+    if output.shape != stored.shape:
         raise TeacherOutputError(
-            f"the teacher gives {array} of shape {tuple(answers.shape)}",
+            f"the teacher gives {array} of shape {tuple(output.shape)}",
             f"{stored.shape}, as stored",
             "give the teacher that the cache was made with",
         )
     wanted = stored.astype(np.float64)
-    found = np.abs(answers.double().cpu().numpy() - wanted) / (1 + np.abs(wanted))
+    found = np.abs(output.double().cpu().numpy() - wanted) / (1 + np.abs(wanted))
     largest: NDArray[np.float64] = found.reshape(len(found), -1).max(axis=1)
     return largest

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
 
 Bytes = bytes | bytearray | memoryview
 
@@ -50,7 +50,7 @@ class Storage(ABC):
 
         Raises:
             MissingKey: there is none.
-            WrongSize: it has another size.
+            WrongSize: it has another size; the message says which.
         """
 
     @abstractmethod
@@ -71,22 +71,38 @@ class Storage(ABC):
 
     @abstractmethod
     def objects(self, prefix: str = "") -> Iterator[tuple[str, int]]:
-        """Keys that begin with `prefix/`, or all keys, with the size of each object in bytes, sorted."""
+        """Keys of all objects, or of those that begin with `prefix/`, sorted, each with its size in bytes."""
 
     @abstractmethod
     def folders(self) -> list[str]:
-        """First parts of all keys that have several, sorted."""
+        """First names of the keys that have several, sorted."""
 
-    def exists(self, key: str) -> bool:
-        """Whether an object is stored under a key."""
-        try:
-            self.read(key)
-        except MissingKey:
-            return False
-        return True
+    def place(self, key: str) -> str:
+        """Full name of an object, for messages."""
+        return f"{self.url}/{key}"
 
-    def lock(self, owner: str) -> AbstractContextManager[object]:
-        """Exclude other writers on this machine while the context is open, where the storage can.
+    def below(self, prefix: str) -> Storage:
+        """The part of the storage whose keys begin with `prefix/`, as a storage of its own."""
+        return _Below(self, prefix)
+
+    def is_empty(self) -> bool:
+        """Whether nothing is stored, so that a cache may be made here."""
+        return next(self.objects(), None) is None
+
+    def check_root(self) -> None:
+        """Refuse a root that cannot hold objects.
+
+        Raises:
+            TargetExists: something else is there.
+        """
+
+    def enclosing(self) -> Iterator[Storage]:
+        """Storages whose objects include this one's, the outermost first."""
+        return iter(())
+
+    @contextlib.contextmanager
+    def lock(self, owner: str) -> Iterator[None]:
+        """Exclude other writers on this machine, where the storage can, and remove what killed ones left.
 
         Args:
             owner: What writes, for the message, such as `dump`.
@@ -94,12 +110,46 @@ class Storage(ABC):
         Raises:
             CacheBusy: another process holds the lock.
         """
-        return nullcontext()
+        yield
+
+    def sweep(self) -> None:
+        """Remove the lock that a killed process left, if nobody holds it."""
 
     def free_bytes(self) -> int | None:
         """Room that is left; None where it is not known."""
         return None
 
+
+class _Below(Storage):
+    def __init__(self, parent: Storage, prefix: str) -> None:
+        self._parent, self._prefix = parent, prefix
+        self.url = parent.place(prefix)
+
+    def _key(self, key: str) -> str:
+        return f"{self._prefix}/{key}"
+
+    def read(self, key: str) -> bytes:
+        return self._parent.read(self._key(key))
+
+    def read_range(self, key: str, start: int, *outs: memoryview, size: int) -> None:
+        self._parent.read_range(self._key(key), start, *outs, size=size)
+
+    def write(self, key: str, data: Bytes) -> None:
+        self._parent.write(self._key(key), data)
+
+    def create(self, key: str, data: Bytes) -> None:
+        self._parent.create(self._key(key), data)
+
+    def delete(self, key: str) -> None:
+        self._parent.delete(self._key(key))
+
+    def objects(self, prefix: str = "") -> Iterator[tuple[str, int]]:
+        wanted = self._key(prefix) if prefix else self._prefix
+        for key, size in self._parent.objects(wanted):
+            yield key[len(self._prefix) + 1 :], size
+
+    def folders(self) -> list[str]:
+        return sorted({key.split("/", 1)[0] for key, _ in self.objects() if "/" in key})
+
     def place(self, key: str) -> str:
-        """Full name of an object, for messages."""
-        return f"{self.url}/{key}"
+        return self._parent.place(self._key(key))

@@ -7,22 +7,35 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from kdcache.core.atomic_files import TEMPORARY, storage_errors, sync_folder, write_durable
+from kdcache.core.atomic_files import (
+    TEMPORARY,
+    check_folder,
+    make_folder,
+    storage_errors,
+    sync_folder,
+    write_durable,
+)
 from kdcache.core.file_lock import NAME as LOCK_NAME
 from kdcache.core.file_lock import PathLock
+from kdcache.core.paths import local_path
 from kdcache.core.system import free_bytes
 from kdcache.store.storage.base import Bytes, KeyExists, MissingKey, Storage, WrongSize
+
+
+def _is_transient(name: str) -> bool:
+    """Whether a file is no object: the lock, or what a killed process had begun to write."""
+    return name == LOCK_NAME or name.endswith(TEMPORARY)
 
 
 class LocalStorage(Storage):
     """A folder.
 
     Args:
-        root: The folder; made by the first write.
+        root: The folder, made by the first write; `~` is expanded.
     """
 
     def __init__(self, root: str | os.PathLike[str]) -> None:
-        self._root = Path(root)
+        self._root = Path(local_path(os.fspath(root), "the cache"))
         self.url = str(self._root)
 
     def read(self, key: str) -> bytes:
@@ -72,29 +85,40 @@ class LocalStorage(Storage):
 
     def objects(self, prefix: str = "") -> Iterator[tuple[str, int]]:
         with storage_errors("read", self._root / prefix):
-            files = [path for path in (self._root / prefix).rglob("*") if path.is_file()]
+            files = [
+                path for path in (self._root / prefix).rglob("*") if not _is_transient(path.name) and path.is_file()
+            ]
             yield from sorted((path.relative_to(self._root).as_posix(), path.stat().st_size) for path in files)
 
     def folders(self) -> list[str]:
         with storage_errors("read", self._root):
             return sorted(entry.name for entry in self._root.iterdir() if entry.is_dir()) if self._root.is_dir() else []
 
-    def exists(self, key: str) -> bool:
-        return (self._root / key).exists()
+    def place(self, key: str) -> str:
+        return str(self._root / key)
+
+    def is_empty(self) -> bool:
+        if not os.path.lexists(self._root):
+            return True
+        return self._root.is_dir() and all(map(_is_transient, os.listdir(self._root)))
+
+    def check_root(self) -> None:
+        check_folder(self._root)
+
+    def enclosing(self) -> Iterator[Storage]:
+        return (LocalStorage(folder) for folder in reversed(self._root.absolute().parents))
 
     @contextmanager
     def lock(self, owner: str) -> Iterator[None]:
+        with storage_errors("create", self._root):
+            make_folder(self._root)
         with PathLock(self._root, owner):
-            # What a process that was killed in the middle of a write left.
             for leftover in self._root.rglob(f"*{TEMPORARY}"):
                 leftover.unlink()
             yield
 
+    def sweep(self) -> None:
+        PathLock.sweep(self._root)
+
     def free_bytes(self) -> int:
         return free_bytes(self._root)
-
-    def place(self, key: str) -> str:
-        return str(self._root / key)
-
-
-__all__ = ["LOCK_NAME", "LocalStorage"]

@@ -1,0 +1,156 @@
+"""What a dump is asked to do, and what it would write."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+from torch import nn
+
+from kdcache.core.config import DumpConfig
+from kdcache.core.errors import TeacherOutputError, UsageError
+from kdcache.data.augment import Transform
+from kdcache.data.dataset import IndexedDataset, as_indexed
+from kdcache.data.determinism import check_deterministic
+from kdcache.data.preprocess import Preprocessor, as_preprocessor
+from kdcache.data.views import Views
+from kdcache.distill.teacher.dump_manifest import build_manifest
+from kdcache.distill.teacher.probe import TeacherProbe
+from kdcache.distill.teacher.teacher_pass import TeacherPass
+from kdcache.models.device import move_to, resolve_device
+from kdcache.models.forward import ForwardPass
+from kdcache.store.encodings.registry import encoding_named
+from kdcache.store.layout import predicted_bytes
+from kdcache.store.manifest import NONE, FeatureRecord, Manifest, OutputRecord, Preprocess, ViewRecipe
+from kdcache.store.resume import ResumePolicy, find_dump
+from kdcache.store.storage.base import Storage
+from kdcache.store.storage.registry import Location, open_storage
+
+
+@dataclass(frozen=True, kw_only=True)
+class DumpRequest:
+    """The arguments of `dump_teacher`, which describes them, with `policy` for what may be stored already."""
+
+    teacher: nn.Module
+    dataset: Any
+    out: Location
+    split: str | None = None
+    teacher_name: str = ""
+    preprocess: Preprocess | Preprocessor | None = None
+    config: DumpConfig = field(default_factory=DumpConfig)
+    augment: Transform | None = None
+    outputs: OutputRecord | None = None
+    policy: ResumePolicy = field(default_factory=ResumePolicy)
+
+    @cached_property
+    def samples(self) -> IndexedDataset:
+        """The dataset, with the split's name.
+
+        Raises:
+            DatasetError: a stream, or a dataset that gives another input at a second look.
+        """
+        split = self.split or (self.dataset.split if isinstance(self.dataset, IndexedDataset) else "train")
+        samples = as_indexed(self.dataset, name=type(self.dataset).__name__, split=split)
+        check_deterministic(samples)
+        return samples
+
+    @cached_property
+    def views(self) -> Views:
+        """The views of the dataset, probed.
+
+        Raises:
+            UsageError: two augmentations, or several views that are all the plain sample.
+            DatasetError: a transform that gives another input at a second look.
+        """
+        config = self.config
+        if self.augment is not None and config.augment != NONE:
+            raise UsageError(f"augment is given twice, as an object and as {config.augment!r}", "one of the two")
+        recipe = ViewRecipe(augment=config.augment, mix=config.mix, seed=config.view_seed, plain_view=config.plain_view)
+        views = Views(self.samples, recipe, transform=self.augment)
+        views.probe()
+        count = config.views + self.policy.add_views
+        if count > 1 and views.recipe.is_plain(1):
+            raise UsageError(
+                f"{count} views are asked for, with neither --augment nor --mix",
+                "views that differ: the teacher would say the same of each",
+                "give --augment or --mix, or leave out --views",
+            )
+        return views
+
+    def teacher_pass(self) -> TeacherPass:
+        """The teacher on its device."""
+        config, device = self.config, resolve_device(self.config.device)
+        network = ForwardPass(
+            move_to(self.teacher, device),
+            as_preprocessor(self.preprocess or Preprocess()),
+            device,
+            classes=len(self.samples.classes),
+            amp=config.amp,
+            outputs=self.outputs,
+            error=TeacherOutputError,
+        )
+        layers = dict.fromkeys(config.features)
+        return TeacherPass(
+            network, [FeatureRecord(layer=each, pool=config.pool, array=f"features.{each}") for each in layers]
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DumpPlan:
+    """What a dump would write.
+
+    Attributes:
+        manifest: Manifest of the split, without results.
+        existing: Manifest of the same dump that is already stored, finished or not.
+        rows: Rows of the split, over all views.
+        shards: Shards of the split, over all views.
+        bytes: Size of the arrays without compression; where views are added, of those alone.
+        free_bytes: Free space where they would be stored; None where it is not known.
+    """
+
+    manifest: Manifest = field(repr=False)
+    existing: Manifest | None = field(repr=False)
+    rows: int
+    shards: int
+    bytes: int
+    free_bytes: int | None
+
+
+class PreparedDump:
+    """A request whose dataset, transform and teacher were checked, and that may be written. Nothing is written yet.
+
+    Attributes:
+        root: Storage of the cache.
+        views: Views of the dataset.
+        teacher: The teacher on its device.
+        manifest: Manifest of the split as this request would make it, without results.
+        plan: What would be written.
+    """
+
+    def __init__(self, request: DumpRequest) -> None:
+        self.request, self.config, self.policy = request, request.config, request.policy
+        self.root: Storage = open_storage(request.out)
+        self.views = request.views
+        self.teacher = request.teacher_pass()
+        with self.teacher:
+            shapes = TeacherProbe(self.teacher, self.views, encoding_named(self.config.encoding)).run()
+        network = self.teacher.network
+        self.manifest = build_manifest(
+            network,
+            self.views,
+            request.teacher_name or type(request.teacher).__name__,
+            self.config,
+            {feature: shapes[feature.array] for feature in self.teacher.features},
+        )
+        existing = find_dump(self.root, self.manifest, self.policy)
+        target = existing or self.manifest
+        finished = predicted_bytes(replace(target, views=target.readable_views)) if target.extending else 0
+        self.plan = DumpPlan(
+            manifest=target,
+            existing=existing,
+            rows=target.dataset.length * target.views,
+            shards=target.shards * target.views,
+            bytes=predicted_bytes(target) - finished,
+            free_bytes=self.root.free_bytes(),
+        )

@@ -1,0 +1,75 @@
+"""A teacher's forward pass: logits and the features of chosen layers for a batch."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from kdcache.data.loader import Batch
+from kdcache.models.device import evaluation_mode, to_host
+from kdcache.models.feature_hooks import FeatureHooks, pool_features
+from kdcache.models.forward import ForwardPass
+from kdcache.store.encodings.floats import LOGITS
+from kdcache.store.manifest import FeatureRecord
+
+Rows = dict[str, NDArray[Any]]
+
+
+class TeacherPass:
+    """A forward pass that also gives features. Within `with` the network is in eval mode and its layers are hooked.
+
+    Args:
+        network: The teacher's forward pass.
+        features: Layers whose outputs are wanted, and how they are pooled.
+    """
+
+    def __init__(self, network: ForwardPass, features: Sequence[FeatureRecord] = ()) -> None:
+        self.network, self.features = network, features
+        self._taps: FeatureHooks | None = None
+        self._open = contextlib.ExitStack()
+
+    def __enter__(self) -> TeacherPass:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(evaluation_mode(self.network.module))
+            self._taps = stack.enter_context(FeatureHooks(self.network.module, [each.layer for each in self.features]))
+            self._open = stack.pop_all()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._open.close()
+
+    def __call__(self, batch: Batch) -> dict[str, Tensor]:
+        """By name of the array, on the device: logits (batch, classes), and pooled features (batch, ...).
+
+        Raises:
+            TeacherOutputError: logits of another shape.
+            ModelError: the network or one of the layers fails.
+        """
+        assert self._taps is not None, "used outside of `with`"
+        logits = self.network(batch.inputs, batch.indices)
+        outputs = self._taps.take()
+        return {LOGITS: logits} | {each.array: pool_features(outputs[each.layer], each.pool) for each in self.features}
+
+    def rows(self, batch: Batch) -> Callable[[], Rows]:
+        """Queue a batch on the device; calling the result waits for its rows, float32 or float64 on the host."""
+        waits = {
+            name: to_host(values if values.dtype == torch.float64 else values.float())
+            for name, values in self(batch).items()
+        }
+        return lambda: {name: wait() for name, wait in waits.items()}
+
+    def stream(self, batches: Iterable[Batch]) -> Iterator[tuple[Batch, Rows]]:
+        """Batches with their rows, one batch behind, so that the device computes while the host stores."""
+        waiting: tuple[Batch, Callable[[], Rows]] | None = None
+        for batch in batches:
+            queued = batch, self.rows(batch)
+            if waiting is not None:
+                yield waiting[0], waiting[1]()
+            waiting = queued
+        if waiting is not None:
+            yield waiting[0], waiting[1]()
