@@ -13,7 +13,7 @@ from kdcache.analysis.distributions import entropy, softmax
 from kdcache.analysis.temperature_plot import HIGHEST, LOWEST, TemperatureCurves, draw_temperatures
 from kdcache.core.atomic_files import write_durable
 from kdcache.core.command_result import Report
-from kdcache.core.config import PlotTemperature
+from kdcache.core.config import PlotTemperatureArgs
 from kdcache.core.errors import UsageError
 from kdcache.core.plugins import require_extra
 from kdcache.core.progress import Progress
@@ -49,7 +49,7 @@ def temperature_curves(logits_nc: NDArray[Any], temperatures_t: NDArray[np.float
     )
 
 
-def plot_temperature(settings: PlotTemperature) -> Report:
+def plot_temperature(settings: PlotTemperatureArgs) -> Report:
     """Plot the effect of the temperature on one sample and on many, and print it in numbers.
 
     Raises:
@@ -95,7 +95,7 @@ def plot_temperature(settings: PlotTemperature) -> Report:
     return Report(data, _text(settings, cache, printed, data))
 
 
-def _check(settings: PlotTemperature) -> None:
+def _check(settings: PlotTemperatureArgs) -> None:
     """Refuse settings that are wrong for any cache."""
     if Path(settings.out).suffix.lower() != ".png":
         raise UsageError(f"--out is {settings.out!r}", "a file that ends with .png", "name it as temperature.png")
@@ -108,7 +108,7 @@ def _check(settings: PlotTemperature) -> None:
         )
 
 
-def _check_cache(settings: PlotTemperature, cache: Cache) -> None:
+def _check_cache(settings: PlotTemperatureArgs, cache: Cache) -> None:
     if settings.sample is not None and settings.sample >= len(cache):
         raise UsageError(
             f"--sample is {settings.sample}",
@@ -123,7 +123,7 @@ def _check_cache(settings: PlotTemperature, cache: Cache) -> None:
         )
 
 
-def _median_sample(settings: PlotTemperature, cache: Cache) -> int:
+def _median_sample(settings: PlotTemperatureArgs, cache: Cache) -> int:
     """Index of the sample of median entropy at temperature 1."""
     drawn = keyed_sample(len(cache), settings.samples, settings.seed, "plot temperature")
     order = np.argsort(entropy(cache.rows(drawn)), kind="stable")
@@ -149,7 +149,7 @@ def _between(curves: TemperatureCurves, classes: int) -> list[float] | None:
     return [float(found[0]), float(found[-1])] if len(found) else None
 
 
-def _text(settings: PlotTemperature, cache: Cache, printed: TemperatureCurves, data: dict[str, Any]) -> str:
+def _text(settings: PlotTemperatureArgs, cache: Cache, printed: TemperatureCurves, data: dict[str, Any]) -> str:
     limit = data["max_entropy"]
     header = ["T", "median top probability", "median entropy"]
     medians = zip(printed.temperatures_t, printed.top_qt[1], printed.entropy_qt[1], strict=True)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kdcache.core.command_result import Report
-from kdcache.core.config import Bench, DumpConfig, Execution, Input, StudentConfig
+from kdcache.core.config import BenchArgs, DumpConfig, InputConfig, RuntimeConfig, StudentConfig
 from kdcache.core.json_records import to_json
 from kdcache.core.options import narrow
 from kdcache.core.progress import log, muted
@@ -27,11 +27,12 @@ from kdcache.distill.student.train_student import train_student
 from kdcache.distill.teacher.dump import dump_teacher
 from kdcache.distill.teacher.live_teacher import LiveTargets
 from kdcache.distill.trainer import TrainResult, train
-from kdcache.models.build import build, check_checkpoint_key, dataset_preprocess, load_teacher, open_data
+from kdcache.models.build import build, dataset_preprocess, open_data
 from kdcache.models.checkpoints import read_checkpoint
 from kdcache.models.device import move_to, resolve_device
 from kdcache.models.forward import ForwardPass
 from kdcache.models.registry import BuiltModel, count_parameters
+from kdcache.models.teacher import check_checkpoint_key, load_teacher
 from kdcache.store.cache import open_cache
 from kdcache.store.layout import predicted_bytes
 from kdcache.store.manifest import OutputRecord, ViewRecipe
@@ -68,7 +69,7 @@ class Measured:
         return self.dump_seconds / saved if saved > 0 else None
 
 
-def bench(settings: Bench) -> Report:
+def bench(settings: BenchArgs) -> Report:
     """Measure, and say after how many epochs the cache has paid."""
     dataset = open_data(settings, settings.dataset, "train")
     if settings.samples is not None and settings.samples < len(dataset):
@@ -93,7 +94,7 @@ def bench(settings: Bench) -> Report:
     return Report(data, _text(data, measured))
 
 
-def build_pair(settings: Bench, dataset: IndexedDataset) -> tuple[BuiltModel, BuiltModel]:
+def build_pair(settings: BenchArgs, dataset: IndexedDataset) -> tuple[BuiltModel, BuiltModel]:
     """Teacher and student; a teacher without weights is as fast as one with them."""
     default = dataset_preprocess(dataset)
     if settings.checkpoint or settings.class_map:
@@ -115,9 +116,9 @@ def build_pair(settings: Bench, dataset: IndexedDataset) -> tuple[BuiltModel, Bu
     return teacher, build(settings.student, dataset, settings, settings.seed, default, training=True)
 
 
-def teacher_input(settings: Input, checkpoint: str | None) -> Input:
+def teacher_input(settings: InputConfig, checkpoint: str | None) -> InputConfig:
     """Of a teacher beside a student: the settings are the student's, unless the checkpoint records none of its own."""
-    return settings if checkpoint and "kdcache" not in read_checkpoint(checkpoint) else Input()
+    return settings if checkpoint and "kdcache" not in read_checkpoint(checkpoint) else InputConfig()
 
 
 def measure(
@@ -135,7 +136,7 @@ def measure(
     device = resolve_device(config.device)
     with tempfile.TemporaryDirectory(prefix="kdcache-bench-") as folder:
         path = Path(folder) / "cache.zarr"
-        execution = to_json(narrow(Execution, config))
+        execution = to_json(narrow(RuntimeConfig, config))
         with muted():  # whatever the teacher's accuracy is, its time is what counts
             result = dump_teacher(
                 teacher.module,

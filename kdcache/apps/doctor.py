@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from kdcache.core.command_result import Report
-from kdcache.core.config import Doctor
+from kdcache.core.config import DoctorArgs
 from kdcache.core.errors import StorageError
 from kdcache.core.system import core_count
 
@@ -32,7 +32,7 @@ _PACKAGES = ("kdcache", "torch", "torchvision", "zarr", "numcodecs", "numpy", "c
 _PROBE_BYTES = 64 << 20
 
 
-def examine(settings: Doctor) -> Report:
+def examine(settings: DoctorArgs) -> Report:
     """Look at everything, and name what is wrong.
 
     Raises:

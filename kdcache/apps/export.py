@@ -17,7 +17,7 @@ from kdcache.apps.export_module import Deployable, metadata, trace
 from kdcache.core import rng
 from kdcache.core.atomic_files import write_durable
 from kdcache.core.command_result import Report
-from kdcache.core.config import Export
+from kdcache.core.config import ExportArgs
 from kdcache.core.errors import DatasetError, ModelError, UsageError
 from kdcache.core.plugins import require_extra
 from kdcache.core.progress import log
@@ -46,7 +46,7 @@ class Compared(NamedTuple):
     indices: NDArray[np.int64]
 
 
-def export(settings: Export) -> Report:
+def export(settings: ExportArgs) -> Report:
     """Export the best checkpoint of a run as an artefact.
 
     The artefact's bytes are loaded again and its logits compared with the network's before anything is written.

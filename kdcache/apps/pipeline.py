@@ -15,15 +15,15 @@ from kdcache.analysis.matrix_plots import plot_confusion
 from kdcache.core.command_result import Report
 from kdcache.core.config import (
     DumpConfig,
-    DumpTeacher,
-    Evaluate,
-    Execution,
-    Inference,
+    DumpTeacherArgs,
+    EvaluateArgs,
+    InferenceConfig,
+    RuntimeConfig,
     StudentConfig,
     TrainConfig,
-    TrainStudent,
-    TrainTeacher,
-    Verify,
+    TrainStudentArgs,
+    TrainTeacherArgs,
+    VerifyArgs,
 )
 from kdcache.core.errors import CacheDamaged
 from kdcache.core.json_records import counted, to_json
@@ -41,13 +41,14 @@ from kdcache.distill.teacher.dump import dump_teacher as dump
 from kdcache.distill.teacher.dump import plan_dump
 from kdcache.distill.teacher.spot_check import recompute_rows
 from kdcache.distill.trainer import TrainResult, train
-from kdcache.models.build import build, check_classes, dataset_preprocess, describe, load_teacher, open_data, open_test
+from kdcache.models.build import build, check_classes, dataset_preprocess, describe, open_data, open_test
 from kdcache.models.checkpoints import fit_weights, load_weights, read_checkpoint
 from kdcache.models.device import evaluation_mode, floating_dtype
 from kdcache.models.evaluate import Evaluation, evaluate_model
 from kdcache.models.feature_hooks import list_layers
 from kdcache.models.from_run import load_trained
 from kdcache.models.registry import BuiltModel, count_parameters
+from kdcache.models.teacher import load_teacher
 from kdcache.store.cache import open_cache
 from kdcache.store.inspect import verify_cache
 from kdcache.store.layout import predicted_bytes
@@ -57,7 +58,7 @@ from kdcache.store.manifest import Preprocess, ViewRecipe
 WORST_CLASSES = 5
 
 
-def train_teacher(settings: TrainTeacher) -> Report:
+def train_teacher(settings: TrainTeacherArgs) -> Report:
     """Train a network on the labels of a dataset's training split."""
     _check_plots(settings.plots)
     dataset = open_data(settings, settings.dataset, "train")
@@ -81,7 +82,7 @@ def train_teacher(settings: TrainTeacher) -> Report:
     return _conclude("teacher", built, result, test, config, run, plots=settings.plots)
 
 
-def dump_teacher(settings: DumpTeacher) -> Report:
+def dump_teacher(settings: DumpTeacherArgs) -> Report:
     """Run a teacher over one or more splits and keep its logits."""
     if settings.list_layers:
         return _list_layers(settings)
@@ -91,7 +92,7 @@ def dump_teacher(settings: DumpTeacher) -> Report:
     return Report(data, "\n".join(report.text for report in reports))
 
 
-def _load_teacher(settings: DumpTeacher, dataset: IndexedDataset, recipe: ViewRecipe) -> BuiltModel:
+def _load_teacher(settings: DumpTeacherArgs, dataset: IndexedDataset, recipe: ViewRecipe) -> BuiltModel:
     return load_teacher(
         settings,
         settings.teacher,
@@ -104,7 +105,7 @@ def _load_teacher(settings: DumpTeacher, dataset: IndexedDataset, recipe: ViewRe
     )
 
 
-def _list_layers(settings: DumpTeacher) -> Report:
+def _list_layers(settings: DumpTeacherArgs) -> Report:
     dataset = open_data(settings, settings.dataset, settings.split[0])
     built = _load_teacher(settings, dataset, ViewRecipe())
     preprocessor, device = built.preprocessor, torch.device("cpu")
@@ -117,7 +118,7 @@ def _list_layers(settings: DumpTeacher) -> Report:
     return Report(data, "\n".join([*lines, "penultimate is the input of the last linear layer"]))
 
 
-def _dump_split(settings: DumpTeacher, split: str) -> Report:
+def _dump_split(settings: DumpTeacherArgs, split: str) -> Report:
     dataset = open_data(settings, settings.dataset, split)
     recipe = ViewRecipe(augment=settings.augment, mix=settings.mix, seed=settings.view_seed)
     built = _load_teacher(settings, dataset, recipe)
@@ -172,7 +173,7 @@ def _dump_split(settings: DumpTeacher, split: str) -> Report:
     )
 
 
-def verify_with_teacher(settings: Verify) -> Report:
+def verify_with_teacher(settings: VerifyArgs) -> Report:
     """Check every byte, and let the teacher answer once more for a sample of rows."""
     report = verify_cache(settings.cache, settings.split)
     if report.exit_code:
@@ -199,7 +200,7 @@ def verify_with_teacher(settings: Verify) -> Report:
             views,
             cache,
             rows=settings.rows,
-            execution=Execution(
+            execution=RuntimeConfig(
                 device=settings.device, batch_size=settings.batch_size, workers=settings.workers, seed=settings.seed
             ),
             tokenizer=built.preprocessor.tokenizer,
@@ -217,7 +218,7 @@ def verify_with_teacher(settings: Verify) -> Report:
     return Report(data, "\n".join(lines), exit_code)
 
 
-def train_student(settings: TrainStudent) -> Report:
+def train_student(settings: TrainStudentArgs) -> Report:
     """Train a student from a cache's training split; dataset, classes and preprocessing come from its manifest."""
     _check_plots(settings.plots)
     caches = [open_cache(path, "train", allow_partial=settings.allow_partial) for path in settings.cache]
@@ -245,7 +246,7 @@ def train_student(settings: TrainStudent) -> Report:
 
 
 def _build_student(
-    settings: TrainStudent, dataset: IndexedDataset, default: Preprocess, recipe: ViewRecipe
+    settings: TrainStudentArgs, dataset: IndexedDataset, default: Preprocess, recipe: ViewRecipe
 ) -> BuiltModel:
     """The student, with the weights of `settings.init` where these are given."""
     if settings.init is None:
@@ -264,14 +265,14 @@ def _build_student(
     return built
 
 
-def evaluate(settings: Evaluate) -> Report:
+def evaluate(settings: EvaluateArgs) -> Report:
     """Judge a run's best checkpoint on a split of the dataset it was trained on."""
     folder = Path(settings.run)
     trained = load_trained(folder)
     dataset = open_data(settings, settings.dataset or trained.dataset, settings.split, hint=trained.data_root)
     check_classes(str(trained.checkpoint), trained.classes, dataset)
     evaluation = evaluate_model(
-        trained.module, dataset, preprocess=trained.preprocessor, config=narrow(Inference, settings)
+        trained.module, dataset, preprocess=trained.preprocessor, config=narrow(InferenceConfig, settings)
     )
     data = {
         "run": settings.run,
@@ -287,7 +288,7 @@ def evaluate(settings: Evaluate) -> Report:
     return Report(data, f"{text}\n{worst}" if (worst := _worst(data["classes"])) else text)
 
 
-def _run_folder(command: str, settings: TrainTeacher | TrainStudent, built: BuiltModel) -> RunFolder:
+def _run_folder(command: str, settings: TrainTeacherArgs | TrainStudentArgs, built: BuiltModel) -> RunFolder:
     tokenizer = built.preprocessor.tokenizer
     return RunFolder(
         Path(settings.out),

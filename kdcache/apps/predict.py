@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kdcache.core.command_result import Report
-from kdcache.core.config import Predict
+from kdcache.core.config import PredictArgs
 from kdcache.core.errors import DatasetError, ModelError, UsageError
 from kdcache.data.dataset import IndexedDataset, Indices
 from kdcache.data.folders import IMAGES, TEXTS, FileKind, LeftOut, find_files, printable
@@ -36,7 +36,7 @@ class Item(NamedTuple):
     line: bytes = b""
 
 
-def predict(settings: Predict) -> Report:
+def predict(settings: PredictArgs) -> Report:
     """Let the best checkpoint of a run answer for files, for those in folders, and for lines of stdin.
 
     Returns:
@@ -135,7 +135,7 @@ def _channels(trained: TrainedNetwork) -> int:
     return trained.preprocessor.channels or 3  # folders of images are read as RGB
 
 
-def _check_kind(trained: TrainedNetwork, settings: Predict) -> None:
+def _check_kind(trained: TrainedNetwork, settings: PredictArgs) -> None:
     """Refuse a run that takes neither images nor texts, and settings that its inputs have no use for."""
     shape, kind = trained.input_shape, f"{trained.input_dtype} of shape {trained.input_shape or '(varying)'}"
     is_image = trained.input_dtype == "uint8" and (shape is None or len(shape) == 3) and _channels(trained) in (1, 3)
@@ -215,7 +215,7 @@ def _lines() -> Iterator[Item]:
         yield Item(f"{STDIN}:{number}", None, line.removesuffix(b"\r"))
 
 
-def _probabilities(trained: TrainedNetwork, inputs: GivenInputs, settings: Predict) -> NDArray[np.float64]:
+def _probabilities(trained: TrainedNetwork, inputs: GivenInputs, settings: PredictArgs) -> NDArray[np.float64]:
     """The softmax of the logits at temperature 1, (inputs, classes)."""
     found_nc = np.empty((len(inputs), len(trained.classes)))
     for batch, on_device in predict_batches(

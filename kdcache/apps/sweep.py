@@ -17,14 +17,15 @@ from kdcache.apps.bench import CACHE, LIVE, Measured, measure, teacher_input
 from kdcache.apps.sweep_workers import Job, Outcome, available_slots, run_all
 from kdcache.core.atomic_files import make_folder, storage_errors, write_durable
 from kdcache.core.command_result import Report
-from kdcache.core.config import StudentConfig, Sweep, TrainStudent
+from kdcache.core.config import StudentConfig, SweepArgs, TrainStudentArgs
 from kdcache.core.errors import UsageError
 from kdcache.core.file_lock import PathLock
 from kdcache.core.json_records import to_json
 from kdcache.core.options import merge, narrow
 from kdcache.core.progress import log
 from kdcache.core.text_table import text_table
-from kdcache.models.build import build, load_teacher, open_data
+from kdcache.models.build import build, open_data
+from kdcache.models.teacher import load_teacher
 from kdcache.store.cache import open_cache
 from kdcache.store.manifest import NONE
 
@@ -59,7 +60,7 @@ class Setting:
         return f"T{self.temperature:g}-{plain}{mark}"
 
 
-def grid_of(settings: Sweep) -> list[Setting]:
+def grid_of(settings: SweepArgs) -> list[Setting]:
     """Every combination, each once; an objective has no alpha."""
     found = [
         Setting(temperature=temperature, alpha=None, objective=objective)
@@ -71,7 +72,7 @@ def grid_of(settings: Sweep) -> list[Setting]:
     return list(dict.fromkeys(found))
 
 
-def sweep(settings: Sweep) -> Report:
+def sweep(settings: SweepArgs) -> Report:
     """Train what is not trained yet, and put all students into one table, best first.
 
     A student that fails is named, and does not stop the others; the same command tries it again.
@@ -97,7 +98,7 @@ def sweep(settings: Sweep) -> Report:
         return _sweep(settings, out)
 
 
-def _check(settings: Sweep) -> None:
+def _check(settings: SweepArgs) -> None:
     """What needs no cache to be refused."""
     if (settings.checkpoint or settings.checkpoint_key) and not settings.teacher:
         raise UsageError(
@@ -111,7 +112,7 @@ def _check(settings: Sweep) -> None:
             "at least one setting to train with",
             "leave it out for the default",
         )
-    if settings.objective and settings.alpha != Sweep().alpha:
+    if settings.objective and settings.alpha != SweepArgs().alpha:
         raise UsageError(
             f"--alpha {','.join(map(str, settings.alpha))} is given beside --objective",
             "one of the two: an objective has its own weights",
@@ -119,7 +120,7 @@ def _check(settings: Sweep) -> None:
         )
 
 
-def _sweep(settings: Sweep, out: Path) -> Report:
+def _sweep(settings: SweepArgs, out: Path) -> Report:
     grid = grid_of(settings)
     seeds = range(settings.seed, settings.seed + settings.seeds)
     jobs = [
@@ -148,9 +149,9 @@ def _sweep(settings: Sweep, out: Path) -> Report:
     return Report(data | {"out": str(out)}, "\n".join(lines), exit_code=1 if data["failed"] else 0)
 
 
-def _run_settings(settings: Sweep, setting: Setting, seed: int) -> dict[str, Any]:
+def _run_settings(settings: SweepArgs, setting: Setting, seed: int) -> dict[str, Any]:
     """Those of `train-student` for one student."""
-    names = {each.name for each in fields(TrainStudent)}
+    names = {each.name for each in fields(TrainStudentArgs)}
     shared = {name: value for name, value in to_json(settings).items() if name in names}
     own: dict[str, Any] = {
         "temperature": setting.temperature,
@@ -159,7 +160,7 @@ def _run_settings(settings: Sweep, setting: Setting, seed: int) -> dict[str, Any
         "out": str(Path(settings.out) / f"{setting.folder}-seed{seed}"),
     }
     own["alpha"] = StudentConfig().alpha if setting.alpha is None else setting.alpha
-    return dict(to_json(merge(TrainStudent, shared | own, where="sweep")))
+    return dict(to_json(merge(TrainStudentArgs, shared | own, where="sweep")))
 
 
 def _rows(grid: Sequence[Setting], seeds: Sequence[int], outcomes: dict[str, Outcome]) -> list[dict[str, Any]]:
@@ -189,7 +190,7 @@ def _rows(grid: Sequence[Setting], seeds: Sequence[int], outcomes: dict[str, Out
     return sorted(rows, key=lambda row: -1.0 if row["score"] is None else row["score"], reverse=True)
 
 
-def _live_cost(settings: Sweep, *, threads: int) -> dict[str, Any]:
+def _live_cost(settings: SweepArgs, *, threads: int) -> dict[str, Any]:
     """What an epoch costs with the live teacher, as a ratio to one from the cache: measured in turn."""
     import torch
 
@@ -225,7 +226,7 @@ def _live_cost(settings: Sweep, *, threads: int) -> dict[str, Any]:
     }
 
 
-def _plain(settings: Sweep) -> StudentConfig:
+def _plain(settings: SweepArgs) -> StudentConfig:
     """The sweep's way of training, with one temperature and alpha: neither changes what a step costs."""
     shared = to_json(settings)
     # The measured cache is one of plain samples and of the one live teacher.

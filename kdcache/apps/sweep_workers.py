@@ -187,13 +187,13 @@ def _train(settings: dict[str, Any], slot: Slot, log_path: str) -> Outcome:
             import torch
 
             from kdcache.apps import pipeline
-            from kdcache.core.config import TrainStudent
+            from kdcache.core.config import TrainStudentArgs
             from kdcache.core.options import merge
 
             torch.set_num_threads(slot.threads)
             resume = (folder / CONFIG).exists()
             own = settings | {"device": slot.device, "resume": resume}
-            pipeline.train_student(merge(TrainStudent, own, where="sweep"))
+            pipeline.train_student(merge(TrainStudentArgs, own, where="sweep"))
             return _outcome(folder)
         except KdcacheError as problem:
             print(f"error: {problem}", file=sys.stderr)

@@ -15,7 +15,7 @@ from kdcache.core import config
 from kdcache.core.command_result import Report
 
 app = typer.Typer(
-    help="Run a teacher once, keep its logits, train any number of students from them.",
+    help="Run a teacher once, store its logits, train any number of students from them.",
     no_args_is_help=True,
     context_settings={"max_content_width": 120},
     pretty_exceptions_enable=False,
@@ -24,8 +24,10 @@ app = typer.Typer(
 _command = partial(command_of, app)
 
 
-@_command(config.TrainTeacher, "train-teacher", "kdcache train-teacher --dataset mnist --model cnn --out runs/teacher")
-def train_teacher(settings: config.TrainTeacher) -> Report:
+@_command(
+    config.TrainTeacherArgs, "train-teacher", "kdcache train-teacher --dataset mnist --model cnn --out runs/teacher"
+)
+def train_teacher(settings: config.TrainTeacherArgs) -> Report:
     """Train a teacher on the labels of a dataset."""
     from kdcache.apps import pipeline
 
@@ -33,48 +35,48 @@ def train_teacher(settings: config.TrainTeacher) -> Report:
 
 
 @_command(
-    config.DumpTeacher,
+    config.DumpTeacherArgs,
     "dump-teacher",
     "kdcache dump-teacher --dataset mnist --teacher cnn --checkpoint runs/teacher/best.pt --out runs/mnist.zarr",
 )
-def dump_teacher(settings: config.DumpTeacher) -> Report:
-    """Run a teacher once over a dataset and keep its logits in a cache."""
+def dump_teacher(settings: config.DumpTeacherArgs) -> Report:
+    """Run a teacher once over a dataset and store its logits in a cache."""
     from kdcache.apps import pipeline
 
     return pipeline.dump_teacher(settings)
 
 
 @_command(
-    config.TrainStudent,
+    config.TrainStudentArgs,
     "train-student",
     "kdcache train-student --cache runs/mnist.zarr --student mlp --temperature 2 --alpha 0.5 --out runs/student",
 )
-def train_student(settings: config.TrainStudent) -> Report:
+def train_student(settings: config.TrainStudentArgs) -> Report:
     """Train a student from a cache, without the teacher."""
     from kdcache.apps import pipeline
 
     return pipeline.train_student(settings)
 
 
-@_command(config.Evaluate, "evaluate", "kdcache evaluate --run runs/student")
-def evaluate(settings: config.Evaluate) -> Report:
-    """Judge a run's best checkpoint on a split."""
+@_command(config.EvaluateArgs, "evaluate", "kdcache evaluate --run runs/student")
+def evaluate(settings: config.EvaluateArgs) -> Report:
+    """Evaluate a run's best checkpoint on a split."""
     from kdcache.apps import pipeline
 
     return pipeline.evaluate(settings)
 
 
-@_command(config.Inspect, "inspect", "kdcache inspect runs/mnist.zarr")
-def inspect_cache(settings: config.Inspect) -> Report:
-    """Show what a cache is of."""
+@_command(config.InspectArgs, "inspect", "kdcache inspect runs/mnist.zarr")
+def inspect_cache(settings: config.InspectArgs) -> Report:
+    """Print the manifest of a cache."""
     from kdcache.store.inspect import inspect_cache as inspect_one
 
     return inspect_one(settings.cache)
 
 
-@_command(config.Verify, "verify", "kdcache verify runs/mnist.zarr")
-def verify(settings: config.Verify) -> Report:
-    """Check every byte of a cache; with --teacher, recompute a sample of rows as well."""
+@_command(config.VerifyArgs, "verify", "kdcache verify runs/mnist.zarr")
+def verify(settings: config.VerifyArgs) -> Report:
+    """Verify the checksums of a cache; with --teacher, also recompute a sample of its rows."""
     if settings.teacher is not None:
         from kdcache.apps import pipeline
 
@@ -84,69 +86,71 @@ def verify(settings: config.Verify) -> Report:
     return verify_cache(settings.cache, settings.split)
 
 
-@_command(config.Compare, "compare", "kdcache compare runs/teacher runs/alone runs/student")
-def compare(settings: config.Compare) -> Report:
-    """Show finished runs side by side: accuracy, parameters, seconds an epoch."""
+@_command(config.CompareArgs, "compare", "kdcache compare runs/teacher runs/alone runs/student")
+def compare(settings: config.CompareArgs) -> Report:
+    """Compare finished runs: accuracy, parameters, seconds per epoch."""
     from kdcache.analysis.compare_runs import compare_runs
 
     return compare_runs(settings.runs)
 
 
-@_command(config.MakeReport, "report", "kdcache report runs/teacher runs/alone runs/student --out report.html")
-def report(settings: config.MakeReport) -> Report:
-    """Make one page of finished runs: curves, accuracy, calibration, agreement with the teacher (extra: plots)."""
+@_command(config.ReportArgs, "report", "kdcache report runs/teacher runs/alone runs/student --out report.html")
+def report(settings: config.ReportArgs) -> Report:
+    """Write a page on finished runs: curves, accuracy, calibration, agreement with the teacher (extra: plots)."""
     from kdcache.apps.report.build import make_report
 
     return make_report(settings)
 
 
-@_command(config.PlotTemperature, "plot-temperature", "kdcache plot-temperature runs/mnist.zarr --out temperature.png")
-def plot_temperature(settings: config.PlotTemperature) -> Report:
-    """Draw what temperature does to the answers in a cache (extra: plots)."""
+@_command(
+    config.PlotTemperatureArgs, "plot-temperature", "kdcache plot-temperature runs/mnist.zarr --out temperature.png"
+)
+def plot_temperature(settings: config.PlotTemperatureArgs) -> Report:
+    """Plot the effect of temperature on the logits in a cache (extra: plots)."""
     from kdcache.analysis.temperature import plot_temperature as plot
 
     return plot(settings)
 
 
 @_command(
-    config.Sweep,
+    config.SweepArgs,
     "sweep",
     "kdcache sweep --cache runs/mnist.zarr --student mlp --temperature 1,2,4,8 --alpha 0.5,0.9 --out runs/sweep",
 )
-def sweep(settings: config.Sweep) -> Report:
-    """Train many students from one cache, several at once; the same command continues a stopped sweep."""
+def sweep(settings: config.SweepArgs) -> Report:
+    """Train many students from one cache, several in parallel; the same command resumes a stopped sweep."""
     from kdcache.apps.sweep import sweep as sweep_all
 
     return sweep_all(settings)
 
 
-@_command(config.Predict, "predict", "kdcache predict --run runs/student photos/ one.png --top 3")
-def predict(settings: config.Predict) -> Report:
-    """Let a run's best checkpoint answer for images or texts; CSV on stdout, or JSON with --json."""
-    from kdcache.apps.predict import predict as answer_for
+@_command(config.PredictArgs, "predict", "kdcache predict --run runs/student photos/ one.png --top 3")
+def predict(settings: config.PredictArgs) -> Report:
+    """Predict classes of images or texts with a run's best checkpoint; CSV on stdout, or JSON with --json."""
+    from kdcache.apps.predict import predict as predict_all
 
-    return answer_for(settings)
+    return predict_all(settings)
 
 
-@_command(config.Export, "export", "kdcache export --run runs/student --format onnx --out student.onnx")
-def export(settings: config.Export) -> Report:
-    """Write a run's best checkpoint as a program that needs no kdcache, and compare its answers."""
+@_command(config.ExportArgs, "export", "kdcache export --run runs/student --format onnx --out student.onnx")
+def export(settings: config.ExportArgs) -> Report:
+    """Export a run's best checkpoint as a program that runs without kdcache, and compare its logits."""
     from kdcache.apps.export import export as write_and_compare
 
     return write_and_compare(settings)
 
 
-@_command(config.Bench, "bench", "kdcache bench --dataset mnist --teacher resnet56 --student resnet8x4")
-def bench(settings: config.Bench) -> Report:
-    """Time an epoch on labels, from a cache and with the live teacher, and tell when the cache has paid."""
+@_command(config.BenchArgs, "bench", "kdcache bench --dataset mnist --teacher resnet56 --student resnet8x4")
+def bench(settings: config.BenchArgs) -> Report:
+    """Time an epoch on labels, from a cache and with an online teacher, and print the break-even point."""
     from kdcache.apps.bench import bench as time_all
 
     return time_all(settings)
 
 
-@_command(config.Doctor, "doctor", "kdcache doctor runs")
-def doctor(settings: config.Doctor) -> Report:
-    """Look at versions, devices, extras and the disk."""
+@_command(config.DoctorArgs, "doctor", "kdcache doctor runs")
+def doctor(settings: config.DoctorArgs) -> Report:
+    """Check versions, devices, extras and the disk."""
     from kdcache.apps.doctor import examine
 
     return examine(settings)

@@ -9,10 +9,11 @@ import re
 from pathlib import Path
 from typing import Any
 
-from kdcache.core.config import DATASET_NAMES, MODEL_NAMES, DumpTeacher, TrainStudent, TrainTeacher
+from kdcache.core.config import DATASET_NAMES, MODEL_NAMES, DumpTeacherArgs, TrainStudentArgs, TrainTeacherArgs
 from kdcache.core.errors import CheckpointError, DatasetError, ModelError, UsageError
 from kdcache.core.options import Settings
 from kdcache.core.plugins import did_you_mean
+from kdcache.core.specs import parse_bytes, split_spec
 
 
 def check_early(settings: Settings) -> None:
@@ -25,7 +26,7 @@ def check_early(settings: Settings) -> None:
     _check_names(given)
     _check_files(given)
     _check_caches(settings, given)
-    if isinstance(settings, DumpTeacher):
+    if isinstance(settings, DumpTeacherArgs):
         from kdcache.store.encodings.registry import encoding_named
 
         encoding_named(settings.encoding)
@@ -36,16 +37,17 @@ def _check_names(given: dict[str, Any]) -> None:
     device = given.get("device", "auto")
     if not re.fullmatch(r"auto|(cpu|cuda|mps|xpu|hpu|mtia)(:\d+)?", device):
         raise UsageError(f"--device is {device!r}", "auto, cpu, cuda, cuda:N or mps")
-    if {"cache_memory", "input_memory"} & given.keys():
-        from kdcache.core.specs import parse_bytes
+    for name in ("cache_memory", "input_memory"):
+        parse_bytes(given.get(name, "0"))
+    if "encoding" in given:
+        from kdcache.store.encodings.registry import encoding_named
 
-        for name in ("cache_memory", "input_memory"):
-            parse_bytes(given.get(name, "0"))
+        encoding_named(given["encoding"])
     dataset = given.get("dataset", "py:")
-    kind, _, place = dataset.partition(":")
-    if kind in ("folder", "text-folder") and not Path(place).is_dir():
+    kind, path = split_spec(dataset)
+    if kind in ("folder", "text-folder") and not Path(path or "").is_dir():
         raise DatasetError(
-            f"{dataset}: {Path(place).absolute()} is no folder", "a folder of split folders", "correct the path"
+            f"{dataset}: {Path(path or '').absolute()} is no folder", "a folder of split folders", "correct the path"
         )
     if ":" not in dataset and dataset not in DATASET_NAMES:
         raise DatasetError(
@@ -78,11 +80,11 @@ def _check_caches(settings: Settings, given: dict[str, Any]) -> None:
         from kdcache.store.cache import cache_splits, open_cache
 
         for path in (caches,) if isinstance(caches, str) else caches:
-            if isinstance(settings, TrainStudent):
+            if isinstance(settings, TrainStudentArgs):
                 open_cache(path, "train", allow_partial=settings.allow_partial)
             else:
                 cache_splits(path)
-    if isinstance(settings, DumpTeacher) and not settings.list_layers:
+    if isinstance(settings, DumpTeacherArgs) and not settings.list_layers:
         from kdcache.store.resume import check_free
         from kdcache.store.storage.registry import open_storage
 
@@ -95,5 +97,5 @@ def _check_runs(settings: Settings, given: dict[str, Any]) -> None:
     runs = [given["run"]] if "run" in given else given.get("runs", ())
     for path in runs:
         read_config(Path(path))
-    if isinstance(settings, TrainTeacher | TrainStudent) and not settings.resume:
+    if isinstance(settings, TrainTeacherArgs | TrainStudentArgs) and not settings.resume:
         RunFolder(Path(settings.out), {}, resume=False)

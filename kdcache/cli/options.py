@@ -1,4 +1,4 @@
-"""From settings to commands: a dataclass of settings becomes options, and what was given becomes settings again.
+"""Commands from settings classes: their fields become options, and the given options become settings.
 
 A default or a help text is thus written once, in the dataclass.
 """
@@ -10,7 +10,6 @@ import inspect
 import itertools
 import json
 import traceback
-import typing
 from collections.abc import Callable
 from typing import Annotated, Any
 
@@ -21,16 +20,26 @@ from kdcache.cli.early import check_early
 from kdcache.core.command_result import Report
 from kdcache.core.errors import KdcacheError, UsageError
 from kdcache.core.json_records import to_json
-from kdcache.core.options import Settings, check_effective, flag_of, merge, read_settings, suggestion
+from kdcache.core.options import (
+    Settings,
+    ValueType,
+    check_effective,
+    flag_of,
+    merge,
+    read_settings,
+    suggestion,
+    value_types,
+)
 from kdcache.core.paths import local_path
 from kdcache.core.plugins import describe
+from kdcache.core.specs import split_numbers
 
-# Command → the class of its settings, entered as commands are defined.
+# Settings class of each command, filled in by `command_of`.
 SETTINGS_CLASSES: dict[str, type[Settings]] = {}
 INTERRUPTED = 130
 UNEXPECTED = "error: unexpected "
 
-# The panels of a command's help in their order, those for few users last. What is in none is the command's own.
+# Panels of a command's help in order, from common to rare. Options in none of them are the command's own.
 OWN, GENERAL = "Options", "General"
 PANELS = {
     "Loss": ("temperature", "alpha", "distill", "objective", "student_layer", "label_smoothing"),
@@ -39,16 +48,8 @@ PANELS = {
         *("val_fraction", "momentum", "milestones", "gamma", "clip_norm", "ema"),
     ),
     "Data and preprocessing": (
-        "dataset",
-        "data_root",
-        "download",
-        "mean",
-        "std",
-        "size",
-        "resize",
-        "crop",
-        "teacher_outputs",
-        "class_map",
+        *("dataset", "data_root", "download", "mean", "std", "size", "resize", "crop"),
+        *("teacher_outputs", "class_map"),
     ),
     "Views": ("augment", "mix", "views", "view_seed", "plain_view", "view_schedule", "add_views"),
     "Text": ("max_tokens", "vocabulary_size", "tokenizer"),
@@ -63,7 +64,6 @@ PANELS = {
 
 def command_of(app: typer.Typer, settings_class: type[Settings], name: str, example: str) -> Callable[..., Any]:
     """Register a function of settings as a command whose options are the fields of `settings_class`."""
-
     names = {each.name for each in dataclasses.fields(settings_class)}
     SETTINGS_CLASSES[name] = settings_class
 
@@ -81,7 +81,7 @@ def command_of(app: typer.Typer, settings_class: type[Settings], name: str, exam
             except KeyboardInterrupt as problem:
                 typer.echo(f"stopped; {_kept(settings if 'resume' in names else None)}", err=True)
                 raise typer.Exit(INTERRUPTED) from problem
-            except Exception as problem:  # a defect of kdcache, or of the user's own code
+            except Exception as problem:  # a defect of kdcache or of the user's code
                 again = "" if debug else "\n  to do:  run the same command with --debug for the traceback"
                 _show(f"{UNEXPECTED}{describe(problem)}{again}", problem if debug else None)
                 raise typer.Exit(1) from problem
@@ -89,7 +89,8 @@ def command_of(app: typer.Typer, settings_class: type[Settings], name: str, exam
             if report.exit_code:
                 raise typer.Exit(report.exit_code)
 
-        parameters = [_parameter(each, settings_class) for each in _own_first(settings_class)]
+        types = value_types(settings_class)
+        parameters = [_parameter(each, types[each.name]) for each in _own_first(settings_class)]
         if not any(each.metadata["argument"] for each in dataclasses.fields(settings_class)):
             parameters.append(
                 _keyword(
@@ -117,7 +118,7 @@ def command_of(app: typer.Typer, settings_class: type[Settings], name: str, exam
 
 
 def _show(message: str, problem: BaseException | None) -> None:
-    """A message on stderr, after the traceback of its error where one is given."""
+    """Print a message on stderr, after the traceback of `problem` if given."""
     if problem is not None:
         typer.echo("".join(traceback.format_exception(problem)), err=True)
     typer.echo(message, err=True)
@@ -125,7 +126,7 @@ def _show(message: str, problem: BaseException | None) -> None:
 
 def _command_class(settings_class: type[Settings]) -> type[TyperCommand]:
     class Command(TyperCommand):
-        """A command whose help shows options in panels, and that knows what other tools call an option."""
+        """Command with its options in panels, and with advice for names of options in other tools."""
 
         def format_options(self, ctx: Any, formatter: Any) -> None:
             panels: dict[str, list[tuple[str, str]]] = {panel: [] for panel in ("Arguments", OWN, *PANELS, GENERAL)}
@@ -150,10 +151,10 @@ def _command_class(settings_class: type[Settings]) -> type[TyperCommand]:
 
 
 def _kept(run: Any) -> str:
-    """What Ctrl-C leaves of a command.
+    """Message about the progress that survives Ctrl-C.
 
     Args:
-        run: settings of a training run; None for other commands.
+        run: Settings of a training run; None for other commands.
     """
     if run is None:
         return "what is finished is kept, and the same command goes on from there"
@@ -167,7 +168,7 @@ def _kept(run: Any) -> str:
 
 
 def _own_first(settings_class: type) -> list[dataclasses.Field[Any]]:
-    """The fields with those of the class itself before those that it shares with other commands."""
+    """Fields of a settings class: its own first, then the inherited ones."""
     ranks = {
         name: rank
         for rank, base in reversed(list(enumerate(settings_class.__mro__)))
@@ -180,51 +181,47 @@ def _keyword(name: str, hint: Any, info: Any, default: Any = None) -> inspect.Pa
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[hint, info])
 
 
-def _parameter(each: dataclasses.Field[Any], settings_class: type) -> inspect.Parameter:
-    """One option or argument. Its default is None, so that what was given can be told from what was not."""
-    hint = typing.get_type_hints(settings_class)[each.name]
-    kinds = [kind for kind in typing.get_args(hint) if kind is not type(None)] or [hint]
-    kind = kinds[0] if typing.get_origin(hint) is not tuple else hint
-    many = typing.get_origin(kind) is tuple
-    numbers = many and typing.get_args(kind)[0] in (int, float)
+def _parameter(each: dataclasses.Field[Any], value_type: ValueType) -> inspect.Parameter:
+    """Option or argument of one setting. Its default on the command line is None, which marks it as not given."""
+    kind, several = value_type
     text = each.metadata["help"]
     if each.metadata["required"]:
         text += " [required]"
     elif each.default not in (None, (), "") and not isinstance(each.default, bool):
         default: Any = each.default
-        text += f" [default: {','.join(map(str, default)) if many else default}]"
-    hint = list[str] | None if many and not numbers else (str if numbers else kind) | None
+        text += f" [default: {','.join(map(str, default)) if several else default}]"
+    # Several numbers are one text with commas; several texts are a repeated option.
+    hint: Any = (kind if not several else list[str] if kind is str else str) | None
     if each.metadata["argument"]:
         return _keyword(each.name, hint, typer.Argument(help=text, show_default=False))
     flag = flag_of(each.name)
-    if kind is bool:
-        flag = f"{flag}/--no-{flag[2:]}" if each.default else flag
+    if kind is bool and each.default:
+        flag = f"{flag}/{flag_of(each.name, off=True)}"
     panel = next((panel for panel, names in PANELS.items() if each.name in names), OWN)
     return _keyword(each.name, hint, typer.Option(flag, help=text, show_default=False, rich_help_panel=panel))
 
 
 def _settings(settings_class: type[Settings], given: dict[str, Any], file: str | None) -> Settings:
-    """Settings from a file with the given flags on top."""
-    names = {each.name for each in dataclasses.fields(settings_class)}
+    """Settings from the given flags, on top of those in a file or in the run to resume."""
+    types = value_types(settings_class)
     from_file = read_settings(file) if file else {}
-    layers = [from_file]
+    below = from_file
     if not file and given.get("resume") and given.get("out"):
         from pathlib import Path
 
         from kdcache.core.run_dir import read_config
 
-        layers = [read_config(Path(local_path(given["out"], "--out")))]
-    hints = typing.get_type_hints(settings_class)
+        below = read_config(Path(local_path(given["out"], "--out")))
     flags = {
-        name: _numbers(name, value, hints[name]) if isinstance(value, str) and "tuple" in str(hints[name]) else value
+        name: _value(name, value, types[name])
         for name, value in given.items()
-        if name in names and value is not None and value != []
+        if name in types and value is not None and value != []
     }
-    layers = [{k: v for k, v in layer.items() if k != "command"} for layer in layers]
-    settings = merge(settings_class, *layers, flags, where=file or "the command line")
+    below = {name: value for name, value in below.items() if name != "command"}
+    settings = merge(settings_class, below, flags, where=file or "the command line")
     # A run's config.json holds every setting, so one at its default was not asked for.
     defaults = to_json(settings_class())
-    asked = [name for name, value in from_file.items() if name in names and value not in (defaults[name], None)]
+    asked = [name for name, value in from_file.items() if name in types and value not in (defaults[name], None)]
     check_effective(settings, dict.fromkeys([*flags, *asked]))
     for each in dataclasses.fields(settings_class):
         spared = each.metadata["unless"] and getattr(settings, each.metadata["unless"])
@@ -234,10 +231,10 @@ def _settings(settings_class: type[Settings], given: dict[str, Any], file: str |
     return settings
 
 
-def _numbers(name: str, text: str, hint: Any) -> list[float] | list[int]:
-    whole = "int" in str(hint)
+def _value(name: str, given: Any, value_type: ValueType) -> Any:
+    if not (value_type.several and isinstance(given, str)):
+        return given
     try:
-        return [int(part) for part in text.split(",")] if whole else [float(part) for part in text.split(",")]
+        return split_numbers(given, value_type.kind)
     except ValueError as problem:
-        example = "whole numbers with commas between, as 0,1,2" if whole else "numbers with commas between, as 0.5,0.5"
-        raise UsageError(f"{flag_of(name)} is {text!r}", example) from problem
+        raise UsageError(f"{flag_of(name)} is {given!r}", str(problem)) from problem

@@ -1,4 +1,4 @@
-"""What a command returns: data for a program, text for a person, an exit code for the shell."""
+"""Result of a command."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 class Report(typing.NamedTuple):
-    """What a command has to say: to a program, to a person, and to the shell."""
+    """Result of a command: `data` for `--json`, `text` for the terminal and an exit code."""
 
     data: dict[str, Any]
     text: str

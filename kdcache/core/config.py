@@ -1,7 +1,7 @@
-"""Settings: one frozen dataclass for each kind of run. A default, a bound and a help text are written once, here.
+"""Settings: one frozen dataclass per kind of run. A default, its bounds and its help text are written once, here.
 
-The dataclasses stand apart from their consumers because the command line is made from them, and `kdcache --help` must
-answer without importing torch.
+They are separate from their consumers because the command line is built from them, and `kdcache --help` must not import
+torch.
 """
 
 from __future__ import annotations
@@ -14,26 +14,26 @@ from kdcache.core.options import Settings, check_effective, option
 
 
 @dataclass(frozen=True, kw_only=True)
-class Loading(Settings):
-    """Where samples are loaded and networks run."""
+class LoadingConfig(Settings):
+    """Device, batches and worker processes of the loader."""
 
     device: str = option("auto", "auto (a GPU when there is one), cpu, cuda, cuda:N or mps.")
-    batch_size: int = option(128, "Samples in a batch.", minimum=1)
-    workers: int = option(0, "Processes that load samples; 0 loads in the main one.", minimum=0)
+    batch_size: int = option(128, "Samples per batch.", minimum=1)
+    workers: int = option(0, "Worker processes that load samples; 0 loads in the main process.", minimum=0)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Inference(Loading):
-    """How a network is run over samples."""
+class InferenceConfig(LoadingConfig):
+    """Settings of a forward pass over samples."""
 
     amp: str = option("off", "Automatic mixed precision: off, bf16 or fp16.", choices=("off", "bf16", "fp16"))
 
 
 @dataclass(frozen=True, kw_only=True)
-class Execution(Inference):
-    """How a run is carried out."""
+class RuntimeConfig(InferenceConfig):
+    """Settings of a run that draws random numbers."""
 
-    seed: int = option(0, "Everything random is drawn from it.", minimum=0)
+    seed: int = option(0, "Seed of all random numbers.", minimum=0)
 
 
 # Host-memory budget for the rows of a cache, and the ways to read and shuffle them.
@@ -42,7 +42,7 @@ ROW_SOURCES = ("auto", "memory", "streamed")
 SHUFFLES = ("auto", "exact", "window")
 
 AUGMENT_HELP = (
-    "none, affine, crop-flip, crop-flip-randaugment, resized-crop-flip (:PIXELS behind it for another size) or "
+    "none, affine, crop-flip, crop-flip-randaugment, resized-crop-flip (followed by :PIXELS for another size) or "
     "py:package.module:function."
 )
 DATASET_NAMES = ("digits", "mnist", "fashion-mnist", "cifar10", "cifar100", "imdb")
@@ -52,37 +52,41 @@ IMAGE_MODELS = ("cnn", "mlp", "resnet20", "resnet56", "resnet110", "resnet8x4", 
 MODEL_NAMES = (*IMAGE_MODELS, "lstm", "gru")
 MODEL_HELP = (
     f"{', '.join(IMAGE_MODELS)}, torchvision:NAME[@WEIGHTS], timm:NAME, "
-    "hf:NAME, for text lstm, gru (sized as lstm:hidden=128,embedding=64), or py:package.module:factory."
+    "hf:NAME, for text lstm, gru (with sizes, as lstm:hidden=128,embedding=64), or py:package.module:factory."
 )
 
 
 @dataclass(frozen=True, kw_only=True)
-class DatasetSource(Settings):
-    """Where the samples come from; what is not given is taken from the cache or the run, where there is one."""
+class DatasetConfig(Settings):
+    """Source of the samples. Commands on a cache or a run default to the dataset recorded there."""
 
-    dataset: str | None = option(None, f"Where it is now, if not where it was: {DATASET_HELP}")
-    data_root: str | None = option(None, "Folder that holds the named datasets. [default: data]")
+    dataset: str | None = option(None, f"Dataset, if it is no longer at its recorded place: {DATASET_HELP}")
+    data_root: str | None = option(None, "Folder of the named datasets. [default: data]")
     download: bool = option(False, "Download the dataset if it is not in the data root.")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Input(Settings):
-    """What a network takes, where it does not say so itself or should be told otherwise."""
+class InputConfig(Settings):
+    """Input format of a network: values that its weights do not bring, or that replace theirs."""
 
-    mean: tuple[float, ...] | None = option(None, "Mean of each channel, as 0.5,0.5,0.5.")
-    std: tuple[float, ...] | None = option(None, "Standard deviation of each channel, as 0.2,0.2,0.2.", above=0)
-    size: int | None = option(None, "Resize and crop to a square of this many pixels.", minimum=1)
-    resize: int | None = option(None, "Instead of --size: pixels of the shorter side after resizing.", minimum=1)
-    crop: int | None = option(None, "Instead of --size: pixels of the square cropped from the centre.", minimum=1)
+    mean: tuple[float, ...] | None = option(None, "Mean per channel, as 0.5,0.5,0.5.")
+    std: tuple[float, ...] | None = option(None, "Standard deviation per channel, as 0.2,0.2,0.2.", above=0)
+    size: int | None = option(None, "Side in pixels of the square that images are resized and cropped to.", minimum=1)
+    resize: int | None = option(
+        None, "Length in pixels of the shorter side after resizing, instead of --size.", minimum=1
+    )
+    crop: int | None = option(
+        None, "Side in pixels of the square cropped from the centre, instead of --size.", minimum=1
+    )
     max_tokens: int | None = option(
         None,
-        "Of text: longer ones are cut to so many tokens. [default: the teacher's, or 256; of hf: up to 512]",
+        "Maximum tokens per text; longer texts are truncated. [default: the teacher's, or 256; for hf: up to 512]",
         minimum=1,
     )
     vocabulary_size: int | None = option(
-        None, "Of text: so many words of the training split. [default: the teacher's, or 20000]", minimum=2
+        None, "Number of words in the vocabulary of the training split. [default: the teacher's, or 20000]", minimum=2
     )
-    tokenizer: str | None = option(None, "Of text: a tokenizer.json, instead of a vocabulary from the training split.")
+    tokenizer: str | None = option(None, "A tokenizer.json for texts, instead of a vocabulary from the training split.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -105,125 +109,127 @@ class Input(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Augmenting(Settings):
-    """How the shared input is made of the plain sample."""
+class ViewConfig(Settings):
+    """Augmentation and mixing: how the shared input is made from the plain sample."""
 
-    augment: str = option("none", f"How samples are varied: {AUGMENT_HELP}")
-    mix: str = option("none", "How two samples become one: none, uniform, mixup:ALPHA or cutmix:ALPHA.")
+    augment: str = option("none", f"Augmentation: {AUGMENT_HELP}")
+    mix: str = option("none", "Mixing of two samples: none, uniform, mixup:ALPHA or cutmix:ALPHA.")
 
 
 @dataclass(frozen=True, kw_only=True)
-class TeacherOutput(Settings):
-    """From what a teacher returns to logits of the dataset's classes."""
+class TeacherOutputConfig(Settings):
+    """Conversion from a teacher's outputs to logits of the dataset's classes."""
 
     teacher_outputs: str = option(
         "logits",
-        "What the teacher returns: logits (or log-probabilities), or probabilities, of which log p is stored.",
+        "Kind of the teacher's outputs: logits (or log-probabilities), or probabilities, stored as log p.",
         choices=("logits", "probabilities"),
     )
     class_map: str | None = option(
         None,
-        "JSON file from each class of the dataset to the teacher's output, as its index or its class's name, where "
-        "the teacher has other classes or another order.",
+        "JSON file that maps each class of the dataset to the index or the class name of the teacher's output, for a "
+        "teacher with other classes or another order.",
     )
 
 
 @dataclass(frozen=True, kw_only=True)
-class DumpConfig(Execution, Augmenting):
-    """How a teacher's answers are computed and stored."""
+class DumpConfig(RuntimeConfig, ViewConfig):
+    """How a teacher's logits are computed and stored."""
 
-    batch_size: int = option(256, "Samples in a batch.", minimum=1)
-    views: int = option(1, "Versions of every sample that the teacher answers for.", minimum=1)
+    batch_size: int = option(256, "Samples per batch.", minimum=1)
+    views: int = option(1, "Views per sample: differently augmented versions that the teacher sees.", minimum=1)
     view_seed: int = option(
         0,
-        "What views are drawn from, with their number and the sample's index.",
+        "Seed of the views, used together with the view's and the sample's index.",
         minimum=0,
         only_with=("augment", "mix"),
     )
-    plain_view: bool = option(False, "Let view 0 be the plain sample.", only_with=("augment", "mix"))
+    plain_view: bool = option(False, "View 0 is the plain sample.", only_with=("augment", "mix"))
     features: tuple[str, ...] = option(
-        (), "Store the output of this layer too (a module's path, or penultimate); repeat for several."
+        (), "Layer whose output is stored too (a module's path, or penultimate); repeat for several."
     )
     pool: str = option(
         "avg",
-        "Features of maps: avg over places, or none, which stores them whole.",
+        "Pooling of feature maps: avg over positions, or none, which stores them whole.",
         choices=("avg", "none"),
         only_with=("features",),
     )
-    encoding: str = option("float16", "How logits are stored: float16, float32 or float64.")
-    compression: str = option("none", "none or zstd:LEVEL. Logits hardly compress, and uncompressed ones read faster.")
-    license: str = option("", "License of the cache, such as CC-BY-4.0, for its manifest.")
-    citation: str = option("", "What to cite for the cache, for its manifest.")
-    shard_rows: int | None = option(None, "Rows of a shard, a power of two. [default: 16384, fewer if rows are large]")
+    encoding: str = option("float16", "Encoding of the logits: float16, float32 or float64.")
+    compression: str = option("none", "none or zstd:LEVEL. Logits hardly compress, and are read faster uncompressed.")
+    license: str = option("", "License of the cache, such as CC-BY-4.0; recorded in its manifest.")
+    citation: str = option("", "Citation for users of the cache; recorded in its manifest.")
+    shard_rows: int | None = option(None, "Rows per shard, a power of two. [default: 16384, fewer if rows are large]")
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig(Execution):
-    """How a network is trained; teacher and student share the loop."""
+class TrainConfig(RuntimeConfig):
+    """Settings of the training loop, for teacher and student."""
 
     epochs: int = option(5, "Passes over the training samples.", minimum=1)
     optimizer: str = option("adam", "adam, adamw or sgd.", choices=("adam", "adamw", "sgd"))
     learning_rate: float = option(1e-3, "Peak learning rate.", above=0)
-    momentum: float = option(
-        0.9, "Of sgd, with Nesterov's correction.", minimum=0, maximum=1, only_with=("optimizer=sgd",)
-    )
+    momentum: float = option(0.9, "Nesterov momentum of sgd.", minimum=0, maximum=1, only_with=("optimizer=sgd",))
     weight_decay: float = option(0.0, "L2 penalty; decoupled with adamw.", minimum=0)
     schedule: str = option("constant", "constant, cosine or step.", choices=("constant", "cosine", "step"))
     milestones: tuple[float, ...] = option(
         (0.5, 0.75),
-        "Of step: where the rate drops, as parts of all epochs.",
+        "Epochs at which schedule step lowers the learning rate, as fractions of all epochs.",
         above=0,
         maximum=1,
         only_with=("schedule=step",),
     )
     gamma: float = option(
-        0.1, "Of step: what the rate is multiplied by at each milestone.", above=0, only_with=("schedule=step",)
+        0.1, "Factor of the learning rate at each milestone of schedule step.", above=0, only_with=("schedule=step",)
     )
-    warmup_epochs: float = option(0.0, "Epochs of linear warm-up from 0; may be a fraction.", minimum=0)
-    label_smoothing: float = option(0.0, "Part of the label's weight spread over all classes.", minimum=0, maximum=1)
-    tensorboard: bool = option(False, "Write the log for TensorBoard into --out too (extra: tensorboard).")
-    clip_norm: float | None = option(None, "Largest norm of the gradient; a larger one is scaled down.", above=0)
+    warmup_epochs: float = option(0.0, "Epochs of linear warm-up from 0; may be fractional.", minimum=0)
+    label_smoothing: float = option(
+        0.0, "Fraction of the label's weight spread over all classes.", minimum=0, maximum=1
+    )
+    tensorboard: bool = option(False, "Also write a TensorBoard log into --out (extra: tensorboard).")
+    clip_norm: float | None = option(None, "Maximum norm of the gradient; larger gradients are scaled down.", above=0)
     ema: float | None = option(
-        None, "Decay of an exponential moving average of the weights, which is then the result.", above=0, maximum=1
+        None, "Decay of an exponential moving average of the weights, which becomes the result.", above=0, maximum=1
     )
     val_fraction: float = option(
         0.0,
-        "Part of the training split kept out to choose best.pt; with 0 the last epoch is best.",
+        "Fraction of the training split held out to select best.pt; with 0 the last epoch is best.",
         minimum=0,
         maximum=0.9,
     )
 
 
 @dataclass(frozen=True, kw_only=True)
-class CacheUse(TrainConfig):
-    """How a cache is read while a student trains."""
+class CacheReadConfig(TrainConfig):
+    """How a cache is read during a student's training."""
 
     student_layer: str = option(
-        "", "The student's layer whose features are compared. [default: penultimate]", only_with=("objective",)
+        "", "Layer of the student whose features are compared. [default: penultimate]", only_with=("objective",)
     )
     cache_memory: str = option(
         CACHE_MEMORY, "Host-memory budget; a view that fits is loaded whole.", not_with=("distill",)
     )
     cache_on_device: bool = option(
-        False, "Hold the view in the device's memory instead; it must fit there.", not_with=("distill",)
+        False, "Hold the view in the device's memory, where it must fit.", not_with=("distill",)
     )
     cache_weights: tuple[float, ...] = option(
         (), "Weights of several caches, as 2,1. [default: all equal]", above=0, not_with=("distill",)
     )
     views: tuple[int, ...] = option((), "Views to train on, as 0,1,2. [default: all]", minimum=0)
-    view_schedule: str = option("cycle", "Which view an epoch uses: cycle, shuffle or fixed:K.")
+    view_schedule: str = option("cycle", "View of each epoch: cycle, shuffle or fixed:K.")
     verify_inputs: str = option(
         "sample",
-        "Whose inputs are compared with the teacher's: all, sample (of batches) or off.",
+        "Batches whose inputs are compared with the teacher's: all, sample or off.",
         choices=("all", "sample", "off"),
     )
     input_memory: str = option(
-        "0", "What augmented inputs may take in memory, as 2GiB; where all fit, each is made only once."
+        "0", "Memory budget for augmented inputs, as 2GiB; where all fit, each is computed only once."
     )
-    row_source: str = option("auto", "auto, memory or streamed.", choices=ROW_SOURCES, not_with=("distill",))
+    row_source: str = option(
+        "auto", "Source of the cache's rows: auto, memory or streamed.", choices=ROW_SOURCES, not_with=("distill",)
+    )
     shuffle: str = option(
         "auto",
-        "exact, window (chunk by chunk), or auto: exact unless streamed.",
+        "Shuffling: exact, window (chunk by chunk), or auto: exact unless streamed.",
         choices=SHUFFLES,
         not_with=("distill",),
     )
@@ -231,18 +237,22 @@ class CacheUse(TrainConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class StudentConfig(CacheUse):
-    """How a student is trained from a cache: alpha · T² · KL(teacher_T ‖ student_T) + (1 − alpha) · CE(label)."""
+class StudentConfig(CacheReadConfig):
+    """Training of a student from a cache: alpha · T² · KL(teacher_T ‖ student_T) + (1 − alpha) · CE(label)."""
 
-    temperature: float = option(2.0, "T: softens teacher and student alike.", above=0, not_with=("distill",))
+    temperature: float = option(2.0, "T: divides the logits of teacher and student.", above=0, not_with=("distill",))
     alpha: float = option(
-        0.5, "Weight of the teacher; the label has 1 - alpha.", minimum=0, maximum=1, not_with=("distill", "objective")
+        0.5,
+        "Weight of the teacher; the weight of the label is 1 - alpha.",
+        minimum=0,
+        maximum=1,
+        not_with=("distill", "objective"),
     )
-    distill: bool = option(True, "--no-distill trains on the labels alone, through the same loop.")
+    distill: bool = option(True, "Use the teacher's logits; --no-distill trains on the labels alone.")
     objective: tuple[str, ...] = option(
         (),
-        "What is minimised, as NAME:key=value,key=value; repeat for a sum. Keys: weight, warmup (epochs), layer, "
-        "student-layer, and the loss's own. [default: alpha · kd + (1 - alpha) · cross entropy]",
+        "Term of the loss, as NAME:key=value,key=value; repeat for a sum. Keys: weight, warmup (epochs), layer, "
+        "student-layer, and those of the loss. [default: alpha · kd + (1 - alpha) · cross entropy]",
         not_with=("distill",),
     )
 
@@ -252,18 +262,18 @@ class StudentConfig(CacheUse):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainTeacher(TrainConfig, Augmenting, DatasetSource, Input):
+class TrainTeacherArgs(TrainConfig, ViewConfig, DatasetConfig, InputConfig):
     """`kdcache train-teacher`."""
 
     dataset: str = option("digits", DATASET_HELP)
     model: str = option("cnn", MODEL_HELP)
     out: str = option("", "Folder for the run.", required=True)
     resume: bool = option(False, "Continue the run in --out.")
-    plots: bool = option(False, "Draw a confusion matrix into --out (extra: plots).")
+    plots: bool = option(False, "Plot a confusion matrix into --out (extra: plots).")
 
 
 @dataclass(frozen=True, kw_only=True)
-class DumpTeacher(DumpConfig, TeacherOutput, DatasetSource, Input):
+class DumpTeacherArgs(DumpConfig, TeacherOutputConfig, DatasetConfig, InputConfig):
     """`kdcache dump-teacher`."""
 
     dataset: str = option("digits", DATASET_HELP)
@@ -271,171 +281,173 @@ class DumpTeacher(DumpConfig, TeacherOutput, DatasetSource, Input):
     checkpoint: str | None = option(None, "The teacher's weights: .pt, .pth or .safetensors.")
     checkpoint_key: str | None = option(None, CHECKPOINT_KEY_HELP)
     split: tuple[str, ...] = option(("train",), "Split to dump; repeat for several.")
-    out: str = option("", "The cache, a folder such as runs/mnist.zarr.", required=True, unless="list_layers")
-    list_layers: bool = option(False, "Show the teacher's layers and the shapes that they give, and do nothing else.")
-    dry_run: bool = option(False, "Tell rows, bytes and shards, and write nothing.", not_with=("list_layers",))
+    out: str = option("", "Folder of the cache, such as runs/mnist.zarr.", required=True, unless="list_layers")
+    list_layers: bool = option(False, "Only list the teacher's layers and the shapes of their outputs.")
+    dry_run: bool = option(False, "Print rows, bytes and shards, and write nothing.", not_with=("list_layers",))
     add_views: int = option(
         0,
-        "Extend the finished cache at --out to so many views more than --views.",
+        "Number of views to append to the finished cache at --out, which has --views of them.",
         minimum=0,
         not_with=("list_layers",),
     )
     repair: bool = option(
         False,
-        "Check what stands at --out, and compute again what is broken or missing.",
+        "Check the cache at --out, and recompute damaged or missing shards.",
         not_with=("list_layers", "dry_run"),
     )
     accept_new_bytes: bool = option(
         False,
-        "With --repair: replace rows even where they are not what was committed; the cache's digest changes.",
+        "With --repair: accept recomputed rows that differ from the committed ones; the cache's digest changes.",
         only_with=("repair",),
     )
     allow_device_change: bool = option(
-        False, "Continue a dump on another device or with other settings of it; recorded in the manifest."
+        False, "Continue a dump on another device or with other device settings; recorded in the manifest."
     )
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainStudent(StudentConfig, DatasetSource, Input):
+class TrainStudentArgs(StudentConfig, DatasetConfig, InputConfig):
     """`kdcache train-student`."""
 
     cache: tuple[str, ...] = option(
-        (), "A cache made by dump-teacher; repeat for several teachers, whose logits are averaged.", required=True
+        (), "Folder of a cache; repeat for several teachers, whose logits are averaged.", required=True
     )
     student: str = option("mlp", MODEL_HELP)
-    init: str | None = option(None, "Weights that the student starts from: .pt, .pth or .safetensors.")
+    init: str | None = option(None, "Initial weights of the student: .pt, .pth or .safetensors.")
     out: str = option("", "Folder for the run.", required=True)
     resume: bool = option(False, "Continue the run in --out.")
-    plots: bool = option(False, "Draw a confusion matrix into --out (extra: plots).")
+    plots: bool = option(False, "Plot a confusion matrix into --out (extra: plots).")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluate(Inference, DatasetSource):
+class EvaluateArgs(InferenceConfig, DatasetConfig):
     """`kdcache evaluate`."""
 
     run: str = option("", "Folder of a run.", required=True)
-    split: str = option("test", "Split to judge on.")
-    plots: bool = option(False, "Draw a confusion matrix into the run's folder (extra: plots).")
+    split: str = option("test", "Split to evaluate on.")
+    plots: bool = option(False, "Plot a confusion matrix into the run's folder (extra: plots).")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Inspect(Settings):
+class InspectArgs(Settings):
     """`kdcache inspect`."""
 
-    cache: str = option("", "A cache made by dump-teacher.", argument=True, required=True)
+    cache: str = option("", "Folder of a cache.", argument=True, required=True)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Verify(DatasetSource, Input, Loading):
+class VerifyArgs(DatasetConfig, InputConfig, LoadingConfig):
     """`kdcache verify`."""
 
     inherited_only_with = ("teacher",)
 
-    cache: str = option("", "A cache made by dump-teacher.", argument=True, required=True)
+    cache: str = option("", "Folder of a cache.", argument=True, required=True)
     split: tuple[str, ...] = option((), "Split to check; repeat for several. [default: all]")
     teacher: str | None = option(None, f"Recompute some rows with this teacher: {MODEL_HELP}")
     checkpoint: str | None = option(None, "The teacher's weights.", only_with=("teacher",))
     checkpoint_key: str | None = option(None, CHECKPOINT_KEY_HELP, only_with=("checkpoint",))
-    rows: int = option(256, "With --teacher: how many rows of each split.", minimum=1, only_with=("teacher",))
-    seed: int = option(0, "With --teacher: draws the rows.", minimum=0, only_with=("teacher",))
+    rows: int = option(256, "With --teacher: number of rows per split to recompute.", minimum=1, only_with=("teacher",))
+    seed: int = option(0, "With --teacher: seed that selects the rows.", minimum=0, only_with=("teacher",))
     tolerance: float = option(
         0.01,
-        "With --teacher: largest difference of a logit or feature x, as a part of 1 + |x|.",
+        "With --teacher: tolerated difference of a logit or feature x, as a fraction of 1 + |x|.",
         above=0,
         only_with=("teacher",),
     )
 
 
 @dataclass(frozen=True, kw_only=True)
-class Compare(Settings):
+class CompareArgs(Settings):
     """`kdcache compare`."""
 
     runs: tuple[str, ...] = option((), "Folders of finished runs.", argument=True, required=True)
 
 
 @dataclass(frozen=True, kw_only=True)
-class MakeReport(Execution, DatasetSource):
+class ReportArgs(RuntimeConfig, DatasetConfig):
     """`kdcache report`."""
 
     runs: tuple[str, ...] = option((), "Folders of finished runs.", argument=True, required=True)
-    out: str = option("", "The page, such as report.html; its pictures lie beside it too.", required=True)
-    cache: str | None = option(None, "The students' cache, if it is not where it was.")
-    train_samples: int = option(5000, "Training samples that agreement with the teacher is measured on.", minimum=1)
-    shown: int = option(24, "Test samples to show, worst disagreements first.", minimum=1, maximum=400)
+    out: str = option("", "The page, such as report.html; its figures are written next to it too.", required=True)
+    cache: str | None = option(None, "Folder of the students' cache, if it is no longer at its recorded place.")
+    train_samples: int = option(5000, "Number of training samples for the agreement with the teacher.", minimum=1)
+    shown: int = option(24, "Number of test samples to show, worst disagreements first.", minimum=1, maximum=400)
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlotTemperature(Settings):
+class PlotTemperatureArgs(Settings):
     """`kdcache plot-temperature`."""
 
-    cache: str = option("", "A cache made by dump-teacher.", argument=True, required=True)
+    cache: str = option("", "Folder of a cache.", argument=True, required=True)
     out: str = option("", "The picture, such as temperature.png.", required=True)
-    split: str = option("train", "Whose answers are looked at.")
-    temperatures: tuple[float, ...] = option((0.5, 1.0, 2.0, 4.0, 8.0, 16.0), "Of the six panels.", above=0)
+    split: str = option("train", "Split whose logits are plotted.")
+    temperatures: tuple[float, ...] = option((0.5, 1.0, 2.0, 4.0, 8.0, 16.0), "Temperatures of the panels.", above=0)
     sample: int | None = option(None, "Index of the sample in the panels. [default: one of median entropy]", minimum=0)
-    samples: int = option(2000, "How many samples the curves are of.", minimum=1)
-    seed: int = option(0, "That draws the samples.", minimum=0)
+    samples: int = option(2000, "Number of samples behind the curves.", minimum=1)
+    seed: int = option(0, "Seed that selects the samples.", minimum=0)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sweep(CacheUse, DatasetSource, Input):
+class SweepArgs(CacheReadConfig, DatasetConfig, InputConfig):
     """`kdcache sweep`."""
 
-    cache: tuple[str, ...] = option((), "A cache made by dump-teacher; repeat for several teachers.", required=True)
+    cache: tuple[str, ...] = option((), "Folder of a cache; repeat for several teachers.", required=True)
     student: str = option("mlp", MODEL_HELP)
     temperature: tuple[float, ...] = option((2.0,), "Temperatures to try, as 1,2,4,8.", above=0)
     alpha: tuple[float, ...] = option((0.5,), "Weights of the teacher to try, as 0.5,0.9.", minimum=0, maximum=1)
     objective: tuple[str, ...] = option(
         (), "An objective to try instead of alpha, as kd or kd+feature_mse:weight=0.1; repeat for several."
     )
-    seeds: int = option(1, "Students of each setting, from --seed upwards.", minimum=1)
-    jobs: int | None = option(None, "Students trained at once. [default: one for each GPU, or each core]", minimum=1)
-    teacher: str | None = option(None, f"Measure what the sweep would cost with this live teacher: {MODEL_HELP}")
-    checkpoint: str | None = option(None, "The live teacher's weights.")
+    seeds: int = option(1, "Students per setting, with seeds from --seed upwards.", minimum=1)
+    jobs: int | None = option(None, "Students trained in parallel. [default: one per GPU, or per core]", minimum=1)
+    teacher: str | None = option(None, f"Online teacher, to measure what the sweep would cost with it: {MODEL_HELP}")
+    checkpoint: str | None = option(None, "Weights of the online teacher: .pt, .pth or .safetensors.")
     checkpoint_key: str | None = option(None, CHECKPOINT_KEY_HELP)
     out: str = option("", "Folder for the runs, the table and the heat map.", required=True)
     val_fraction: float = option(
         0.1,
-        "Part of the training split kept out of training, by whose accuracy settings are sorted; with 0 they stay in "
-        "the order of the grid.",
+        "Fraction of the training split held out, by whose accuracy settings are sorted; with 0 they stay in the order "
+        "of the grid.",
         minimum=0,
         maximum=0.9,
     )
 
 
 @dataclass(frozen=True, kw_only=True)
-class Predict(Inference):
+class PredictArgs(InferenceConfig):
     """`kdcache predict`."""
 
     run: str = option("", "Folder of a run.", required=True)
     inputs: tuple[str, ...] = option(
-        (), "Images, text files, folders of them, or - for texts on stdin, one a line.", argument=True, required=True
+        (), "Images, text files, folders of them, or - for texts on stdin, one per line.", argument=True, required=True
     )
-    top: int = option(3, "Answers for each input, likeliest first.", minimum=1)
-    resize_images: bool = option(False, "Resize images that are not of the size that the network was trained on.")
+    top: int = option(3, "Classes per input, likeliest first.", minimum=1)
+    resize_images: bool = option(False, "Resize images of other sizes than the network was trained on.")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Export(DatasetSource):
+class ExportArgs(DatasetConfig):
     """`kdcache export`."""
 
     run: str = option("", "Folder of a run.", required=True)
-    format: str = option("torch", "torch (torch.export, .pt2) or onnx (extra: onnx).", choices=("torch", "onnx"))
+    format: str = option(
+        "torch", "File format: torch (torch.export, .pt2) or onnx (extra: onnx).", choices=("torch", "onnx")
+    )
     out: str = option("", "The file to write.", required=True)
-    split: str = option("test", "Whose samples the artefact is compared with the student on.")
-    samples: int = option(64, "How many of them.", minimum=2)
-    tolerance: float = option(1e-4, "Largest difference of a logit x, as a part of 1 + |x|.", above=0)
+    split: str = option("test", "Split on which the exported program is compared with the network.")
+    samples: int = option(64, "Number of samples to compare.", minimum=2)
+    tolerance: float = option(1e-4, "Tolerated difference of a logit x, as a fraction of 1 + |x|.", above=0)
 
 
 def _of(settings_class: type[Settings], name: str) -> Any:
-    """An option of other settings: its default, its bounds and its help text."""
+    """Copy of an option of another settings class."""
     (found,) = (each for each in fields(settings_class) if each.name == name)
     return field(default=found.default, metadata=found.metadata)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Bench(Execution, TeacherOutput, DatasetSource, Input):
-    """`kdcache bench`: of the options of `train-student` those that an epoch's time depends on."""
+class BenchArgs(RuntimeConfig, TeacherOutputConfig, DatasetConfig, InputConfig):
+    """`kdcache bench`, with the options of `train-student` on which the time per epoch depends."""
 
     optimizer: str = _of(TrainConfig, "optimizer")
     learning_rate: float = _of(TrainConfig, "learning_rate")
@@ -443,22 +455,24 @@ class Bench(Execution, TeacherOutput, DatasetSource, Input):
     weight_decay: float = _of(TrainConfig, "weight_decay")
     clip_norm: float | None = _of(TrainConfig, "clip_norm")
     ema: float | None = _of(TrainConfig, "ema")
-    cache_memory: str = _of(CacheUse, "cache_memory")
-    cache_on_device: bool = _of(CacheUse, "cache_on_device")
-    verify_inputs: str = _of(CacheUse, "verify_inputs")
-    row_source: str = _of(CacheUse, "row_source")
-    shuffle: str = _of(CacheUse, "shuffle")
+    cache_memory: str = _of(CacheReadConfig, "cache_memory")
+    cache_on_device: bool = _of(CacheReadConfig, "cache_on_device")
+    verify_inputs: str = _of(CacheReadConfig, "verify_inputs")
+    row_source: str = _of(CacheReadConfig, "row_source")
+    shuffle: str = _of(CacheReadConfig, "shuffle")
     dataset: str = option("digits", DATASET_HELP)
     teacher: str = option("cnn", MODEL_HELP)
-    checkpoint: str | None = option(None, "The teacher's weights; its speed does not depend on them.")
+    checkpoint: str | None = option(
+        None, "The teacher's weights (optional: the time per epoch does not depend on them)."
+    )
     checkpoint_key: str | None = option(None, CHECKPOINT_KEY_HELP)
     student: str = option("mlp", MODEL_HELP)
-    rounds: int = option(3, "Times that each epoch is measured, in turn.", minimum=1)
-    samples: int | None = option(None, "Measure on so many samples of the training split. [default: all]", minimum=2)
+    rounds: int = option(3, "Number of measurements per kind of epoch, taken in turn.", minimum=1)
+    samples: int | None = option(None, "Number of training samples to measure on. [default: all]", minimum=2)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Doctor(Settings):
+class DoctorArgs(Settings):
     """`kdcache doctor`."""
 
-    path: str = option(".", "Where caches will lie: its disk is measured.", argument=True)
+    path: str = option(".", "Folder for caches, whose disk is measured.", argument=True)

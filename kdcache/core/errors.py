@@ -28,9 +28,9 @@ class KdcacheError(Exception):
     """Base of every error that kdcache raises on purpose.
 
     Args:
-        found: what was met, with its value.
-        needed: what was required instead, with its value.
-        remedy: what the user can do next.
+        found: What was found, with its value.
+        needed: What is required, with its value.
+        remedy: What the user can do next.
     """
 
     exit_code = 1

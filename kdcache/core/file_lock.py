@@ -30,8 +30,8 @@ class PathLock:
     """Held from construction to `release`; the system releases it for a process that dies, and a forked child has none.
 
     Args:
-        folder: Folder that only one process may write to.
-        owner: What writes there, for the message.
+        folder: Folder to lock.
+        owner: Kind of the writing process, for messages.
 
     Raises:
         CacheBusy: another process holds it.
@@ -53,7 +53,7 @@ class PathLock:
 
     def release(self) -> None:
         """Release the lock and leave no file behind."""
-        # The file goes first: a process that opens it later makes its own.
+        # The file is removed first, so that a process that opens it later creates a new one.
         self._path.unlink(missing_ok=True)
         self._lock.release(force=True)
 

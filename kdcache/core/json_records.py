@@ -51,8 +51,8 @@ def from_json(cls: type[T], data: Any, *, where: str, error: type[KdcacheError])
     """Read a record of type `cls` from plain JSON values.
 
     Args:
-        data: what `to_json` gave, read back.
-        where: how to name the place in a message, such as a file's path.
+        data: Plain values from `to_json`.
+        where: Name of the source for messages, such as a file's path.
         error: the error raised for a field that is unknown, missing, of the wrong type or refused by the record.
     """
     if not isinstance(data, Mapping):
@@ -100,7 +100,7 @@ def differences(old: Any, new: Any, *, ignore: frozenset[str] = frozenset()) -> 
     """Where two records of one type differ: (dotted field, old value, new value), in field order.
 
     Args:
-        ignore: dotted fields to pass over, with everything below them.
+        ignore: Dotted names of fields to skip, with everything below them.
     """
     return list(_differences(to_json(old), to_json(new), "", ignore))
 
@@ -122,13 +122,13 @@ def counted(count: int, singular: str, plural: str = "") -> str:
     """A number with its noun: `1 shard`, `2 shards`, `1,000 rows`.
 
     Args:
-        plural: where it is not the singular with an s.
+        plural: Plural of an irregular noun.
     """
     return f"{count:,} {singular if count == 1 else plural or singular + 's'}"
 
 
 def brief(value: Any) -> str:
-    """A value for a message, on one line and cut where it is long; of a tensor or an array its type and shape."""
+    """A value for a message, on one line and truncated; of a tensor or an array its type and shape."""
     shape, dtype = getattr(value, "shape", None), getattr(value, "dtype", None)
     if shape and dtype is not None:
         return f"a {type(value).__name__} of shape {tuple(shape)} and dtype {dtype}"

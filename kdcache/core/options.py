@@ -1,4 +1,4 @@
-"""Settings as such: what a field may be, where values come from, and how several sources become one."""
+"""Base of all settings: bounds of options, dependencies between them, and settings merged from several sources."""
 
 from __future__ import annotations
 
@@ -7,18 +7,19 @@ import json
 import math
 import os
 import tomllib
+import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 from kdcache.core.errors import UsageError
-from kdcache.core.json_records import from_json, to_json
+from kdcache.core.json_records import from_json
 from kdcache.core.paths import local_path, local_spec
 
 T = TypeVar("T", bound="Settings")
 
-# Options whose values are paths, and those whose values may hold one, wherever they occur.
+# Options whose values are paths in every command, and options whose values may contain one.
 PATHS = frozenset({"out", "cache", "run", "runs", "data_root", "checkpoint", "tokenizer", "inputs", "path"})
 SPECS = frozenset({"dataset", "model", "teacher", "student"})
 
@@ -37,16 +38,19 @@ def option(
     not_with: tuple[str, ...] = (),
     unless: str = "",
 ) -> Any:
-    """A setting: its default, its help text and what it may be.
+    """Field of a settings class, with its help text and its bounds.
 
     Args:
-        above: exclusive lower bound, where `minimum` is inclusive.
-        argument: given on the command line by position instead of by name.
-        required: on the command line; a missing value is a usage error there.
-        only_with: other settings without one of which this one has no effect, as `NAME=VALUE`, or `NAME` for any value
-            but its default.
-        not_with: other settings that leave this one without effect, spelled alike.
-        unless: flag with which a required value may be missing.
+        minimum: Inclusive lower bound.
+        above: Exclusive lower bound.
+        maximum: Inclusive upper bound.
+        choices: Allowed values; empty allows all.
+        argument: Positional on the command line.
+        required: A missing value is a usage error on the command line.
+        only_with: Other settings, at least one of which this setting needs to have an effect: `NAME=VALUE`, or `NAME`
+            for any value but its default.
+        not_with: Other settings that leave this one without effect, in the same form.
+        unless: Flag that makes a required value optional.
     """
     metadata = {
         "help": help,
@@ -65,13 +69,13 @@ def option(
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Base of all settings: checks every value against its bounds, and expands `~` in paths.
+    """Base of all settings: checks every value against its bounds and expands `~` in paths.
 
     Attributes:
-        inherited_only_with: other settings without one of which no inherited setting has an effect, as `only_with`.
+        inherited_only_with: The `only_with` of every inherited setting that has none of its own.
 
     Raises:
-        UsageError: a value is out of bounds or not among the choices, or no path on this machine.
+        UsageError: a value is out of bounds, not among the choices, or not a path on this machine.
     """
 
     inherited_only_with: ClassVar[tuple[str, ...]] = ()
@@ -79,7 +83,7 @@ class Settings:
     def __post_init__(self) -> None:
         for each in fields(self):
             rule = each.metadata
-            flag = each.name.upper() if rule.get("argument") else "--" + each.name.replace("_", "-")
+            flag = each.name.upper() if rule.get("argument") else flag_of(each.name)
             if each.name in PATHS | SPECS:
                 object.__setattr__(self, each.name, _expanded(getattr(self, each.name), each.name, flag))
             value = getattr(self, each.name)
@@ -98,19 +102,39 @@ class Settings:
                     raise UsageError(f"{flag} is {number}", f"at most {rule['maximum']:g}")
 
 
+class ValueType(NamedTuple):
+    """Type of a setting's value: a single `kind`, or a tuple of them."""
+
+    kind: type
+    several: bool
+
+
+def value_types(settings_class: type[Settings]) -> dict[str, ValueType]:
+    """Types of all settings of a class, by name, read from its annotations."""
+    hints = typing.get_type_hints(settings_class)
+    return {each.name: _value_type(hints[each.name]) for each in fields(settings_class)}
+
+
+def _value_type(hint: Any) -> ValueType:
+    if typing.get_origin(hint) is tuple:
+        return ValueType(typing.get_args(hint)[0], several=True)
+    kinds = [kind for kind in typing.get_args(hint) if kind is not type(None)]
+    return _value_type(kinds[0]) if kinds else ValueType(hint, several=False)
+
+
 def flag_of(name: str, *, off: bool = False) -> str:
-    """The option of a setting on the command line."""
+    """Name of a setting's option on the command line; the one that turns a flag off for `off`."""
     return ("--no-" if off else "--") + name.replace("_", "-")
 
 
 def check_effective(settings: Settings, given: Iterable[str]) -> None:
-    """Refuse settings that were given and have no effect beside the others.
+    """Refuse given settings that have no effect in combination with the others.
 
     Args:
-        given: names of the settings that the user gave.
+        given: Names of the settings that the user gave.
 
     Raises:
-        UsageError: one of them is without effect; the message names the other setting.
+        UsageError: one of them has no effect; the message names the other setting.
     """
     rules = {each.name: each for each in fields(settings)}
     own = vars(type(settings)).get("__annotations__", {})
@@ -149,10 +173,10 @@ def _expanded(value: Any, name: str, flag: str) -> Any:
 
 
 def read_settings(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The settings in a TOML file or in a run's config.json, as plain values.
+    """Settings from a TOML file or a run's config.json, as plain values.
 
     Raises:
-        UsageError: the file is missing or is neither.
+        UsageError: the file cannot be read, or is neither.
     """
     path = Path(local_path(os.fspath(path), "--config"))
     try:
@@ -172,10 +196,10 @@ def read_settings(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def merge(config_class: type[T], *layers: dict[str, Any], where: str = "settings") -> T:
-    """Settings from several layers of plain values, the last one on top.
+    """Settings from several layers of plain values; later layers win.
 
     Raises:
-        UsageError: a name that is not a setting, or a value out of bounds.
+        UsageError: an unknown name, or a value of the wrong type or out of bounds.
     """
     merged: dict[str, Any] = {}
     for layer in layers:
@@ -183,13 +207,13 @@ def merge(config_class: type[T], *layers: dict[str, Any], where: str = "settings
     for name in merged.keys() - {each.name for each in fields(config_class)}:
         if advice := suggestion(name, config_class):
             raise UsageError(f"{where} has no setting {name!r}", "the name of a setting", advice)
-    for each in fields(config_class):
-        if "tuple" in str(each.type) and isinstance(merged.get(each.name), str):
-            merged[each.name] = [merged[each.name]]  # one value where several may stand
+    for name, value_type in value_types(config_class).items():
+        if value_type.several and isinstance(merged.get(name), str):
+            merged[name] = [merged[name]]  # a single value of several allowed ones
     return from_json(config_class, merged, where=where, error=UsageError)
 
 
-# What other tools call a setting, for advice only.
+# Names of settings in other tools, for advice only.
 ALIASES = {
     "arch": "model",
     "aug": "augment",
@@ -234,18 +258,15 @@ ALIASES = {
 
 
 def suggestion(name: str, config_class: type[Settings]) -> str:
-    """Advice for a name that is no setting of the class; empty where none is close."""
+    """Advice for an unknown name of a setting; empty where no name is close."""
     names = [each.name for each in fields(config_class)]
     name = name.replace("-", "_")
-    # Networks are named by what they are for: --model of train-teacher is --student of train-student.
+    # Networks are named by their role: --model of train-teacher is --student of train-student.
     roles = [each for each in ("model", "student", "teacher") if each in names] if name in ("arch", "model") else []
     close = [ALIASES[name]] if ALIASES.get(name) in names else roles[:1] or difflib.get_close_matches(name, names, n=3)
     return f"did you mean {' or '.join(map(flag_of, close))}?" if close else ""
 
 
 def narrow(config_class: type[T], settings: Settings) -> T:
-    """The part of some settings that `config_class` names."""
-    data = to_json(settings)
-    return from_json(
-        config_class, {each.name: data[each.name] for each in fields(config_class)}, where="settings", error=UsageError
-    )
+    """The settings that `config_class` has, out of those of a larger class."""
+    return config_class(**{each.name: getattr(settings, each.name) for each in fields(config_class)})

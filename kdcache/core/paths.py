@@ -17,7 +17,7 @@ def local_path(text: str, what: str) -> str:
     """A path on this machine, with `~` expanded.
 
     Args:
-        what: names the option in a message, such as `--out`.
+        what: Name of the option for messages, such as `--out`.
 
     Raises:
         UsageError: it is a URL, a home that is not known, or has a name too long for a file.

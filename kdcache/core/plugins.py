@@ -88,9 +88,9 @@ def require_extra(module: str, extra: str, why: str) -> ModuleType:
     """Import an optional dependency.
 
     Args:
-        module: dotted name to import.
-        extra: the extra of the package `kdcache` that installs it.
-        why: what needs it, as the start of a sentence.
+        module: Dotted name of the module.
+        extra: Name of the extra of `kdcache` that installs it.
+        why: Purpose, as the start of a sentence.
 
     Raises:
         MissingExtra: it cannot be imported.

@@ -40,9 +40,9 @@ class Progress:
     """Counts units of work up to a total, with their rate and the time left.
 
     Args:
-        what: names the work, such as `dump train`.
-        unit: what is counted, such as `rows`.
-        done: units that were done before.
+        what: Name of the work, such as `dump train`.
+        unit: Plural of the counted unit, such as `rows`.
+        done: Number of units finished earlier.
     """
 
     def __init__(self, what: str, total: int, unit: str, done: int = 0) -> None:

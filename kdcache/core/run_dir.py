@@ -29,7 +29,7 @@ class RunFolder:
     A run of which no epoch has finished holds nothing worth keeping: another one takes its place, with any settings.
 
     Args:
-        tokenizer: the JSON of the network's tokenizer, if it reads text.
+        tokenizer: JSON of the network's tokenizer, if it has one.
 
     Raises:
         TargetExists: a new run meets the files of another one, or a file that is no folder.

@@ -1,4 +1,4 @@
-"""Specs as users write them: `NAME`, `NAME:VALUE`, `NAME:key=value,key=value`; numbers with bounds, sizes in bytes."""
+"""Parser of specs: `NAME`, `NAME:VALUE`, `NAME:key=value,key=value`, numbers, lists of numbers, sizes in bytes."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def number(
         above: Whether `low` itself is excluded.
 
     Raises:
-        ValueError: it is none; the message says what is needed.
+        ValueError: the text is not such a number; the message says what is needed.
     """
     what = "a whole number" if kind is int else "a number"
     bounds = f"{'above' if above else 'from'} {low:g}" + ("" if high == math.inf else f" to {high:g}")
@@ -52,11 +52,24 @@ def number(
     return value
 
 
+def split_numbers(text: str, kind: type[int] | type[float]) -> list[int] | list[float]:
+    """The numbers in `0.5,0.9`.
+
+    Raises:
+        ValueError: one of them is not a number of this kind; the message says what is needed.
+    """
+    try:
+        return [kind(part) for part in text.split(",")]
+    except ValueError as problem:
+        needed = "whole numbers separated by commas, as 0,1,2"
+        raise ValueError(needed if kind is int else "numbers separated by commas, as 0.5,0.9") from problem
+
+
 def parse_bytes(text: str) -> int:
     """Bytes in `4GiB`, `500MB` or `1048576`.
 
     Raises:
-        UsageError: it is no size.
+        UsageError: the text is not a size.
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]i?B|)", text.strip())
     if match is None:

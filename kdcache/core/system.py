@@ -1,4 +1,4 @@
-"""How much of the machine's processor there is for this process. Needs no torch."""
+"""Cores, disk space and memory of the machine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Augmentations by name, and what tells one from another."""
+"""Augmentations by name, and their descriptions."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def _affine(size: int | None, input_shape: tuple[int, ...] | None) -> Transform:
 
 
 def _crop_flip(size: int | None, input_shape: tuple[int, ...] | None) -> Transform:
-    """Of CIFAR: a crop after padding by an eighth of the side, and a flip (He et al., 2016, section 4.2)."""
+    """CIFAR: a crop after padding by an eighth of the side, and a flip (He et al., 2016, section 4.2)."""
     if input_shape is None or len(input_shape) != 3:
         raise DatasetError(
             f"crop-flip was asked for inputs of shape {input_shape or 'that varies'}",
@@ -57,7 +57,7 @@ def _crop_flip_randaugment(size: int | None, input_shape: tuple[int, ...] | None
 
 
 def _resized_crop_flip(size: int | None, input_shape: tuple[int, ...] | None) -> Transform:
-    """Of ImageNet: a crop of 8 to 100 % of the area, resized to a square, and a flip (Szegedy et al., 2015)."""
+    """ImageNet: a crop of 8 to 100 % of the area, resized to a square, and a flip (Szegedy et al., 2015)."""
     v2 = _v2()
     return _in_turn(v2.RandomResizedCrop(size or RESIZED_PIXELS, antialias=True), v2.RandomHorizontalFlip())
 
@@ -83,13 +83,13 @@ PRESETS: dict[str, Callable[[int | None, tuple[int, ...] | None], Transform]] = 
 
 
 def build_transform(spec: str, input_shape: tuple[int, ...] | None) -> Transform | None:
-    """The transform that a spec means; None for `none`.
+    """Build the transform of a spec; None for `none`.
 
     Args:
-        spec: `none`, a name of `PRESETS` with `:PIXELS` behind it for another size of the result, or
+        spec: `none`, a name of `PRESETS`, followed by `:PIXELS` for another size of the result, or
             `py:package.module:function`, which is called with those of `input_shape` that it takes and returns a
             transform.
-        input_shape: of one plain input; None where they differ in size.
+        input_shape: Shape of one plain input; None where they differ in size.
 
     Raises:
         UsageError: there is no such preset or function, or it returns something else.
@@ -129,9 +129,9 @@ def build_transform(spec: str, input_shape: tuple[int, ...] | None) -> Transform
 
 
 def describe_transform(transform: Transform | None) -> dict[str, str]:
-    """What a transform is made of, as text by dotted name; two that differ there are two augmentations.
+    """Parameters of a transform as text by dotted name; transforms that differ there are different augmentations.
 
-    What differs only in the code of a function is not seen here, but by the checksums of the inputs.
+    A change in the code of a function does not show here, but in the checksums of the inputs.
     """
     return {} if transform is None else describe_object("transform", transform)
 
@@ -146,13 +146,12 @@ def draws_from_torch_only(transform: Any, above: tuple[int, ...] = ()) -> bool:
     within = partial(draws_from_torch_only, above=(*above, id(transform)))
     if isinstance(transform, nn.Module):
         theirs = type(transform).__module__.startswith("torchvision.transforms.v2")
-        hooked = transform._forward_hooks or transform._forward_pre_hooks
-        return theirs and not hooked and all(map(within, settings_of(transform).values()))
+        return theirs and all(map(within, settings_of(transform).values()))
     if isinstance(transform, Mapping):
         return all(map(within, transform.values()))
     if isinstance(transform, list | tuple | set | frozenset):
         return all(map(within, transform))
-    # Settings are values; a function or an object of another make may draw from anything.
+    # Parameters are values; a function or an object of another library may draw from any generator.
     return transform is None or isinstance(
         transform, bool | int | float | str | enum.Enum | Tensor | np.ndarray | type | torch.dtype
     )

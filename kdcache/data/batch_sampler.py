@@ -22,8 +22,8 @@ class EpochBatches:
     """The batches of one epoch of an order; set `epoch`, counted from 0, before each pass.
 
     Args:
-        schedule: the view of each epoch.
-        verify_inputs: which batches come with checksums: `all`, `off`, or `sample`, the first and every sixteenth.
+        schedule: View of each epoch.
+        verify_inputs: Batches with checksums: `all`, `off`, or `sample` (the first and every sixteenth).
     """
 
     def __init__(
@@ -35,7 +35,7 @@ class EpochBatches:
 
     @property
     def view(self) -> int:
-        """That the epoch uses."""
+        """View of the current epoch."""
         return self._schedule(self.epoch)
 
     def __iter__(self) -> Iterator[BatchRequest]:
@@ -65,7 +65,7 @@ class ShardBatches:
     """Batches of consecutive samples of (view, shard) places, which never straddle a shard.
 
     A shard is thus computed from the same batches whenever it is computed, so that a continued dump equals an
-    uninterrupted one to the bit: a teacher's answers vary by about 1e-6 with the size of the batch.
+    uninterrupted one to the bit: a teacher's logits vary by about 1e-6 with the size of the batch.
     """
 
     def __init__(self, manifest: Manifest, places: Sequence[tuple[int, int]], batch_size: int) -> None:

@@ -1,4 +1,4 @@
-"""What a dataset is to kdcache: samples with stable indices, because soft targets are joined by index."""
+"""Datasets whose samples have stable indices, by which soft targets are joined."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ class IndexedDataset(ABC):
     """Samples `0 <= i < N`, always the same ones.
 
     Attributes:
-        name: the spec that opens it.
-        classes: class names; a label is a position in this tuple.
-        input_dtype: of the shared inputs, such as `uint8`.
-        input_shape: of one shared input, channels first; None where samples differ in size.
-        data_root: the folder it was read from; None where it has none.
-        default_mean: per channel, for a network that brings no preprocessing; empty where none is known.
-        default_std: as long as `default_mean`.
-        in_memory: whether reading a sample again costs next to nothing.
-        is_text: whether a shared input is a text, as UTF-8: (bytes,) uint8.
+        name: Spec that opens the dataset.
+        classes: Class names; a label is an index into this tuple.
+        input_dtype: Dtype of the shared inputs, such as `uint8`.
+        input_shape: Shape of one shared input, channels first; None where samples differ in size.
+        data_root: Folder it was read from; None where it has none.
+        default_mean: Mean per channel, for a network without its own preprocessing; empty where unknown.
+        default_std: Standard deviation per channel, as long as `default_mean`.
+        in_memory: Whether the samples are held in memory.
+        is_text: Whether the shared inputs are texts in UTF-8, (bytes,) uint8.
         vocabulary_size: where a shared input is a sequence of token ids, (tokens,): these are below it. None where it
             is not known, or there are no tokens.
     """
@@ -85,8 +85,8 @@ class ArrayDataset(IndexedDataset):
     """Samples in memory: a batch is one index into one tensor.
 
     Args:
-        inputs: (N, ...), contiguous, any dtype.
-        labels: (N,), integers.
+        inputs: Tensor (N, ...), contiguous, of any dtype.
+        labels: Integers (N,).
 
     Raises:
         DatasetError: lengths differ, there are no samples, or a label has no class.

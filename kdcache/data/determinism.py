@@ -52,10 +52,10 @@ def check_rows(
     """Hold samples as they were dumped against the dataset's list of labels and against an earlier look.
 
     Args:
-        rows: sample indices.
-        labels: of the samples, (rows,).
-        crcs: crc32c of their shared inputs, (rows,).
-        sampled: crc32c by index, from `sampled_crc32c`; shows what changes only now and then.
+        rows: Sample indices.
+        labels: Labels of the samples, (rows,).
+        crcs: Checksums (crc32c) of their shared inputs, (rows,).
+        sampled: Checksums by index from `sampled_crc32c`, which show occasional changes.
 
     Raises:
         DatasetError: a label or an input is another one.

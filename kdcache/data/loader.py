@@ -27,8 +27,8 @@ class BatchRequest(NamedTuple):
     """What a loader is asked for.
 
     Attributes:
-        indices: of the samples, (B,) int64.
-        checksums: fill `Batch.input_crc32c`, at about 0.3 µs a small sample.
+        indices: Indices of the samples, (B,) int64.
+        checksums: Whether to compute `Batch.input_crc32c`, at about 0.3 µs per small sample.
     """
 
     indices: NDArray[np.int64]
@@ -40,15 +40,15 @@ class Batch(NamedTuple):
     """Samples as a loader yields them. A named tuple, because the loader pins the memory of those by itself.
 
     Attributes:
-        inputs: (B, ...), after `Preprocessor.per_sample`; where a network takes token ids, these: (B, longest).
-        labels: (B,) int64, of the samples.
-        indices: (B,) int64, of the samples.
+        inputs: Inputs (B, ...) after `Preprocessor.per_sample`; token ids are (B, longest).
+        labels: Labels of the samples, (B,) int64.
+        indices: Indices of the samples, (B,) int64.
         input_crc32c: (B,) int64 holding uint32, of the shared inputs before any preprocessing; None unless asked for.
-        partner_labels: (B,) int64, of the samples that were mixed in; None where nothing was.
-        shares: (B,) float32, 0 to 1: the part of an input that is the sample's own; None where nothing was mixed.
-        soft_targets: (B, classes), the teacher's logits, where a cache was joined.
-        features: the teacher's features, (B, ...), by name of their array, where an objective asked for them.
-        negatives: the teacher's features of other samples, (negatives, ...), by name of their array, likewise.
+        partner_labels: Labels of the mixed-in samples, (B,) int64; None without mixing.
+        mix_lambda: Weight of the sample in its mixed input, (B,) float32 from 0 to 1; None without mixing.
+        soft_targets: The teacher's logits (B, classes), if a cache was joined.
+        features: The teacher's features (B, ...) by array name, if an objective needs them.
+        negatives: The teacher's features of other samples, (negatives, ...), by array name, likewise.
     """
 
     inputs: Tensor
@@ -56,22 +56,22 @@ class Batch(NamedTuple):
     indices: Tensor
     input_crc32c: Tensor | None = None
     partner_labels: Tensor | None = None
-    shares: Tensor | None = None
+    mix_lambda: Tensor | None = None
     soft_targets: Tensor | None = None
     features: dict[str, Tensor] | None = None
     negatives: dict[str, Tensor] | None = None
 
     @property
     def main_labels(self) -> Tensor:
-        """(B,) int64: of each input the label that has the larger part of it."""
-        if self.partner_labels is None or self.shares is None:
+        """Label with the larger weight in each input, (B,) int64."""
+        if self.partner_labels is None or self.mix_lambda is None:
             return self.labels
-        return torch.where(self.shares >= 0.5, self.labels, self.partner_labels)
+        return torch.where(self.mix_lambda >= 0.5, self.labels, self.partner_labels)
 
     def to(self, device: torch.device) -> Batch:
         """The batch with what a step computes with on a device; the indices stay on the host."""
         moved: dict[str, Any] = {}
-        for name in ("inputs", "labels", "partner_labels", "shares", "soft_targets"):
+        for name in ("inputs", "labels", "partner_labels", "mix_lambda", "soft_targets"):
             if (value := getattr(self, name)) is not None:
                 moved[name] = _to_device(value, device)
         for name in ("features", "negatives"):
@@ -115,9 +115,9 @@ def batch_loader(
     """A loader of the given batches, in their order. Each `iter` of it asks `batches` for an epoch.
 
     Args:
-        dataset: its views, or itself, which has the plain one only.
-        workers: processes that read ahead, kept from epoch to epoch; 0 reads here, best for data in memory.
-        device: that the batches go to; for CUDA they come in pinned memory.
+        dataset: Views of a dataset, or a dataset, of which only the plain view is read.
+        workers: Number of persistent worker processes; 0 reads in this one, best for data in memory.
+        device: Device for the batches, which are in pinned memory for CUDA.
 
     Raises:
         DatasetError: while iterating, a sample cannot be read or stacked, or a worker died.
@@ -209,7 +209,7 @@ class Fetcher(Dataset[Batch]):
             ModelError: the preprocessing does not suit it.
         """
         indices = request.indices.astype(np.int64)
-        inputs, labels, partner_labels, shares = self.views.fetch(request.view, indices)
+        inputs, labels, partner_labels, mix_lambda = self.views.fetch(request.view, indices)
         checksums = torch.tensor(batch_crc32c(inputs), dtype=torch.int64) if request.checksums else None
         if self.sequences is not None:
             plain = self.views.recipe.is_plain(request.view)
@@ -219,7 +219,7 @@ class Fetcher(Dataset[Batch]):
         else:
             name = self.views.dataset.name
             inputs = _stack([self.preprocessor.per_sample(value) for value in inputs], indices, name)
-        return Batch(inputs, labels, torch.from_numpy(indices), checksums, partner_labels, shares)
+        return Batch(inputs, labels, torch.from_numpy(indices), checksums, partner_labels, mix_lambda)
 
 
 def _as_it_is(batch: Any) -> Any:

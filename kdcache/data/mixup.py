@@ -1,4 +1,4 @@
-"""Two samples in one input. Partner, share and box follow from a key of (view, sample), not from a place in a batch."""
+"""Mixup and CutMix. Partner, lambda and box follow from a key of (view, sample), not from a position in a batch."""
 
 from __future__ import annotations
 
@@ -15,31 +15,31 @@ from kdcache.core.errors import UsageError
 from kdcache.core.specs import number, split_spec
 from kdcache.store.manifest import NONE
 
-# Shares are whole parts of this, so that a blend of bytes is exact arithmetic, the same in every process.
+# Lambdas are multiples of 1 / WHOLE, so that blending bytes is exact integer arithmetic in every process.
 WHOLE = 1 << 16
 
 
 class Draw(NamedTuple):
-    """What was drawn for one (view, sample).
+    """Random numbers of one (view, sample).
 
     Attributes:
-        partner: index of the other sample.
-        share: of the sample itself, in parts of `WHOLE`.
-        centre: of the box, (row, column), each from 0 to 1; of cutmix.
+        partner: Index of the other sample.
+        parts: Weight of the sample itself (lambda), in multiples of 1 / `WHOLE`.
+        centre: Centre of CutMix's box, (row, column), each from 0 to 1.
     """
 
     partner: int
-    share: int
+    parts: int
     centre: tuple[float, float]
 
 
 @dataclass(frozen=True, slots=True)
 class Mix:
-    """One way to mix.
+    """Mixup or CutMix with its distribution of lambda.
 
     Attributes:
-        alpha: both parameters of the Beta distribution that shares are drawn from; 1 is uniform.
-        cut: paste a box of the partner (CutMix, Yun et al., 2019) instead of blending (mixup, Zhang et al., 2018).
+        alpha: Both parameters of lambda's Beta distribution; 1 is uniform.
+        cut: Paste a box of the partner (CutMix, Yun et al., 2019) instead of blending (mixup, Zhang et al., 2018).
     """
 
     alpha: float
@@ -50,27 +50,27 @@ class Mix:
         return f"{'cutmix' if self.cut else 'mixup'}:{alpha}"
 
     def draw(self, key: int, sample: int, samples: int) -> Draw:
-        """Draw a partner among the other samples (itself where there is none), and how to mix with it."""
-        # Python's generator: of all at hand it is the cheapest to seed.
+        """Draw a partner among the other samples (the sample itself if it is the only one), lambda and a box."""
+        # Python's generator is the cheapest one to seed.
         generator = random.Random(key)
         drawn = generator.randrange(max(samples - 1, 1))
         partner = min(drawn + (drawn >= sample), samples - 1)
-        share = round(generator.betavariate(self.alpha, self.alpha) * WHOLE)
-        return Draw(partner, share, (generator.random(), generator.random()))
+        parts = round(generator.betavariate(self.alpha, self.alpha) * WHOLE)
+        return Draw(partner, parts, (generator.random(), generator.random()))
 
     def apply(self, image: Tensor, other: Tensor, draw: Draw) -> tuple[Tensor, float]:
-        """Mix two uint8 images (C, H, W) of one shape; also the part of the result, 0 to 1, that is the first's."""
+        """Mix two uint8 images (C, H, W) of one shape; returns the image and lambda, the weight of the first."""
         return (_paste if self.cut else _blend)(image, other, draw)
 
 
 def _blend(image: Tensor, other: Tensor, draw: Draw) -> tuple[Tensor, float]:
-    blended = image.to(torch.int32).mul_(draw.share).add_(other.to(torch.int32).mul_(WHOLE - draw.share))
-    return blended.add_(WHOLE // 2).bitwise_right_shift_(16).to(torch.uint8), draw.share / WHOLE
+    blended = image.to(torch.int32).mul_(draw.parts).add_(other.to(torch.int32).mul_(WHOLE - draw.parts))
+    return blended.add_(WHOLE // 2).bitwise_right_shift_(16).to(torch.uint8), draw.parts / WHOLE
 
 
 def _paste(image: Tensor, other: Tensor, draw: Draw) -> tuple[Tensor, float]:
     height, width = image.shape[-2:]
-    side = math.sqrt(1 - draw.share / WHOLE)
+    side = math.sqrt(1 - draw.parts / WHOLE)
     (top, bottom), (left, right) = (
         _edges(centre, side, length) for centre, length in zip(draw.centre, (height, width), strict=True)
     )
@@ -80,20 +80,20 @@ def _paste(image: Tensor, other: Tensor, draw: Draw) -> tuple[Tensor, float]:
 
 
 def _edges(centre: float, side: float, length: int) -> tuple[int, int]:
-    """First and past-last pixel of a box, cut off at the edges of the image as the paper does."""
+    """Start and end of a box along one axis, clipped to the image as in the paper."""
     middle, half = int(centre * length), int(side * length) // 2
     return max(middle - half, 0), min(middle + half, length)
 
 
 def parse_mix(spec: str) -> Mix | None:
-    """The way that a spec means; None for `none`.
+    """Parse a spec of mixing; None for `none`.
 
     Args:
-        spec: `none`, `mixup:ALPHA`, `cutmix:ALPHA`, or `uniform`: a blend in equally likely shares, as in function
+        spec: `none`, `mixup:ALPHA`, `cutmix:ALPHA`, or `uniform`: a blend with uniform lambda, as in function
             matching (Beyer et al., 2022).
 
     Raises:
-        UsageError: none of these.
+        UsageError: another spec.
     """
     if spec == NONE:
         return None

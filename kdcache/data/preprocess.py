@@ -22,7 +22,7 @@ def resize(image: Tensor, size: list[int], interpolation: str, *, antialias: boo
 
     Args:
         size: [height, width], or [pixels] of the shorter side.
-        interpolation: one of `INTERPOLATIONS`.
+        interpolation: One of `INTERPOLATIONS`.
     """
     # Here, because torchvision's import takes seconds, and most networks for small images resize nothing.
     from torchvision.transforms import InterpolationMode  # type: ignore[import-untyped]
@@ -46,12 +46,12 @@ class Preprocessor:
     """Applies one `Preprocess` record. Goes to workers without what lies on a device.
 
     Args:
-        tokenizer: that the record names, for text.
+        tokenizer: Tokenizer of the record, for text.
 
     Attributes:
-        record: what is applied.
-        channels: that the network takes, where the record tells (the length of its mean); None otherwise.
-        has_geometry: whether images are resized or cropped.
+        record: Record of the preprocessing.
+        channels: Number of channels of the network's inputs (the length of the mean); None where unknown.
+        has_geometry: Whether images are resized or cropped.
 
     Raises:
         ModelError: the record names an interpolation that does not exist, or another tokenizer than the given one, or

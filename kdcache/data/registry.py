@@ -1,4 +1,4 @@
-"""Names to indexed datasets, and what tells one dataset from another. Start here: the rest is re-exported."""
+"""Datasets by name, and their fingerprints."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ def open_dataset(spec: str, *, split: str, data_root: str = "data", download: bo
     """Open a dataset by its spec.
 
     Args:
-        spec: a name of `DATASETS`, `imdb`, `folder:PATH` or `text-folder:PATH` (with `train/` and `test/` or `val/` in
+        spec: A name of `DATASETS`, `imdb`, `folder:PATH` or `text-folder:PATH` (with `train/` and `test/` or `val/` in
             it, a folder a class), or `py:package.module:function`, which returns a map-style dataset.
-        split: `train` or `test`; for folders the name of any, for functions whatever they take.
-        data_root: folder of torchvision's datasets.
-        download: fetch what is not there.
+        split: `train` or `test`; for folders any subfolder's name, for functions any name that they accept.
+        data_root: Folder of torchvision's datasets.
+        download: Download missing datasets.
 
     Raises:
         DatasetError: no such dataset or split, files that are missing or damaged, or a function that fails.

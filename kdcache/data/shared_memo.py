@@ -1,4 +1,4 @@
-"""Augmented inputs that are kept in memory, where all of them fit, so that each is made only once."""
+"""Augmented inputs in shared memory, where all of them fit, so that each is computed only once."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from numpy.typing import NDArray
 
 
 class RememberedRows:
-    """Rows of some views, each as bytes, filled in as they are made.
+    """Rows of some views as bytes, stored when they are first computed.
 
-    Lies in memory that forked workers share, so that what one made the others find; spawned ones begin empty.
+    Forked workers share the memory, and so each other's rows; spawned workers start with an empty one.
 
     Args:
-        views: whose rows are kept.
-        samples: of each view.
-        row_bytes: of one row.
+        views: Views whose rows are kept.
+        samples: Number of samples per view.
+        row_bytes: Bytes per row.
     """
 
     def __init__(self, views: Sequence[int], samples: int, row_bytes: int) -> None:
@@ -32,18 +32,18 @@ class RememberedRows:
         return views * samples * (row_bytes + 1)
 
     def missing(self, view: int, indices: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """(n,): which of some samples are not kept yet."""
+        """Which of some samples are not stored yet, (n,)."""
         known: NDArray[np.bool_] = self._known[self._slots[view]][indices] == 0
         return known
 
     def put(self, view: int, indices: NDArray[np.int64], rows: NDArray[np.uint8]) -> None:
-        """Keep some rows, (n, row_bytes)."""
+        """Store some rows, (n, row_bytes)."""
         slot = self._slots[view]
         self._rows[slot, indices] = rows
         self._known[slot, indices] = 1
 
     def take(self, view: int, indices: NDArray[np.int64]) -> NDArray[np.uint8]:
-        """Some rows, (n, row_bytes), all of which are kept."""
+        """Some stored rows, (n, row_bytes)."""
         rows: NDArray[np.uint8] = self._rows[self._slots[view]].take(indices, axis=0)
         return rows
 

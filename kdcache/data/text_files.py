@@ -28,8 +28,8 @@ class TextDataset(IndexedDataset):
     """Texts in memory, as UTF-8.
 
     Args:
-        texts: by class and within it in a stable order; each of them is UTF-8.
-        labels: (N,), integers.
+        texts: Texts in UTF-8, ordered by class and then in a stable order.
+        labels: Integers (N,).
     """
 
     in_memory = True

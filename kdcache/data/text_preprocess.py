@@ -1,4 +1,4 @@
-"""How a network reads the samples of a dataset of texts or of token ids."""
+"""Preprocessing of texts and of token ids."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from kdcache.core.config import Input
+from kdcache.core.config import InputConfig
 from kdcache.core.errors import ModelError
 from kdcache.core.progress import log
 from kdcache.data.dataset import IndexedDataset
@@ -26,7 +26,7 @@ def is_sequences(dataset: IndexedDataset) -> bool:
 
 
 def sequence_preprocessor(
-    settings: Input,
+    settings: InputConfig,
     dataset: IndexedDataset,
     *,
     default: Preprocess,
@@ -36,10 +36,10 @@ def sequence_preprocessor(
     """The preprocessing of a network without a tokenizer of its own.
 
     Args:
-        settings: `max_tokens`, `vocabulary_size` and `tokenizer` go before all else.
-        default: whose lengths are taken where settings give none.
-        recorded: the tokenizer in the network's checkpoint.
-        may_build: whether `dataset` is a training split, from which a vocabulary may be built.
+        settings: Settings whose `max_tokens`, `vocabulary_size` and `tokenizer` take precedence.
+        default: Preprocessing whose lengths are used where settings have none.
+        recorded: Tokenizer in the network's checkpoint.
+        may_build: Whether `dataset` is a training split, from which a vocabulary may be built.
 
     Raises:
         ModelError: there is no tokenizer, or one for samples that are token ids already.
@@ -85,7 +85,7 @@ def sequence_preprocessor(
 
 
 def recorded_tokenizer(description: dict[str, Any], record: Preprocess) -> Tokenizer | None:
-    """The tokenizer in what a checkpoint tells of itself; None where it has none.
+    """The tokenizer in the record of a checkpoint; None where it has none.
 
     Raises:
         ModelError: it is not the one that the recorded preprocessing names.

@@ -20,9 +20,9 @@ class Sequences:
     """The token ids of one dataset's samples for one network. Forked workers share what is kept.
 
     Args:
-        preprocessor: of a network that takes sequences.
-        samples: of the dataset.
-        name: of the dataset.
+        preprocessor: Preprocessing of a network for sequences.
+        samples: Number of samples in the dataset.
+        name: Name of the dataset.
     """
 
     def __init__(self, preprocessor: Preprocessor, samples: int, name: str) -> None:

@@ -22,14 +22,14 @@ class Tokenizer:
     """A tokenizer of the library tokenizers. Goes to workers as its document.
 
     Args:
-        document: its JSON, as a `tokenizer.json` holds it; how it cuts and fills is left out.
-        pad_id: of the token that fills short texts.
+        document: Content of a `tokenizer.json`; its truncation and padding are ignored.
+        pad_id: Id of the padding token.
 
     Attributes:
-        document: the JSON without cutting and filling, the same text for the same tokenizer.
+        document: Canonical JSON without truncation and padding.
         sha256: of `document` as UTF-8: its identity.
-        vocabulary_size: ids are below it.
-        special_tokens: how many are added to each text.
+        vocabulary_size: Exclusive upper bound of the ids.
+        special_tokens: Number of tokens added to each text.
 
     Raises:
         MissingExtra: the library is not installed.
@@ -70,7 +70,7 @@ def build_vocabulary(texts: Iterable[str], size: int) -> Tokenizer:
     """Lower-case words and punctuation marks, the most frequent ones of some texts; ties go by the alphabet.
 
     Args:
-        size: of the vocabulary, with its two special tokens: padding (id 0) and unknown words (id 1).
+        size: Size of the vocabulary with its two special tokens: padding (id 0) and unknown words (id 1).
 
     Raises:
         MissingExtra: the library is not installed.

@@ -1,4 +1,7 @@
-"""What an object is made of, as text: what tells one augmentation from another."""
+"""Parameters of a transform as text, so that a changed one is refused before any input is read.
+
+The checksums of the inputs prove that two transforms are the same; a description only names what was changed.
+"""
 
 from __future__ import annotations
 
@@ -7,29 +10,25 @@ import enum
 import functools
 import hashlib
 import inspect
-import logging
 from collections.abc import Iterator, Mapping
 from itertools import islice
-from pathlib import PurePath
-from types import CellType, ModuleType
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from kdcache.core.json_records import canonical_json
-
-_PLAIN = (bool, int, float, complex, str, bytes, range, slice, PurePath, type(None))
-# Enough for any transform; less than an object that drags half the program along.
+_PLAIN = (bool, int, float, str, bytes, type(None))
+# Enough for any transform, and a bound for one that refers to half of the program.
 _ENTRIES, _DEPTH = 2000, 16
-_OF_TORCH = frozenset(nn.Module().__dict__)
 
 
 def describe_object(name: str, value: Any) -> dict[str, str]:
-    """An object as text by dotted name: its type, its settings, and those of all that it holds.
+    """The type of an object and its parameters by dotted name, the same in every process.
 
-    The same in every process. Of functions the name, the defaults and what they close over are told, not the code.
+    Functions are described by name, defaults and closure, not by their code; other objects that cannot be called by
+    their `repr`.
     """
     return dict(islice(_described(name, value, ()), _ENTRIES))
 
@@ -37,92 +36,85 @@ def describe_object(name: str, value: Any) -> dict[str, str]:
 def _described(name: str, value: Any, above: tuple[int, ...]) -> Iterator[tuple[str, str]]:
     if isinstance(value, enum.Enum):
         yield name, f"{type(value).__name__}.{value.name}"
-    elif isinstance(value, _PLAIN):
-        yield name, repr(value)
-    elif isinstance(value, torch.dtype | torch.device | np.dtype):
-        yield name, str(value)
-    elif isinstance(value, type | ModuleType | logging.Logger):
+    elif isinstance(value, type | ModuleType):
         yield name, _dotted(value)
-    elif isinstance(value, Tensor | np.ndarray | np.generic) and getattr(value, "dtype", None) != np.dtype(object):
+    elif isinstance(value, Tensor) or (isinstance(value, np.ndarray) and value.dtype != object):
         yield name, _digest(value)
     elif id(value) in above:
         yield name, "itself"
     elif len(above) == _DEPTH:
         yield name, _dotted(type(value))
-    else:
+    elif isinstance(value, list | tuple | Mapping) or callable(value):
         yield from _parts(name, value, (*above, id(value)))
+    else:
+        text = repr(value)
+        # A set's order and an object's address differ from process to process.
+        varies = isinstance(value, set | frozenset) or " at 0x" in text
+        yield name, _dotted(type(value)) if varies else text
 
 
 def _parts(name: str, value: Any, above: tuple[int, ...]) -> Iterator[tuple[str, str]]:
-    """What an object is made of, itself being among those above."""
-    if isinstance(value, set | frozenset):
-        described = [dict(_described("", item, above)) for item in value]
-        # In the order of what they say: a set's own order changes from process to process.
-        yield name, " ".join(sorted(canonical_json(item).decode() for item in described)) or "set()"
-        return
-    if isinstance(value, list | tuple | np.ndarray):
-        items = list(value)
-        if all(isinstance(item, _PLAIN) for item in items):
-            yield name, repr(items)
-        else:
-            for at, item in enumerate(items):
-                yield from _described(f"{name}[{at}]", item, above)
-        return
-    if isinstance(value, Mapping):
+    """Entries of a container or of an object that can be called; `above` ends with its own id."""
+    if isinstance(value, list | tuple):
+        if all(isinstance(item, _PLAIN) for item in value):
+            yield name, repr(list(value))
+            return
+        held: dict[str, Any] = {f"[{at}]": item for at, item in enumerate(value)}
+    elif isinstance(value, Mapping):
         yield name, f"{len(value)} items"
-        held = {_dotted(key) if isinstance(key, type) else str(key): item for key, item in value.items()}
-    elif isinstance(value, functools.partial):
-        yield name, "functools.partial"
-        held = {"func": value.func, "args": value.args, "keywords": value.keywords}
-    elif inspect.isroutine(value):
-        yield name, _dotted(value)
-        held = _of_routine(value)
+        held = {f".{_dotted(key) if isinstance(key, type) else key}": item for key, item in value.items()}
     else:
-        yield name, _dotted(type(value))
-        held = settings_of(value)
+        yield name, "functools.partial" if isinstance(value, functools.partial) else _dotted(_named(value))
+        held = {f".{key}": item for key, item in settings_of(value).items()}
     for key, item in held.items():
-        yield from _described(f"{name}.{key}", item, above)
+        yield from _described(f"{name}{key}", item, above)
 
 
 def settings_of(value: Any) -> dict[str, Any]:
-    """The attributes of an object that are its settings; of a module what it holds, and not torch's own ones."""
-    own = dict(getattr(value, "__dict__", {}))
-    for kind in type(value).__mro__:
-        slots = kind.__dict__.get("__slots__", ())
-        for slot in (slots,) if isinstance(slots, str) else slots:
-            if slot not in ("__dict__", "__weakref__") and hasattr(value, slot):
-                own[slot] = getattr(value, slot)
+    """The parameters of a callable object by name; of a module with its tensors and its submodules."""
+    if isinstance(value, functools.partial):
+        return {"func": value.func, "args": value.args, "keywords": value.keywords}
+    if inspect.isroutine(value):
+        return _settings_of_function(value)
+    settings = dict(getattr(value, "__dict__", {}))
     if isinstance(value, nn.Module):
-        own = {key: item for key, item in own.items() if key not in _OF_TORCH}
-        own |= {**value._buffers, **value._parameters, **value._modules}
-    return own
+        settings = {name: item for name, item in settings.items() if name not in vars(nn.Module())}
+        settings |= dict(value.named_buffers(recurse=False)) | dict(value.named_parameters(recurse=False))
+        modules = value.named_modules(remove_duplicate=False)
+        settings |= {name: module for name, module in modules if name and "." not in name}
+    return settings
 
 
-def _of_routine(value: Any) -> dict[str, Any]:
-    cells: tuple[CellType, ...] = getattr(value, "__closure__", None) or ()
+def _settings_of_function(function: Any) -> dict[str, Any]:
     contents = []
-    for cell in cells:
-        with contextlib.suppress(ValueError):  # a cell that is still empty
+    for cell in getattr(function, "__closure__", None) or ():
+        with contextlib.suppress(ValueError):  # an empty cell
             contents.append(cell.cell_contents)
-    held = {
-        "self": getattr(value, "__self__", None),
-        "defaults": getattr(value, "__defaults__", None),
-        "keyword defaults": getattr(value, "__kwdefaults__", None),
+    settings = {
+        "self": getattr(function, "__self__", None),
+        "defaults": getattr(function, "__defaults__", None),
+        "keyword defaults": getattr(function, "__kwdefaults__", None),
         "closure": contents or None,
     }
-    return {key: item for key, item in held.items() if item is not None and not isinstance(item, ModuleType)}
+    return {name: item for name, item in settings.items() if item is not None and not isinstance(item, ModuleType)}
+
+
+def _named(value: Any) -> Any:
+    return value if inspect.isroutine(value) else type(value)
 
 
 def _dotted(value: Any) -> str:
+    if isinstance(value, ModuleType):
+        return value.__name__
     module = getattr(value, "__module__", None) or getattr(getattr(value, "__objclass__", None), "__module__", None)
-    name = getattr(value, "__qualname__", None) or getattr(value, "__name__", None) or getattr(value, "name", "")
-    return f"{module}.{name}" if module and not isinstance(value, ModuleType | logging.Logger) else str(name)
+    return f"{module}.{value.__qualname__}" if module else str(value.__qualname__)
 
 
-def _digest(value: Any) -> str:
+def _digest(value: Tensor | np.ndarray[Any, Any]) -> str:
     if isinstance(value, Tensor):
-        # Seen as bytes by torch, because numpy knows no bfloat16.
-        raw = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-        return f"{value.dtype} {tuple(value.shape)} sha256 {hashlib.sha256(raw).hexdigest()[:16]}"
-    array = np.asarray(value)
-    return f"{array.dtype.str} {array.shape} sha256 {hashlib.sha256(array.tobytes()).hexdigest()[:16]}"
+        # Viewed as bytes by torch, because numpy has no bfloat16.
+        data = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        dtype = str(value.dtype)
+    else:
+        data, dtype = value.tobytes(), value.dtype.str
+    return f"{dtype} {tuple(value.shape)} sha256 {hashlib.sha256(data).hexdigest()[:16]}"

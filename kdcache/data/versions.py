@@ -11,10 +11,10 @@ _VERSIONED = ("torch", "torchvision", "numpy", "zarr", "pillow", "kdcache")
 
 
 def package_versions(*, reads_text: bool = False) -> dict[str, str]:
-    """Versions of all that could change an input or an answer, and the CPU instructions that torch uses.
+    """Versions of packages that could change an input or a logit, and the CPU instructions that torch uses.
 
     Args:
-        reads_text: whether the network has a tokenizer.
+        reads_text: Whether the network has a tokenizer.
     """
     names = (*_VERSIONED, "tokenizers") if reads_text else _VERSIONED
     packages = {name: importlib.metadata.version(name) for name in names}

@@ -1,9 +1,11 @@
-"""Views: the shared input of (view, sample), made again whenever it is asked for, the same to the bit."""
+"""Views: the shared input of (view, sample), recomputed bit for bit at every use."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -19,39 +21,39 @@ from kdcache.data.augment import OBJECT, Transform, build_transform, describe_tr
 from kdcache.data.dataset import IndexedDataset
 from kdcache.data.mixup import Mix, parse_mix
 from kdcache.data.raw_input import Inputs, as_input, batch_crc32c, dtype_name
-from kdcache.data.replay import generators_kept, seed_generators
 from kdcache.data.shared_memo import RememberedRows
 from kdcache.store.manifest import NONE, ViewRecipe
 
 PROBES = 4
+_TORCH_BITS, _NUMPY_BITS = 63, 32
 
 
 class Shared(NamedTuple):
-    """What every network sees of some samples in one view, and what it is worth.
+    """Shared inputs and labels of some samples in one view.
 
     Attributes:
-        inputs: (B, ...) or B tensors, before any network's preprocessing.
-        labels: (B,) int64, of the samples.
-        partner_labels: (B,) int64, of the samples that were mixed in; None where nothing was.
-        shares: (B,) float32, 0 to 1: the part of an input that is the sample's own; None where nothing was mixed.
+        inputs: Tensor (B, ...) or B tensors, before any network's preprocessing.
+        labels: Labels of the samples, (B,) int64.
+        partner_labels: Labels of the mixed-in samples, (B,) int64; None without mixing.
+        mix_lambda: Weight of the sample in its mixed input, (B,) float32 from 0 to 1; None without mixing.
     """
 
     inputs: Inputs
     labels: Tensor
     partner_labels: Tensor | None = None
-    shares: Tensor | None = None
+    mix_lambda: Tensor | None = None
 
 
 class Views:
-    """The views of one dataset. Goes to forked and spawned workers, if its transform does.
+    """The views of one dataset. Can be passed to forked and spawned workers, if its transform can.
 
     Args:
         recipe: `augment`, `mix`, `seed` and `plain_view` are followed; the rest is found out.
-        transform: instead of the one that `recipe.augment` means.
+        transform: Transform that replaces the one named by `recipe.augment`.
 
     Attributes:
-        recipe: with the parameters of the transform and, after `probe`, the shape of what it gives.
-        input_shape: of one shared input after `probe`, channels first; None where they differ in size.
+        recipe: Recipe with the parameters of the transform and, after `probe`, the shape of its outputs.
+        input_shape: Shape of one shared input after `probe`, channels first; None where they differ in size.
 
     Raises:
         UsageError: there is no such augmentation or mixing.
@@ -77,10 +79,10 @@ class Views:
         return len(self.dataset)
 
     def remember(self, views: Sequence[int], limit_bytes: int) -> str:
-        """Keep the inputs of some views in memory, if they fit; a line that says what was decided.
+        """Keep the inputs of some views in memory, if they fit; returns a message about the decision.
 
         Args:
-            limit_bytes: what they may take; 0 keeps none.
+            limit_bytes: Memory budget; 0 keeps none.
         """
         if not limit_bytes:
             return "augmented inputs are made at every use; --input-memory keeps them"
@@ -100,7 +102,7 @@ class Views:
         """Some samples as a view shows them. The same for the same view and index, whatever else is asked for.
 
         Args:
-            indices: of the samples, (B,).
+            indices: Indices of the samples, (B,).
 
         Raises:
             DatasetError: a sample cannot be read, or the transform fails on it.
@@ -114,7 +116,7 @@ class Views:
         draws = [self._mix.draw(mix_key(index), index, len(self.dataset)) for index in indices.tolist()]
         partners = np.array([draw.partner for draw in draws], np.int64)
         others, partner_labels = self._augmented(view, partners)
-        mixed, shares = [], []
+        mixed, lambdas = [], []
         for at, (image, other, draw) in enumerate(zip(augmented, others, draws, strict=True)):
             if image.dtype != torch.uint8 or image.ndim != 3 or image.shape != other.shape:
                 raise DatasetError(
@@ -123,12 +125,12 @@ class Views:
                     "uint8 images of one shape, to be mixed",
                     "let --augment give them one, as resized-crop-flip does, or leave out --mix",
                 )
-            result, share = self._mix.apply(image, other, draw)
+            result, mix_lambda = self._mix.apply(image, other, draw)
             mixed.append(result)
-            shares.append(share)
+            lambdas.append(mix_lambda)
         alike = len({image.shape for image in mixed}) == 1
         return Shared(
-            torch.stack(mixed) if alike else mixed, labels, partner_labels, torch.tensor(shares, dtype=torch.float32)
+            torch.stack(mixed) if alike else mixed, labels, partner_labels, torch.tensor(lambdas, dtype=torch.float32)
         )
 
     def _augmented(self, view: int, indices: NDArray[np.int64]) -> tuple[Inputs, Tensor]:
@@ -244,3 +246,32 @@ def unreplayable(views: Views, view: int, sample: int) -> DatasetError:
         "a transform that draws from torch's, Python's or numpy's global generator, which are seeded for each look",
         "let it draw from one of them: torch.rand, random.random, numpy.random.rand",
     )
+
+
+@contextmanager
+def generators_kept(*, torch_only: bool) -> Iterator[None]:
+    """Restore the global generators of torch, Python and numpy on exit, and compute on one thread until then.
+
+    Some kernels, such as the mean of a large float image, sum in another order on several threads, and the last bit of
+    a pixel must not depend on the process that computed it.
+    """
+    threads, kept = torch.get_num_threads(), torch.default_generator.get_state()
+    others = None if torch_only else (random.getstate(), np.random.get_state())
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        torch.default_generator.set_state(kept)
+        if others is not None:
+            random.setstate(others[0])
+            np.random.set_state(others[1])
+
+
+def seed_generators(key: int, *, torch_only: bool) -> None:
+    """Seed the global generators, or only torch's, from a 128-bit key; for use within `generators_kept`."""
+    # Not torch.manual_seed, which also seeds accelerators and takes a hundred times as long.
+    torch.default_generator.manual_seed(key & (2**_TORCH_BITS - 1))
+    if not torch_only:
+        random.seed(key)
+        np.random.seed(key >> (128 - _NUMPY_BITS))

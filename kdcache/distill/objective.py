@@ -66,10 +66,10 @@ def distillation_objective(config: StudentConfig) -> Objective:
 
 def label_loss(logits_bc: Tensor, batch: Batch, *, label_smoothing: float = 0.0) -> Tensor:
     """Cross entropy with the labels; of mixed inputs with both labels of each, by their parts."""
-    if batch.partner_labels is None or batch.shares is None:
+    if batch.partner_labels is None or batch.mix_lambda is None:
         return losses.hard_cross_entropy(logits_bc, batch.labels, label_smoothing=label_smoothing)
     return losses.mixed_cross_entropy(
-        logits_bc, batch.labels, batch.partner_labels, batch.shares, label_smoothing=label_smoothing
+        logits_bc, batch.labels, batch.partner_labels, batch.mix_lambda, label_smoothing=label_smoothing
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 import math
 from collections.abc import Iterable
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from kdcache.core.config import TrainConfig
-from kdcache.models.feature_hooks import remove_taps
+from kdcache.models.feature_hooks import copy_module
 
 
 class _Eager(torch.optim.Optimizer):
@@ -85,7 +84,7 @@ class AveragedWeights(nn.Module):
     at each update, and so waits for it.
 
     Args:
-        source: of which a copy is made, on the same device, that nothing listens to.
+        source: Module to average; the copy is on its device and has no feature hooks.
         decay: what is left of the average at each update.
     """
 
@@ -93,8 +92,7 @@ class AveragedWeights(nn.Module):
 
     def __init__(self, source: nn.Module, decay: float) -> None:
         super().__init__()
-        self.module = copy.deepcopy(source)
-        remove_taps(self.module)
+        self.module = copy_module(source)
         self._decay = decay
         self.register_buffer("n_averaged", torch.tensor(0))  # stays on the host
 

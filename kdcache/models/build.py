@@ -1,4 +1,4 @@
-"""From specs and settings to datasets and networks."""
+"""Datasets and networks from specs and settings."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import numpy as np
 import torch
 
 from kdcache.core import rng
-from kdcache.core.config import DatasetSource, Input
-from kdcache.core.errors import CheckpointError, DatasetError, ModelError, UsageError
+from kdcache.core.config import DatasetConfig, InputConfig
+from kdcache.core.errors import CheckpointError, DatasetError, ModelError
 from kdcache.core.json_records import from_json, to_json
 from kdcache.core.progress import log
 from kdcache.data.dataset import IndexedDataset
@@ -22,7 +22,7 @@ from kdcache.data.preprocess import Preprocessor
 from kdcache.data.registry import open_dataset
 from kdcache.data.text_preprocess import is_sequences, recorded_tokenizer, sequence_preprocessor
 from kdcache.data.views import Views, as_views
-from kdcache.models.checkpoints import fit_weights, fits, read_checkpoint
+from kdcache.models.checkpoints import fits
 from kdcache.models.device import evaluation_mode
 from kdcache.models.forward import ForwardPass
 from kdcache.models.registry import (
@@ -34,100 +34,19 @@ from kdcache.models.registry import (
     reads_sequences,
 )
 from kdcache.models.teacher_outputs import (
-    LOGITS,
     check_class_names,
     class_names,
-    head_width,
-    read_class_map,
-    resolve_columns,
 )
-from kdcache.store.manifest import OutputRecord, Preprocess, ViewRecipe
+from kdcache.store.manifest import Preprocess, ViewRecipe
 
 DATA_ROOT = "data"
 
 
-def load_teacher(
-    settings: Input,
-    spec: str,
-    checkpoint_path: str | None,
-    dataset: IndexedDataset,
-    recipe: ViewRecipe,
-    *,
-    kind: str = LOGITS,
-    class_map: str | None = None,
-    outputs: OutputRecord | None = None,
-    checkpoint_key: str | None = None,
-) -> BuiltModel:
-    """A teacher with its weights, and how its outputs become logits of the dataset's classes.
+def open_data(settings: DatasetConfig, spec: str, split: str, hint: str | None = None) -> IndexedDataset:
+    """Open a split of a dataset.
 
     Args:
-        kind: what it returns, `logits` or `probabilities`.
-        class_map: a JSON file from each class of the dataset to the teacher's output; None takes them in order.
-        outputs: both of these, as a cache recorded them.
-        checkpoint_key: entry of the checkpoint that holds the weights, where several fit.
-
-    Raises:
-        UsageError: it has no weights, or the class map is wrong.
-        CheckpointError: the checkpoint cannot be read or does not fit.
-        ModelError: it cannot be built, or names other classes than the dataset's and there is no class map.
-    """
-    check_checkpoint_key(checkpoint_path, checkpoint_key)
-    checkpoint = read_checkpoint(checkpoint_path) if checkpoint_path else {}
-    wanted = read_class_map(class_map, dataset.classes) if class_map else {}
-    if outputs is not None:
-        kind, wanted = outputs.kind, dict(zip(dataset.classes, outputs.columns, strict=False))
-    default = dataset_preprocess(dataset)
-    heads = _head_classes(checkpoint, wanted) if wanted else dataset.classes
-    built = _construct(
-        spec,
-        dataset,
-        settings,
-        0,
-        default,
-        training=False,
-        checkpoint=checkpoint,
-        classes=heads,
-        checkpoint_key=checkpoint_key,
-    )
-    names = class_names(built.module, built.class_names, checkpoint)
-    columns: tuple[int, ...] = ()
-    if wanted:
-        columns = resolve_columns(wanted, names, len(names) or (head_width(checkpoint) if checkpoint else None))
-    else:
-        # Before its first answer, whose shape alone would not tell what is wrong.
-        check_class_names(checkpoint_path or spec, names, dataset.classes, exact="kdcache" in checkpoint)
-    built = replace(built, outputs=OutputRecord(kind=kind, columns=columns))
-    _probe(built, Views(dataset, recipe), 0)
-    if checkpoint_path:
-        fit_weights(built.module, checkpoint, checkpoint_path, key=checkpoint_key)
-    elif not built.has_weights:
-        raise UsageError(
-            f"the teacher {spec} has random weights",
-            "a trained teacher",
-            "give --checkpoint FILE; kdcache train-teacher makes one (best.pt)",
-        )
-    return built
-
-
-def _head_classes(checkpoint: dict[str, Any], class_map: dict[str, int | str]) -> tuple[str, ...]:
-    """Names for the outputs of a teacher that has others than the dataset's classes: as many as its head has rows."""
-    if isinstance(description := checkpoint.get("kdcache"), dict):
-        return tuple(description["classes"])
-    count = head_width(checkpoint) or 1 + max((at for at in class_map.values() if isinstance(at, int)), default=0)
-    return tuple(map(str, range(max(count, len(class_map)))))
-
-
-def check_checkpoint_key(checkpoint: str | None, key: str | None) -> None:
-    """Refuse a key without the file whose entry it names."""
-    if key is not None and checkpoint is None:
-        raise UsageError(f"--checkpoint-key is {key!r}, and there is no --checkpoint", "both", "add --checkpoint FILE")
-
-
-def open_data(settings: DatasetSource, spec: str, split: str, hint: str | None = None) -> IndexedDataset:
-    """A split of the dataset of this spec.
-
-    Args:
-        hint: the data root that a cache or a run recorded.
+        hint: Data root that a cache or a run recorded.
     """
     root = settings.data_root or hint or DATA_ROOT
     try:
@@ -139,8 +58,8 @@ def open_data(settings: DatasetSource, spec: str, split: str, hint: str | None =
         raise DatasetError(problem.found, problem.needed, "; ".join(filter(None, (problem.remedy, where)))) from problem
 
 
-def open_test(settings: DatasetSource, spec: str, hint: str | None = None) -> IndexedDataset | None:
-    """The test split; None, and said so, where there is none. Opened before training, so that it is known early."""
+def open_test(settings: DatasetConfig, spec: str, hint: str | None = None) -> IndexedDataset | None:
+    """Open the test split; None, with a message, where there is none. Called before training, to report it early."""
     try:
         return open_data(settings, spec, "test", hint)
     except DatasetError as problem:
@@ -149,13 +68,14 @@ def open_test(settings: DatasetSource, spec: str, hint: str | None = None) -> In
 
 
 def dataset_preprocess(dataset: IndexedDataset) -> Preprocess:
+    """Preprocessing with the dataset's known statistics, for a network without its own."""
     return Preprocess(mean=dataset.default_mean, std=dataset.default_std)
 
 
 def build(
     spec: str,
     dataset: IndexedDataset,
-    settings: Input,
+    settings: InputConfig,
     seed: int,
     default: Preprocess,
     *,
@@ -163,41 +83,43 @@ def build(
     checkpoint: dict[str, Any] | None = None,
     recipe: ViewRecipe | None = None,
 ) -> BuiltModel:
-    """A network for a dataset. The preprocessing in a kdcache checkpoint goes before the default.
+    """Build a network for a dataset, and try it on two samples.
 
     Args:
-        checkpoint: What will be loaded into the network; its weights are not loaded here.
-        recipe: Recipe of the views that the network will see beside the plain samples.
+        default: Preprocessing of a network without its own.
+        training: Whether `dataset` is the split to train on, for which a head and a vocabulary may be made.
+        checkpoint: Content of the checkpoint that will be loaded into the network; its weights are not loaded here.
+        recipe: Recipe of the views that the network will see, in addition to the plain samples.
     """
-    classes = dataset.classes
-    built = _construct(
-        spec, dataset, settings, seed, default, training=training, checkpoint=checkpoint or {}, classes=classes
-    )
+    built = construct(spec, dataset, settings, seed, default, training=training, checkpoint=checkpoint)
     if not training and not checkpoint:
-        check_class_names(spec, class_names(built.module, built.class_names, {}), classes, exact=False)
-    _probe(built, Views(dataset, recipe or ViewRecipe()), seed)
+        check_class_names(spec, class_names(built.module, built.class_names, {}), dataset.classes, exact=False)
+    probe_model(built, Views(dataset, recipe or ViewRecipe()), seed)
     return built
 
 
-def _construct(
+def construct(
     spec: str,
     dataset: IndexedDataset,
-    settings: Input,
+    settings: InputConfig,
     seed: int,
     default: Preprocess,
     *,
-    training: bool,
-    checkpoint: dict[str, Any],
-    classes: tuple[str, ...],
+    training: bool = False,
+    checkpoint: dict[str, Any] | None = None,
+    classes: tuple[str, ...] | None = None,
     checkpoint_key: str | None = None,
 ) -> BuiltModel:
-    """A network without a trial forward pass. The preprocessing in a kdcache checkpoint goes before the default.
+    """Build a network without a forward pass.
+
+    The preprocessing in a checkpoint of kdcache replaces that of published weights and the default.
 
     Args:
-        classes: Names of the network's outputs.
+        classes: Names of the network's outputs; None takes the dataset's classes.
         checkpoint_key: Entry of the checkpoint that holds the weights, where several fit.
     """
-    if checkpoint and "kdcache" in checkpoint:
+    checkpoint, classes = checkpoint or {}, classes or dataset.classes
+    if "kdcache" in checkpoint:
         default = recorded_preprocess(checkpoint, Path(spec))
     if is_sequences(dataset):
         return _build_reader(
@@ -207,14 +129,14 @@ def _construct(
         raise ModelError(
             f"{spec} reads texts or token ids, and an input of {dataset.name} is {dataset.input_dtype} "
             f"{dataset.input_shape or 'of varying size'}",
-            "a dataset of texts, or of token ids that tells its vocabulary_size",
+            "a dataset of texts, or of token ids with its vocabulary_size",
             "take imdb or text-folder:PATH, or give the dataset an attribute vocabulary_size, its largest id plus one",
         )
     if settings.tokenizer or settings.vocabulary_size or settings.max_tokens:
         raise ModelError(
             "--tokenizer, --vocabulary-size or --max-tokens is given, and "
             f"an input of {dataset.name} is {dataset.input_dtype} {dataset.input_shape or 'of varying size'}",
-            "texts, or token ids of a dataset that tells its vocabulary_size",
+            "texts, or token ids of a dataset with its vocabulary_size",
             "leave it out",
         )
     _check_channels_first(spec, dataset, settings)
@@ -223,21 +145,18 @@ def _construct(
         num_classes=len(classes),
         input_shape=dataset.input_shape,
         seed=seed,
-        mean=settings.mean,
-        std=settings.std,
-        size=settings.size,
-        resize=settings.resize,
-        crop=settings.crop,
+        settings=settings,
         default=default,
+        recorded=default if "kdcache" in checkpoint else None,
         replace_head=training,
         fits=partial(fits, content=checkpoint, key=checkpoint_key) if checkpoint else None,
     )
 
 
-def _check_channels_first(spec: str, dataset: IndexedDataset, settings: Input) -> None:
-    """Refuse arrays of (height, width, channels), which would be taken for images of `height` channels.
+def _check_channels_first(spec: str, dataset: IndexedDataset, settings: InputConfig) -> None:
+    """Refuse arrays of (height, width, channels), which would be read as images of `height` channels.
 
-    Code of the user's may want them so, and the mlp takes any shape.
+    A user's own network may need that order, and the mlp takes any shape.
     """
     shape = dataset.input_shape or ()
     any_shape = spec.startswith("py:") or (spec == "mlp" and not (settings.size or settings.mean))
@@ -254,7 +173,7 @@ def _check_channels_first(spec: str, dataset: IndexedDataset, settings: Input) -
 def _build_reader(
     spec: str,
     dataset: IndexedDataset,
-    settings: Input,
+    settings: InputConfig,
     seed: int,
     default: Preprocess,
     *,
@@ -278,7 +197,7 @@ def _build_reader(
         preprocessor = sequence_preprocessor(settings, dataset, default=default, recorded=recorded, may_build=training)
     elif settings.tokenizer or settings.vocabulary_size:
         raise ModelError(
-            f"--tokenizer or --vocabulary-size is given, and {spec} brings its tokenizer", "neither", "leave it out"
+            f"--tokenizer or --vocabulary-size is given, and {spec} has its own tokenizer", "neither", "leave it out"
         )
     elif recorded is not None:
         record = replace(default, max_tokens=settings.max_tokens or default.max_tokens)
@@ -294,7 +213,7 @@ def _build_reader(
     )
 
 
-def _probe(built: BuiltModel, views: Views, seed: int) -> None:
+def probe_model(built: BuiltModel, views: Views, seed: int) -> None:
     """Let a network answer for two samples, so that one that does not suit the dataset is refused at once."""
     preprocessor, device = built.preprocessor, torch.device("cpu")
     indices = np.arange(min(2, len(views)))

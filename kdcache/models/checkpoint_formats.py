@@ -1,4 +1,4 @@
-"""File formats of checkpoints, told by content: what is read, and what is no checkpoint at all."""
+"""File formats of checkpoints, detected by content, and messages for files that are no checkpoints."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Weights from files and checkpoints to files. Nothing here ever runs code from a file."""
+"""Reading weights and writing checkpoints. No code from a file is ever run."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def load_weights(module: nn.Module, path: str | os.PathLike[str], *, key: str | 
     Takes safetensors and whatever `torch.save` wrote; looks inside its entries and behind a common prefix of the names.
 
     Args:
-        key: the entry that holds the weights, where several fit.
+        key: Entry that holds the weights, where several fit.
 
     Raises:
         CheckpointError: there is no such file, it cannot be read, it holds no weights, they do not fit the module, or
@@ -43,8 +43,8 @@ def fit_weights(
     """Load the weights in what `read_checkpoint` returned into a module. What does not fit changes nothing.
 
     Args:
-        path: where that was read, for messages.
-        key: the entry that holds the weights, with the prefix of its names, such as `student` or
+        path: Path of the file, for messages.
+        key: Entry that holds the weights, with the prefix of its names, such as `student` or
             `state_dict.model`; None takes the only one that fits.
 
     Raises:

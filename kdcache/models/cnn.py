@@ -18,7 +18,7 @@ class SmallCNN(nn.Module):
     """Two convolutions and two linear layers: 206,922 parameters for MNIST, and at home with 8×8 digits.
 
     Args:
-        input_shape: (C, H, W); H and W at least 4.
+        input_shape: Shape (C, H, W) with H and W of at least 4.
     """
 
     def __init__(self, input_shape: tuple[int, ...], num_classes: int) -> None:
@@ -81,9 +81,9 @@ class CifarResNet(nn.Module):
     """The residual network for 32×32 images on which the distillation literature reports (He et al. 2016, section 4.2).
 
     Args:
-        input_shape: (C, H, W); three stages at full, half and quarter resolution, so any H and W from 4.
-        depth: layers with weights along the main path, 6n + 2.
-        widths: channels of the first convolution and of the three stages.
+        input_shape: Shape (C, H, W) with H and W of at least 4; the stages have full, half and quarter resolution.
+        depth: Number of layers with weights along the main path, 6n + 2.
+        widths: Channels of the first convolution and of the three stages.
     """
 
     def __init__(

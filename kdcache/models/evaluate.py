@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from kdcache.core.config import Inference
+from kdcache.core.config import InferenceConfig
 from kdcache.core.progress import Progress
 from kdcache.data.dataset import IndexedDataset
 from kdcache.data.loader import Batch, batch_loader, consecutive_batches
@@ -27,10 +27,10 @@ class Evaluation:
     """A network's answers to some samples, against the true labels.
 
     Attributes:
-        true_n: true classes, (n,), int64.
-        predicted_n: top classes, (n,), int64.
-        top_n: probability of the top class, (n,), float32.
-        nll_n: negative log-likelihood of the true class in nats, (n,), float32.
+        true_n: True classes, (n,) int64.
+        predicted_n: Top classes, (n,) int64.
+        top_n: Probability of the top class, (n,) float32.
+        nll_n: Negative log-likelihood of the true class in nats, (n,) float32.
     """
 
     true_n: NDArray[np.int64]
@@ -60,7 +60,7 @@ def predict_batches(
     dataset: IndexedDataset,
     *,
     preprocess: Preprocess | Preprocessor,
-    config: Inference,
+    config: InferenceConfig,
     indices: NDArray[np.int64] | None = None,
     title: str,
     unit: str = "samples",
@@ -94,7 +94,7 @@ def evaluate_model(
     dataset: IndexedDataset,
     *,
     preprocess: Preprocess | Preprocessor,
-    config: Inference,
+    config: InferenceConfig,
     indices: NDArray[np.int64] | None = None,
 ) -> Evaluation:
     """Compare a network's predictions for samples of a dataset with their labels.

@@ -1,7 +1,9 @@
-"""What the layers inside a network give, caught as it answers."""
+"""Captures the activations of layers with forward hooks."""
 
 from __future__ import annotations
 
+import copy
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,40 +13,42 @@ from torch.utils.hooks import RemovableHandle
 from kdcache.core.errors import ModelError
 from kdcache.core.plugins import did_you_mean
 
-# The input of the last linear layer that runs: of a classifier, what its logits are made from.
+# The input of the last linear layer that runs: the features that a classifier's logits are computed from.
 PENULTIMATE = "penultimate"
 
 
 class _Hook:
-    """Puts what a layer takes or gives into a dictionary, under a name."""
+    """Stores the input or the output of a layer in a dictionary under a name."""
 
-    def __init__(self, caught: dict[str, Any], name: str, *, takes: bool = False) -> None:
-        self._caught, self._name, self._takes = caught, name, takes
+    def __init__(self, captured: dict[str, Any], name: str, *, of_input: bool = False) -> None:
+        self._captured, self._name, self._input = captured, name, of_input
 
     def __call__(self, module: nn.Module, inputs: tuple[Any, ...], output: Any = None) -> None:
-        self._caught[self._name] = inputs[0] if self._takes else output
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Hook:
-        return self  # the copy of a module must not copy activations; see remove_taps
+        self._captured[self._name] = inputs[0] if self._input else output
 
 
-class Taps:
-    """Catches the outputs of some layers at every forward pass, until it is closed.
+class FeatureHooks:
+    """Captures the outputs of layers at every forward pass until closed.
 
     Args:
-        layers: paths of modules, such as `features.3`, or `penultimate`.
+        layers: Paths of modules, such as `features.3`, or `penultimate`.
 
     Raises:
         ModelError: there is no such layer.
     """
 
     def __init__(self, module: nn.Module, layers: Sequence[str]) -> None:
-        self._caught: dict[str, Any] = {}
+        self.module = module
+        self._captured: dict[str, Any] = {}
         self._layers = layers
         self._handles: list[RemovableHandle] = []
+        self._register()
+
+    def _register(self) -> None:
+        _REGISTERED.add(self)
         try:
-            for layer in layers:
-                self._tap(module, layer)
+            for layer in self._layers:
+                self._hook(layer)
         except BaseException:
             self.close()
             raise
@@ -55,32 +59,33 @@ class Taps:
         Raises:
             ModelError: a layer did not run, or gives no tensor of the batch.
         """
-        caught = dict(self._caught)
-        self._caught.clear()
+        captured = dict(self._captured)
+        self._captured.clear()
         for layer in self._layers:
-            if not isinstance(caught.get(layer), Tensor):
-                gives = f"gives a {type(caught[layer]).__name__}" if layer in caught else "did not run"
+            if not isinstance(captured.get(layer), Tensor):
+                gives = f"gives a {type(captured[layer]).__name__}" if layer in captured else "did not run"
                 raise ModelError(f"the layer {layer} {gives}", "a layer that gives a tensor", "see --list-layers")
-        return caught
+        return captured
 
     def close(self) -> None:
-        """Leave the network as it was, and let go of what was caught."""
-        for handle in self._handles:
-            handle.remove()
-        self._caught.clear()
+        """Remove the hooks and the captured activations."""
+        while self._handles:
+            self._handles.pop().remove()
+        self._captured.clear()
+        _REGISTERED.discard(self)
 
-    def __enter__(self) -> Taps:
+    def __enter__(self) -> FeatureHooks:
         return self
 
     def __exit__(self, *_: Any) -> None:
         self.close()
 
-    def _tap(self, module: nn.Module, layer: str) -> None:
-        named = {name: part for name, part in module.named_modules() if name}
+    def _hook(self, layer: str) -> None:
+        named = {name: part for name, part in self.module.named_modules() if name}
         if layer == PENULTIMATE:
-            self._tap_penultimate(module)
+            self._hook_penultimate()
         elif layer in named:
-            self._handles.append(named[layer].register_forward_hook(_Hook(self._caught, layer)))
+            self._handles.append(named[layer].register_forward_hook(_Hook(self._captured, layer)))
         else:
             raise ModelError(
                 f"the network has no layer {layer!r}",
@@ -88,29 +93,36 @@ class Taps:
                 did_you_mean(layer, list(named)) or "see --list-layers",
             )
 
-    def _tap_penultimate(self, module: nn.Module) -> None:
-        linear = [part for part in module.modules() if isinstance(part, nn.Linear)]
+    def _hook_penultimate(self) -> None:
+        linear = [part for part in self.module.modules() if isinstance(part, nn.Linear)]
         if not linear:
             raise ModelError(
                 "the network has no linear layer", "one, for penultimate", "name a layer; see --list-layers"
             )
 
-        hook = _Hook(self._caught, PENULTIMATE, takes=True)
+        hook = _Hook(self._captured, PENULTIMATE, of_input=True)
         # The one that runs last overwrites the others: the order of definition need not be that of running.
         self._handles += [part.register_forward_pre_hook(hook) for part in linear]
 
 
-def remove_taps(module: nn.Module) -> None:
-    """Remove the hooks of every `Taps` from a module, for a copy of one that is listened to; other hooks stay."""
-    for part in module.modules():
-        for hooks in (part._forward_hooks, part._forward_pre_hooks):
-            for key in [key for key, hook in hooks.items() if isinstance(hook, _Hook)]:
-                del hooks[key]
+_REGISTERED: weakref.WeakSet[FeatureHooks] = weakref.WeakSet()
+
+
+def copy_module(module: nn.Module) -> nn.Module:
+    """Deep copy of a module without the hooks of `FeatureHooks`; it keeps copies of all other hooks."""
+    registered = [each for each in _REGISTERED if each.module is module]
+    for each in registered:
+        each.close()
+    try:
+        return copy.deepcopy(module)
+    finally:
+        for each in registered:
+            each._register()
 
 
 def pool_features(features: Tensor, pool: str) -> Tensor:
-    """Features (batch, ...) as they are stored: for `avg`, maps (batch, channels, height, width) averaged over places
-    and sequences (batch, places, width) over places; all else, and for `none`, as it is.
+    """Features (batch, ...) in their stored shape: `avg` averages maps (batch, channels, height, width) and sequences
+    (batch, positions, width) over positions; `none`, and features of another rank, are unchanged.
     """
     if pool == "avg" and features.ndim == 4:
         return features.mean(dim=(2, 3))
@@ -120,10 +132,10 @@ def pool_features(features: Tensor, pool: str) -> Tensor:
 
 
 def list_layers(module: nn.Module, inputs: Tensor) -> list[tuple[str, str, str]]:
-    """Path, type and shape of the output of every layer inside a network, in the order in which they finish.
+    """Path, type and shape of the output of every layer of a network, in the order in which they finish.
 
     Args:
-        inputs: a batch that the network takes.
+        inputs: A batch of the network's inputs.
     """
     found: list[tuple[str, str, str]] = []
 

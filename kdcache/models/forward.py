@@ -16,15 +16,15 @@ from kdcache.store.manifest import OutputRecord
 
 
 class ForwardPass:
-    """A network with all that its forward pass needs; the caller sets its mode and whether gradients are recorded.
+    """Forward pass: logits for a batch. The caller sets the network's mode and whether gradients are recorded.
 
     Args:
         module: The network, on `device`.
-        preprocessor: From shared inputs to what the network takes.
-        device: Device that computes.
+        preprocessor: Preprocessing from shared inputs to the network's inputs.
+        device: Device of the network.
         classes: Number of classes of the dataset.
         amp: Precision: `off`, `bf16` or `fp16`.
-        outputs: How a teacher's outputs become logits of the dataset's classes; None takes them for these logits.
+        outputs: Conversion of a teacher's outputs to logits; None if they are logits.
         error: Type of the error for logits of another shape.
     """
 
@@ -45,14 +45,14 @@ class ForwardPass:
 
     @property
     def narrow(self) -> bool:
-        """Whether the network computes in less than float32."""
+        """Whether the network computes in a narrower dtype than float32."""
         return self.amp != "off" or floating_dtype(self.module).itemsize < 4
 
     def raw(self, inputs: Tensor, samples: Tensor | None = None) -> Tensor:
-        """What the network returns for a batch, (batch, outputs), on the device.
+        """Outputs of the network for a batch, (batch, outputs), on the device.
 
         Args:
-            inputs: (batch, …), after `Preprocessor.per_sample`.
+            inputs: Inputs (batch, …) after `Preprocessor.per_sample`.
             samples: Indices of the samples, (batch,), for messages.
 
         Raises:

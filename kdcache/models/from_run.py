@@ -1,21 +1,22 @@
-"""A finished run's network, rebuilt from its checkpoint alone: neither the dataset nor the cache is needed."""
+"""The network of a run, rebuilt from its checkpoint; neither the dataset nor the cache is needed."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import nn
 
-from kdcache.core.errors import CheckpointError
+from kdcache.core.config import InputConfig
+from kdcache.core.errors import CheckpointError, DatasetError
 from kdcache.core.progress import log
 from kdcache.core.run_dir import BEST, RESULT, read_config
+from kdcache.data.dataset import IndexedDataset, Indices
 from kdcache.data.preprocess import Preprocessor
-from kdcache.data.text_preprocess import recorded_tokenizer
-from kdcache.models.build import recorded_preprocess
+from kdcache.models.build import construct, recorded_preprocess
 from kdcache.models.checkpoints import fit_weights, read_checkpoint
-from kdcache.models.registry import build_model, build_text_model
+from kdcache.store.manifest import Preprocess
 
 _FACTS = (
     "model",
@@ -32,18 +33,20 @@ _FACTS = (
 
 @dataclass(frozen=True, kw_only=True)
 class TrainedNetwork:
-    """The result of a run.
+    """The network of a run with its best weights.
 
     Attributes:
-        module: with the best weights, on the CPU, in eval mode.
-        preprocessor: from a shared input to what the module takes.
-        classes: names; an answer is a position in this tuple.
-        input_shape: of one shared input that it was trained on, channels first; None where they differ in size.
-        input_dtype: of the shared inputs, such as `uint8`.
-        is_text: whether a shared input is a text, as UTF-8.
-        dataset: the spec of the dataset that it was trained on.
-        data_root: where that was.
-        taught_by: for each cache the digests of the views that it learnt from; empty where none are recorded.
+        spec: Name that the network was built from.
+        module: Network on the CPU, in eval mode.
+        preprocessor: Preprocessing from shared inputs to the network's inputs.
+        classes: Class names; a prediction is an index into this tuple.
+        input_shape: Shape of one shared input of the training split, channels first; None where they differ in size.
+        input_dtype: Dtype of the shared inputs, such as `uint8`.
+        is_text: Whether the shared inputs are texts, as UTF-8.
+        dataset: Spec of the training dataset.
+        data_root: Data root of the training dataset.
+        taught_by: Digests of the views that the network was trained on, per cache; empty where none are recorded.
+        checkpoint: Path of the weights.
     """
 
     spec: str
@@ -59,12 +62,31 @@ class TrainedNetwork:
     checkpoint: Path
 
 
+class _RecordedDataset(IndexedDataset):
+    """The training dataset as recorded in a checkpoint, without its samples."""
+
+    def __init__(self, facts: dict[str, Any], preprocess: Preprocess) -> None:
+        super().__init__(name=facts["dataset"], split="train", classes=tuple(facts["classes"]))
+        self.input_dtype, self.is_text, self.data_root = facts["input_dtype"], facts["is_text"], facts["data_root"]
+        self.input_shape = None if facts["input_shape"] is None else tuple(facts["input_shape"])
+        self.vocabulary_size = preprocess.vocabulary_size  # only of token ids
+
+    def __len__(self) -> int:
+        return 0
+
+    def labels(self) -> None:
+        return None
+
+    def fetch(self, indices: Indices) -> NoReturn:
+        raise DatasetError(f"a checkpoint holds no samples of {self.name}", "the dataset itself", "open it")
+
+
 def load_trained(folder: Path) -> TrainedNetwork:
-    """The network of a run folder.
+    """Load the network of a run folder.
 
     Raises:
         UsageError: there is no run.
-        CheckpointError: its `best.pt` is missing, damaged, or does not say what it is of.
+        CheckpointError: its `best.pt` is missing, damaged, or lacks the record of how it was trained.
     """
     read_config(folder)
     path = folder / BEST
@@ -86,36 +108,19 @@ def load_trained(folder: Path) -> TrainedNetwork:
         )
     if not (folder / RESULT).exists():  # with --val-fraction the best so far is there from the first epoch on
         log(f"{folder} has not come to its end: this is its best checkpoint so far")
-    spec, classes = facts["model"], tuple(facts["classes"])
-    shape = None if facts["input_shape"] is None else tuple(facts["input_shape"])
-    record = recorded_preprocess(checkpoint, path)
-    if record.max_tokens is not None:
-        preprocessor = Preprocessor(record, recorded_tokenizer(facts, record))
-        module = build_text_model(
-            spec, classes=classes, seed=0, preprocessor=preprocessor, max_tokens=record.max_tokens, replace_head=True
-        ).module
-    else:
-        preprocessor = Preprocessor(record)
-        module = build_model(
-            spec,
-            num_classes=len(classes),
-            input_shape=shape,
-            seed=0,
-            default=record,
-            replace_head=True,
-            fits=lambda module: True,  # its weights come from the checkpoint
-        ).module
-    fit_weights(module, checkpoint, path)
+    dataset = _RecordedDataset(facts, recorded_preprocess(checkpoint, path))
+    built = construct(facts["model"], dataset, InputConfig(), 0, Preprocess(), checkpoint=checkpoint)
+    fit_weights(built.module, checkpoint, path)
     return TrainedNetwork(
-        spec=spec,
-        module=module.eval(),
-        preprocessor=preprocessor,
-        classes=classes,
-        input_shape=shape,
-        input_dtype=facts["input_dtype"],
-        is_text=facts["is_text"],
-        dataset=facts["dataset"],
-        data_root=facts["data_root"],
+        spec=built.spec,
+        module=built.module.eval(),
+        preprocessor=built.preprocessor,
+        classes=dataset.classes,
+        input_shape=dataset.input_shape,
+        input_dtype=dataset.input_dtype,
+        is_text=dataset.is_text,
+        dataset=dataset.name,
+        data_root=dataset.data_root,
         taught_by=checkpoint.get("rows") or [],
         checkpoint=path,
     )

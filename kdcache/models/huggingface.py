@@ -25,7 +25,7 @@ _SAMPLE = "It was 9 o'clock – a naïve, well-known <br />sentence; wasn't it?"
 
 
 class SequenceClassifier(nn.Module):
-    """A classifier of the library transformers, which takes token ids filled up with `pad_id`."""
+    """A classifier of the library transformers, which takes token ids padded with `pad_id`."""
 
     def __init__(self, model: nn.Module, pad_id: int) -> None:
         super().__init__()
@@ -40,13 +40,13 @@ class SequenceClassifier(nn.Module):
 def load_classifier(
     spec: str, name: str, classes: tuple[str, ...], *, replace_head: bool, max_tokens: int | None
 ) -> tuple[nn.Module, Preprocessor]:
-    """A trained sequence classifier and how it reads text.
+    """Load a trained sequence classifier with its tokenizer.
 
     Args:
-        name: on the hub, or a local folder that `save_pretrained` wrote, with its tokenizer.
-        classes: of the dataset.
-        replace_head: draw a new head where that of the weights has another count, to train it.
-        max_tokens: instead of as many as the classifier takes, at most 512.
+        name: Name on the hub, or a local folder written by `save_pretrained`, with its tokenizer.
+        classes: Classes of the dataset.
+        replace_head: Whether to initialise a new head if that of the weights has another number of classes.
+        max_tokens: Maximum length of a text; None takes the classifier's, up to 512.
 
     Raises:
         ModelError: it cannot be fetched or read, takes fewer tokens, or its tokenizer is written in
@@ -106,13 +106,13 @@ def image_classifier(
     *,
     check: bool,
 ) -> Published:
-    """A trained image classifier and the preprocessing of its image processor.
+    """Load a trained image classifier with the preprocessing of its image processor.
 
     Args:
-        name: on the hub, or a local folder that `save_pretrained` wrote, with its image processor.
-        replace_head: draw a new head where that of the weights has another count, to train it.
-        fits: whether a checkpoint that will be loaded fits a network; the weights are then not read.
-        check: refuse an image processor whose pixels the preprocessing does not reproduce; False where the user sets
+        name: Name on the hub, or a local folder written by `save_pretrained`, with its image processor.
+        replace_head: Whether to initialise a new head if that of the weights has another number of classes.
+        fits: Whether a checkpoint that will be loaded fits a network; the weights are then not read.
+        check: Whether to refuse an image processor whose pixels are not reproduced; False where the user sets
             the geometry.
 
     Raises:

@@ -129,7 +129,7 @@ def timm_model(
     """A network of timm; arguments as for `torchvision_model`.
 
     Args:
-        size: side of the crop that replaces what the weights bring, in pixels.
+        size: Side in pixels of the crop that replaces that of the weights.
     """
     timm = require_extra("timm", "timm", spec)
     architecture, _, tag = name.partition(".")

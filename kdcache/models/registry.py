@@ -1,4 +1,4 @@
-"""Names to modules and the preprocessing that belongs to them."""
+"""Models by name, with their preprocessing."""
 
 from __future__ import annotations
 
@@ -6,14 +6,17 @@ import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from kdcache.core import rng
+from kdcache.core.config import InputConfig
 from kdcache.core.errors import KdcacheError, ModelError
 from kdcache.core.json_records import canonical_json
 from kdcache.core.plugins import PREFIX, call_with_accepted, describe, did_you_mean, resolve
+from kdcache.core.specs import split_spec
 from kdcache.data.preprocess import Preprocessor
 from kdcache.models.cnn import NETWORKS
 from kdcache.models.huggingface import class_names, image_classifier, load_classifier
@@ -24,15 +27,15 @@ from kdcache.store.manifest import OutputRecord, Preprocess
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BuiltModel:
-    """A module and how its inputs are made.
+    """A module with its preprocessing.
 
     Attributes:
-        module: on the CPU, float32, in training mode as it was built.
-        preprocessor: from a shared input to what the module takes.
-        has_weights: whether the spec brought weights, so that the module may teach as it is. A `py:` factory answers
-            for its own; what it returns is taken as trained.
-        outputs: of a teacher: how logits are made of what it returns.
-        class_names: names of the module's outputs, where its weights bring some; None where they do not.
+        module: Network on the CPU, float32, in training mode.
+        preprocessor: Preprocessing from shared inputs to the module's inputs.
+        spec: Name that the module was built from.
+        has_weights: Trained weights came with the spec; a module of a `py:` factory is taken as trained.
+        outputs: Conversion from a teacher's outputs to logits.
+        class_names: Names of the module's outputs; None where its weights have none.
     """
 
     module: nn.Module
@@ -54,51 +57,45 @@ def build_model(
     num_classes: int,
     input_shape: tuple[int, ...] | None,
     seed: int,
-    mean: tuple[float, ...] | None = None,
-    std: tuple[float, ...] | None = None,
-    size: int | None = None,
-    resize: int | None = None,
-    crop: int | None = None,
+    settings: InputConfig | None = None,
     default: Preprocess | None = None,
+    recorded: Preprocess | None = None,
     replace_head: bool = False,
     fits: Callable[[nn.Module], bool] | None = None,
 ) -> BuiltModel:
-    """Build a model from its spec.
+    """Build a model from its spec. Its preprocessing is, in this order, that of `settings`, `recorded`, the published
+    weights or `default`.
 
     Args:
-        spec: a name of `NETWORKS`, `torchvision:NAME[@WEIGHTS]`, `timm:NAME[.TAG]`, `hf:NAME` of an image classifier
+        spec: A name of `NETWORKS`, `torchvision:NAME[@WEIGHTS]`, `timm:NAME[.TAG]`, `hf:NAME` of an image classifier
             or `py:package.module:factory`.
-        num_classes: classes of the dataset. Weights keep the head they were trained with, unless `replace_head`.
-        input_shape: of one shared input; None where samples differ in size.
-        seed: from which the initial weights are drawn; global generators are left as they were.
-        mean: per channel, instead of what the weights or the dataset bring; goes with `std`.
-        size: side of the square that inputs are resized and cropped to, in pixels, instead of what the weights bring.
-        resize: pixels of the shorter side after resizing, instead of `size`.
-        crop: pixels of the square cropped from the centre, instead of `size`.
-        default: the preprocessing of a module that brings none; None scales uint8 to [0, 1] and no more.
-        replace_head: draw a new head of `num_classes` where that of the weights has another count, to train it.
-        fits: whether a checkpoint that will be loaded fits a module: published weights are then not fetched.
+        num_classes: Number of the dataset's classes. Weights keep the head they were trained with, unless
+            `replace_head`.
+        input_shape: Shape of one shared input; None where samples differ in size.
+        seed: Seed of the initial weights; global generators are restored.
+        settings: Mean, std and geometry that replace those of the model.
+        default: Preprocessing of a module without its own; None only scales uint8 to [0, 1].
+        recorded: Preprocessing in the checkpoint that will be loaded.
+        replace_head: Initialise a new head of `num_classes` where that of the weights has another number, to train it.
+        fits: Whether a checkpoint that will be loaded fits a module: published weights are then not fetched.
 
     Raises:
         ModelError: no such model or weights, a failed download, a factory that fails, or inputs that cannot fit.
         MissingExtra: `timm:` without timm.
     """
-    if (mean is None) != (std is None):
-        raise ModelError(
-            f"mean is {mean}, std is {std}", "both or neither", "give --mean and --std with one number a channel"
-        )
-    kind, _, name = spec.partition(":")
-    preprocess = default or Preprocess()
+    settings = settings or InputConfig()
+    kind, name = split_spec(spec)
+    name = name or ""
+    side = settings.size or settings.crop
     published = Published()
     module: nn.Module | None = None
-    geometry_given = size is not None or crop is not None
     with _initial_weights(seed):
         if kind == "torchvision":
             published = torchvision_model(spec, name, num_classes, replace_head, fits)
         elif kind == "timm":
-            published = timm_model(spec, name, num_classes, replace_head, fits, size or crop)
+            published = timm_model(spec, name, num_classes, replace_head, fits, side)
         elif kind == "hf":
-            published = image_classifier(spec, name, num_classes, replace_head, fits, check=not geometry_given)
+            published = image_classifier(spec, name, num_classes, replace_head, fits, check=side is None)
         elif spec.startswith(PREFIX):
             module = _from_factory(spec, num_classes=num_classes)
         elif spec not in NETWORKS:
@@ -108,54 +105,48 @@ def build_model(
                 f"{', '.join(names)}, torchvision:NAME, timm:NAME, hf:NAME or py:package.module:factory",
                 did_you_mean(kind, names),
             )
-        module = module or published.module
-        own = published.preprocess
-        preprocess = own or preprocess
-        try:
-            if mean is not None and std is not None:
-                preprocess = replace(preprocess, mean=mean, std=std)
-            if size is not None:
-                preprocess = replace(preprocess, resize=size, crop=size, stretch=False)
-            if resize is not None:
-                preprocess = replace(preprocess, resize=resize, stretch=False)
-            if crop is not None:
-                preprocess = replace(preprocess, crop=crop)
-            if (preprocess.crop or 0) > (preprocess.resize or preprocess.crop or 0):
-                raise ModelError(
-                    f"the preprocessing of {spec} resizes to {preprocess.resize} pixels and crops {preprocess.crop}",
-                    "a crop that lies within the image",
-                    "give --resize and --crop, or --size, which sets both",
-                )
-        except ModelError:
-            raise
-        except ValueError as problem:
-            raise ModelError(f"the preprocessing of {spec} makes no sense: {problem}") from problem
+        preprocess = _with_settings(spec, recorded or published.preprocess or default or Preprocess(), settings)
         if kind in ("torchvision", "timm", "hf"):
             preprocess = _three_channels(preprocess, input_shape)
         shape = _network_input(spec, preprocess, input_shape)
-        if module is None:
-            module = NETWORKS[spec](shape, num_classes)
+        module = module or published.module or NETWORKS[spec](shape, num_classes)
     return BuiltModel(
         module=module,
         preprocessor=Preprocessor(preprocess),
         spec=spec,
-        has_weights=own is not None or spec.startswith(PREFIX),
+        has_weights=published.preprocess is not None or spec.startswith(PREFIX),
         class_names=published.class_names,
     )
 
 
+def _with_settings(spec: str, preprocess: Preprocess, settings: InputConfig) -> Preprocess:
+    """A preprocessing record with the values that the user set."""
+    resize, crop = settings.size or settings.resize, settings.size or settings.crop
+    stretch = None if resize is None else False
+    values = {"mean": settings.mean, "std": settings.std, "resize": resize, "crop": crop, "stretch": stretch}
+    given: dict[str, Any] = {name: value for name, value in values.items() if value is not None}
+    preprocess = replace(preprocess, **given)
+    if (preprocess.crop or 0) > (preprocess.resize or preprocess.crop or 0):
+        raise ModelError(
+            f"the preprocessing of {spec} resizes to {preprocess.resize} pixels and crops {preprocess.crop}",
+            "a crop that lies within the image",
+            "give --resize and --crop, or --size, which sets both",
+        )
+    return preprocess
+
+
 def reads_sequences(spec: str) -> bool:
-    """Whether a spec names a network that takes token ids and nothing else."""
-    return spec.partition(":")[0] in TEXT_NETWORKS
+    """Whether a spec names a network that only takes token ids."""
+    return split_spec(spec)[0] in TEXT_NETWORKS
 
 
 def check_reader(spec: str, *, is_text: bool) -> None:
-    """Refuse a spec whose model cannot take texts, or token ids, before a vocabulary is built for it.
+    """Refuse a spec whose model takes neither texts nor token ids, before a vocabulary is built for it.
 
     Raises:
-        ModelError: it takes other inputs, or its options cannot be.
+        ModelError: it takes other inputs, or has options that are not allowed.
     """
-    name = spec.partition(":")[0]
+    name = split_spec(spec)[0]
     if name in TEXT_NETWORKS:
         check_text_network(spec)
     elif not spec.startswith((PREFIX, "hf:")):
@@ -173,7 +164,7 @@ def check_reader(spec: str, *, is_text: bool) -> None:
 
 
 def has_own_tokenizer(spec: str) -> bool:
-    """Whether a spec names a network that brings its tokenizer."""
+    """Whether a spec names a network with its own tokenizer."""
     return spec.startswith("hf:")
 
 
@@ -186,21 +177,22 @@ def build_text_model(
     max_tokens: int | None = None,
     replace_head: bool = False,
 ) -> BuiltModel:
-    """Build a model that takes token ids, as `build_model` does the others.
+    """Build a model that takes token ids; the counterpart of `build_model`.
 
     Args:
-        spec: a name of `TEXT_NETWORKS`, with or without options, `hf:NAME` or `py:package.module:factory`, which is
+        spec: A name of `TEXT_NETWORKS`, with or without options, `hf:NAME` or `py:package.module:factory`, which is
             called with those of `num_classes`, `vocabulary_size` and `pad_id` that it takes.
-        preprocessor: of a model that brings none; of `hf:`, what a checkpoint of it was trained with, if there is one.
-        max_tokens: of `hf:`, instead of what it takes.
+        preprocessor: Preprocessing of a model without its own; for `hf:`, that of the checkpoint, if there is one.
+        max_tokens: Maximum length of a text, for `hf:`.
 
     Raises:
-        ModelError, MissingExtra: as for `build_model`, and where the model takes no token ids.
+        ModelError, MissingExtra: as for `build_model`, and if the model takes no token ids.
     """
     with _initial_weights(seed):
         if has_own_tokenizer(spec):
-            name = spec.partition(":")[2]
-            module, own = load_classifier(spec, name, classes, replace_head=replace_head, max_tokens=max_tokens)
+            module, own = load_classifier(
+                spec, spec.removeprefix("hf:"), classes, replace_head=replace_head, max_tokens=max_tokens
+            )
             if preprocessor is not None and preprocessor.record != own.record:
                 raise ModelError(
                     f"{spec} has another tokenizer now than the checkpoint was trained with: {own.record} instead of "
@@ -210,7 +202,7 @@ def build_text_model(
                 )
             names = class_names(module.get_submodule("model").config)
             return BuiltModel(module=module, preprocessor=own, spec=spec, has_weights=True, class_names=names)
-        assert preprocessor is not None, "of a model that brings none"
+        assert preprocessor is not None, "a model without a tokenizer of its own"
         record = preprocessor.record
         ids = max(record.vocabulary_size or 0, record.pad_id + 1)
         sizes = {"num_classes": len(classes), "vocabulary_size": ids, "pad_id": record.pad_id}
@@ -233,7 +225,7 @@ def weights_sha256(module: nn.Module) -> str:
     for name, value in sorted(module.state_dict().items()):
         if isinstance(value, Tensor):
             digest.update(canonical_json([name, str(value.dtype), list(value.shape)]))
-            # Reinterpreted as bytes, because numpy knows no bfloat16.
+            # Viewed as bytes, because numpy has no bfloat16.
             digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
             continue
         try:
@@ -246,7 +238,7 @@ def weights_sha256(module: nn.Module) -> str:
 @contextmanager
 def _initial_weights(seed: int) -> Iterator[None]:
     with torch.random.fork_rng(devices=[]):
-        # Not torch.manual_seed: that one seeds the accelerators too, and they would stay so.
+        # Not torch.manual_seed: it also seeds accelerators, whose state is not restored.
         torch.default_generator.manual_seed(rng.generator_seed(seed, "model init"))
         yield
 
@@ -265,7 +257,7 @@ def _from_factory(spec: str, **sizes: int) -> nn.Module:
 
 
 def _three_channels(preprocess: Preprocess, input_shape: tuple[int, ...] | None) -> Preprocess:
-    """Let grayscale into a network that takes RGB: a mean of three channels makes the preprocessor expand it."""
+    """Preprocessing for a network of RGB images: a mean of three channels makes it expand grayscale."""
     channels = len(preprocess.mean) or (input_shape[0] if input_shape else None)
     if channels != 1:
         return preprocess

@@ -17,10 +17,10 @@ class Size:
     """Options of a recurrent network, as in `lstm:hidden=128,dropout=0.3`.
 
     Attributes:
-        embedding: width of a token's vector.
-        hidden: width of the state, in each direction.
-        layers: recurrent ones, in each direction.
-        dropout: part of the token vectors and of the averaged states that is zeroed in training.
+        embedding: Width of a token's vector.
+        hidden: Width of the state per direction.
+        layers: Number of recurrent layers per direction.
+        dropout: Dropout probability of the token vectors and of the averaged states.
         bidirectional: 1 reads the text backwards too.
     """
 
@@ -40,8 +40,8 @@ class Recurrent(nn.Module):
 
     Args:
         cell: `nn.LSTM` or `nn.GRU`.
-        vocabulary_size: token ids, and that of padding, are below it.
-        pad_id: of padding, which only follows the last token.
+        vocabulary_size: Exclusive upper bound of the token ids, padding included.
+        pad_id: Id of padding, which only follows the last token.
     """
 
     def __init__(

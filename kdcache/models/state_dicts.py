@@ -28,11 +28,11 @@ class Candidate:
     """One entry of a checkpoint, with names as the module has them.
 
     Attributes:
-        key: path of the entry, with the prefix of its names; empty for the whole file.
-        state: weights by the module's names.
-        extra: names of what is left out, as in the file.
-        problems: why it does not fit, in words; empty where it fits.
-        matches: number of the module's names that it holds.
+        key: Path of the entry, with the prefix of its names; empty for the whole file.
+        state: Weights by the module's names.
+        extra: Names of ignored entries, as in the file.
+        problems: Reasons why it does not fit; empty where it fits.
+        matches: Number of the module's names that it contains.
     """
 
     key: str

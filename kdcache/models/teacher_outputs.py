@@ -1,4 +1,4 @@
-"""From what a teacher returns to logits of the dataset's classes, and which outputs are refused."""
+"""Conversion of a teacher's outputs to logits of the dataset's classes, and checks of outputs."""
 
 from __future__ import annotations
 
@@ -55,8 +55,8 @@ def check_kind(output_bk: NDArray[Any], record: OutputRecord, *, narrow: bool) -
     """Refuse probabilities that are taken for logits, and the other way round.
 
     Args:
-        output_bk: what the teacher returned, (rows, all of its outputs).
-        narrow: whether it was computed in less than float32.
+        output_bk: The teacher's outputs, (rows, all of its outputs).
+        narrow: Whether it was computed in a narrower dtype than float32.
 
     Raises:
         TeacherOutputError: it is of the other kind.
@@ -92,14 +92,14 @@ def check_stored_kind(logits_nc: NDArray[Any], record: OutputRecord, *, narrow: 
 
 
 def check_same(first: NDArray[Any], second: NDArray[Any], *, sample: int, narrow: bool, other_batch: bool) -> None:
-    """Refuse a teacher that gives two answers to one input.
+    """Refuse a teacher whose logits for one input differ.
 
     Args:
-        first: logits of a pass over some samples, (rows, classes).
-        second: logits of another pass over the same samples.
-        sample: index of the first row's sample, for the message.
-        narrow: whether they were computed in less than float32.
-        other_batch: whether the second pass had other samples beside them in the batch.
+        first: Logits of a pass over some samples, (rows, classes).
+        second: Logits of another pass over the same samples.
+        sample: Index of the first row's sample, for messages.
+        narrow: Whether they were computed in a narrower dtype than float32.
+        other_batch: Whether the second pass was in another batch.
 
     Raises:
         TeacherOutputError: they differ by more than arithmetic explains.
@@ -157,8 +157,8 @@ def check_class_names(spec: str, names: Sequence[str], classes: Sequence[str], *
     Names that have nothing in common, such as `LABEL_0`, say nothing, and their number is left to the first batch.
 
     Args:
-        names: of the teacher's outputs; empty where it brings none.
-        exact: whether the names must be the dataset's own, as in a checkpoint of kdcache.
+        names: Names of the teacher's outputs; empty where it has none.
+        exact: Whether the names must be the dataset's own, as in a checkpoint of kdcache.
 
     Raises:
         ModelError: another number, or the same classes in another order.
@@ -221,8 +221,8 @@ def resolve_columns(class_map: Mapping[str, int | str], names: Sequence[str], ou
     """The column of the teacher's output for each class of a map.
 
     Args:
-        names: of the teacher's outputs; empty where it brings none.
-        outputs: how many it has; None where only the first batch tells.
+        names: Names of the teacher's outputs; empty where it has none.
+        outputs: Number of outputs; None where it is unknown before the first batch.
 
     Raises:
         UsageError: an unknown or ambiguous name, an index out of range, or two classes with one output.

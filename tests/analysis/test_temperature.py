@@ -11,7 +11,7 @@ from PIL import Image
 from kdcache.analysis.distributions import entropy, softmax
 from kdcache.analysis.temperature import plot_temperature, temperature_curves
 from kdcache.analysis.temperature_plot import draw_temperatures
-from kdcache.core.config import PlotTemperature
+from kdcache.core.config import PlotTemperatureArgs
 from kdcache.core.errors import CacheNotFound, MissingExtra, UsageError
 
 
@@ -38,7 +38,7 @@ def cache(make_cache):
 
 
 def plot(path, tmp_path, **settings):
-    return plot_temperature(PlotTemperature(cache=path, out=str(tmp_path / "t.png"), **settings))
+    return plot_temperature(PlotTemperatureArgs(cache=path, out=str(tmp_path / "t.png"), **settings))
 
 
 def test_quantiles_are_those_of_single_samples():
@@ -121,7 +121,7 @@ def test_caches_of_other_kinds(make_cache, tmp_path, classes, scale):
 )
 def test_what_cannot_be_drawn_is_refused(cache, tmp_path, settings, found, needed, remedy):
     with pytest.raises(UsageError) as problem:
-        plot_temperature(PlotTemperature(cache=cache[0], **{"out": str(tmp_path / "t.png")} | settings))
+        plot_temperature(PlotTemperatureArgs(cache=cache[0], **{"out": str(tmp_path / "t.png")} | settings))
     for part, expected in (
         (problem.value.found, found),
         (problem.value.needed, needed),

@@ -33,14 +33,14 @@ TEST_DATA = os.environ.get("KDCACHE_TEST_DATA")
 
 
 def teach(out, **settings):
-    pipeline.train_teacher(config.TrainTeacher(**{"out": str(out), "device": "cpu", "epochs": 1, **settings}))
+    pipeline.train_teacher(config.TrainTeacherArgs(**{"out": str(out), "device": "cpu", "epochs": 1, **settings}))
     return out
 
 
 def exported(run, out, form, **settings):
     suffix = FORMATS[form].suffix
     path = Path(out) / f"student{suffix}"
-    report = export(config.Export(**{"run": str(run), "format": form, "out": str(path), **settings}))
+    report = export(config.ExportArgs(**{"run": str(run), "format": form, "out": str(path), **settings}))
     return path, report.data
 
 
@@ -421,7 +421,7 @@ def test_what_is_refused(cnn, tmp_path, monkeypatch, settings, error, parts):
         "def nine(): return make(8, 9)\n"
     )
     with pytest.raises(KdcacheError) as refused:
-        export(config.Export(**{"run": str(cnn), "out": "student.pt2", **settings}))
+        export(config.ExportArgs(**{"run": str(cnn), "out": "student.pt2", **settings}))
     assert type(refused.value) is error
     for part in parts:
         assert part in str(refused.value)

@@ -25,7 +25,7 @@ from kdcache.apps.report.cost import multiply_adds
 from kdcache.apps.report.metrics import judge
 from kdcache.apps.report.samples import as_png, cards, excerpt
 from kdcache.cli.app import app
-from kdcache.core.config import DumpTeacher, MakeReport, TrainStudent, TrainTeacher
+from kdcache.core.config import DumpTeacherArgs, ReportArgs, TrainStudentArgs, TrainTeacherArgs
 from kdcache.core.errors import CacheMismatch, CacheNotFound, CheckpointError, MissingExtra, UsageError
 from tests.helpers import synthetic
 
@@ -243,16 +243,16 @@ def check_alone(page):
 
 def train_student(root, name, **settings):
     settings = {"cache": (str(root / "digits.zarr"),), "student": "mlp", "epochs": 2, "device": "cpu"} | settings
-    return pipeline.train_student(TrainStudent(out=str(root / name), **settings))
+    return pipeline.train_student(TrainStudentArgs(out=str(root / name), **settings))
 
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory):
     """Teacher, cache and two students of digits, and their report by the command."""
     root = tmp_path_factory.mktemp("report")
-    pipeline.train_teacher(TrainTeacher(out=str(root / "teacher"), epochs=2, device="cpu", learning_rate=3e-3))
+    pipeline.train_teacher(TrainTeacherArgs(out=str(root / "teacher"), epochs=2, device="cpu", learning_rate=3e-3))
     checkpoint = str(root / "teacher" / "best.pt")
-    dump = DumpTeacher(checkpoint=checkpoint, split=("train", "test"), out=str(root / "digits.zarr"), device="cpu")
+    dump = DumpTeacherArgs(checkpoint=checkpoint, split=("train", "test"), out=str(root / "digits.zarr"), device="cpu")
     pipeline.dump_teacher(dump)
     train_student(root, "alone", distill=False)
     train_student(root, "student", temperature=3.0, alpha=0.9, val_fraction=0.2)
@@ -269,7 +269,7 @@ def report(study, *names, **settings):
     """A report of some runs, and its page."""
     out = study.root / "one.html"
     settings = {"device": "cpu", "out": str(out), "train_samples": 50, "shown": 3} | settings
-    found = make_report(MakeReport(runs=tuple(str(study.root / name) for name in names), **settings))
+    found = make_report(ReportArgs(runs=tuple(str(study.root / name) for name in names), **settings))
     page = Parsed(out)
     check_alone(page)
     return found, page
@@ -407,7 +407,7 @@ def test_a_cache_without_a_test_split_or_without_plain_answers(study, tmp_path):
         ("varied", {"augment": "affine", "views": 2}, "holds logits for augmented samples of the train split"),
     ):
         cache = str(tmp_path / f"{name}.zarr")
-        pipeline.dump_teacher(DumpTeacher(checkpoint=checkpoint, out=cache, device="cpu", **settings))
+        pipeline.dump_teacher(DumpTeacherArgs(checkpoint=checkpoint, out=cache, device="cpu", **settings))
         train_student(tmp_path, name, cache=(cache,), epochs=1)
         found, page = report(study, tmp_path / name)
         assert any(reason in sentence for sentence in found.data["missing"])
@@ -498,10 +498,10 @@ def texts(tmp_path_factory):
                 (folder / f"{at}.txt").write_text(f"{words} " * (at + 1))
     spec = f"text-folder:{tmp_path / 'texts'}"
     common = {"epochs": 1, "device": "cpu"}
-    teacher = TrainTeacher(dataset=spec, model="lstm:hidden=8,embedding=8", out=str(tmp_path / "teacher"), **common)
+    teacher = TrainTeacherArgs(dataset=spec, model="lstm:hidden=8,embedding=8", out=str(tmp_path / "teacher"), **common)
     pipeline.train_teacher(teacher)
     pipeline.dump_teacher(
-        DumpTeacher(
+        DumpTeacherArgs(
             dataset=spec,
             teacher="lstm:hidden=8,embedding=8",
             checkpoint=str(tmp_path / "teacher" / "best.pt"),

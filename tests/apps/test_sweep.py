@@ -16,7 +16,7 @@ from kdcache.analysis.matrix_plots import draw_heat_map
 from kdcache.apps import sweep_workers
 from kdcache.apps.bench import bench
 from kdcache.apps.sweep import _rows, grid_of
-from kdcache.core.config import Bench, StudentConfig, Sweep, TrainConfig
+from kdcache.core.config import BenchArgs, StudentConfig, SweepArgs, TrainConfig
 from kdcache.core.errors import UsageError
 from kdcache.core.file_lock import PathLock
 from kdcache.core.system import core_count
@@ -134,7 +134,7 @@ def test_the_test_split_never_sorts():
     def outcome(validation, test):
         return sweep_workers.Outcome(result={"test_accuracy": test}, error=None, val_accuracy=validation)
 
-    grid = grid_of(Sweep(temperature=(1.0, 2.0)))
+    grid = grid_of(SweepArgs(temperature=(1.0, 2.0)))
     names = [f"{point.folder}-seed0" for point in grid]
     rows = _rows(grid, [0], dict(zip(names, (outcome(0.5, 0.9), outcome(0.6, 0.1)), strict=True)))
     assert [row["temperature"] for row in rows] == [2, 1]
@@ -231,9 +231,9 @@ def test_a_finished_student_whose_record_is_damaged_is_named(scene):
 
 
 def test_the_grid():
-    points = grid_of(Sweep(temperature=(1, 2, 1), alpha=(0.5, 0.9)))
+    points = grid_of(SweepArgs(temperature=(1, 2, 1), alpha=(0.5, 0.9)))
     assert [point.folder for point in points] == ["T1-a0.5", "T1-a0.9", "T2-a0.5", "T2-a0.9"]
-    odd = grid_of(Sweep(temperature=(1.5,), objective=("kd:weight=0.5+dist", "kd:weight=0.5 +dist")))
+    odd = grid_of(SweepArgs(temperature=(1.5,), objective=("kd:weight=0.5+dist", "kd:weight=0.5 +dist")))
     folders = [point.folder for point in odd]
     assert len(set(folders)) == 2
     assert not any(sign in folder for folder in folders for sign in ": ")
@@ -310,7 +310,7 @@ def test_bench_reads_the_cache_as_it_is_told(monkeypatch, name, value):
         return train_student(student, dataset, cache, config=config, preprocess=preprocess)
 
     monkeypatch.setattr("kdcache.apps.bench.train_student", watch)
-    bench(Bench(teacher="mlp", samples=64, rounds=1, device="cpu", **{name: value}))
+    bench(BenchArgs(teacher="mlp", samples=64, rounds=1, device="cpu", **{name: value}))
     assert {getattr(config, name) for config in seen} == {value}
     if name != "verify_inputs":
         assert {config.verify_inputs for config in seen} == {"sample"}  # what a student's training does by default

@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from kdcache.core import options
 from kdcache.core.atomic_files import storage_errors
-from kdcache.core.config import DumpTeacher, TrainStudent
+from kdcache.core.config import DumpTeacherArgs, TrainStudentArgs
 from kdcache.core.errors import CacheNotFound, StorageError, TargetExists, UsageError
 from kdcache.core.json_records import counted
 from kdcache.core.options import PATHS, SPECS
@@ -48,13 +49,13 @@ def test_a_url_is_shown_as_it_is_and_said_to_be_unsupported(url):
 
 def test_home_is_expanded_in_every_path_option(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
-    settings = DumpTeacher(out="~/c.zarr", checkpoint="~/best.pt", dataset="folder:~/pets", data_root="~/data")
+    settings = DumpTeacherArgs(out="~/c.zarr", checkpoint="~/best.pt", dataset="folder:~/pets", data_root="~/data")
     assert settings.out == f"{tmp_path}/c.zarr"
     assert (settings.checkpoint, settings.data_root) == (f"{tmp_path}/best.pt", f"{tmp_path}/data")
     assert settings.dataset == f"folder:{tmp_path}/pets"
-    assert TrainStudent(cache=("~/a", "b~")).cache == (f"{tmp_path}/a", "b~")
+    assert TrainStudentArgs(cache=("~/a", "b~")).cache == (f"{tmp_path}/a", "b~")
     with pytest.raises(UsageError, match="nobody-of-this-name"):
-        DumpTeacher(out="~nobody-of-this-name/c.zarr")
+        DumpTeacherArgs(out="~nobody-of-this-name/c.zarr")
 
 
 def test_options_that_are_called_paths_are_treated_as_paths():
@@ -67,7 +68,8 @@ def test_options_that_are_called_paths_are_treated_as_paths():
     words = ("Folder ", "folder ", "a cache made", "The file", "weights: .pt", "The page", "The picture")
     for settings_class in classes:
         for each in dataclasses.fields(settings_class):
-            if any(word in each.metadata["help"] for word in words) and "str" in str(each.type):
+            kind = options.value_types(settings_class)[each.name].kind
+            if any(word in each.metadata["help"] for word in words) and kind is str:
                 assert each.name in PATHS | SPECS, (settings_class.__name__, each.name)
 
 

@@ -161,9 +161,9 @@ def test_no_distill_with_an_objective_is_refused_from_python_too():
 
 
 def test_beside_what_they_need_they_are_taken():
-    check_effective(config.TrainStudent(optimizer="sgd"), ["momentum"])
-    check_effective(config.DumpTeacher(mix="uniform"), ["view_seed", "plain_view"])
-    check_effective(config.Verify(teacher="cnn"), ["rows", "device"])
+    check_effective(config.TrainStudentArgs(optimizer="sgd"), ["momentum"])
+    check_effective(config.DumpTeacherArgs(mix="uniform"), ["view_seed", "plain_view"])
+    check_effective(config.VerifyArgs(teacher="cnn"), ["rows", "device"])
 
 
 # ---- names that other tools use
@@ -195,8 +195,8 @@ def test_an_alias_is_no_setting_and_means_one():
     names = {each.name for cls in SETTINGS_CLASSES.values() for each in dataclasses.fields(cls)}
     assert set(ALIASES) & names == set()
     assert set(ALIASES.values()) <= names
-    assert suggestion("model", config.TrainStudent) == "did you mean --student?"
-    assert suggestion("no-such-thing-at-all", config.TrainStudent) == ""
+    assert suggestion("model", config.TrainStudentArgs) == "did you mean --student?"
+    assert suggestion("no-such-thing-at-all", config.TrainStudentArgs) == ""
 
 
 # ---- the help
@@ -222,6 +222,6 @@ def test_every_shared_setting_has_a_panel():
             vars(settings_class)["__annotations__"]
         )
         assert inherited - {"tensorboard"} <= set(placed)
-    assert set(placed) <= set(typing.get_type_hints(config.DumpTeacher)) | set(
-        typing.get_type_hints(config.TrainStudent)
+    assert set(placed) <= set(typing.get_type_hints(config.DumpTeacherArgs)) | set(
+        typing.get_type_hints(config.TrainStudentArgs)
     )

@@ -113,22 +113,22 @@ def test_a_sample_alone_is_mixed_with_itself():
 
 
 @pytest.mark.parametrize("alpha", [0.2, 1.0, 4.0])
-def test_shares_follow_the_beta_distribution(alpha):
-    shares = np.array([draw.share for draw in draws(f"mixup:{alpha}", 4000)]) / WHOLE
+def test_lambdas_follow_the_beta_distribution(alpha):
+    mix_lambda = np.array([draw.parts for draw in draws(f"mixup:{alpha}", 4000)]) / WHOLE
     variance = 1 / (4 * (2 * alpha + 1))
-    assert shares.mean() == pytest.approx(0.5, abs=4 * math.sqrt(variance / len(shares)))
-    assert shares.var() == pytest.approx(variance, rel=0.08)
-    assert 0 <= shares.min() < shares.max() <= 1
+    assert mix_lambda.mean() == pytest.approx(0.5, abs=4 * math.sqrt(variance / len(mix_lambda)))
+    assert mix_lambda.var() == pytest.approx(variance, rel=0.08)
+    assert 0 <= mix_lambda.min() < mix_lambda.max() <= 1
 
 
-def test_uniform_shares_are_uniform():
-    shares = np.sort([draw.share for draw in draws("uniform", 4000)]) / WHOLE
-    assert abs(shares - (np.arange(4000) + 0.5) / 4000).max() < 0.03
+def test_uniform_lambdas_are_uniform():
+    mix_lambda = np.sort([draw.parts for draw in draws("uniform", 4000)]) / WHOLE
+    assert abs(mix_lambda - (np.arange(4000) + 0.5) / 4000).max() < 0.03
 
 
-def test_centres_are_uniform_and_do_not_follow_the_shares():
+def test_centres_are_uniform_and_do_not_follow_lambda():
     drawn = draws("cutmix:1", 4000)
-    table = np.array([(draw.share / WHOLE, *draw.centre) for draw in drawn])
+    table = np.array([(draw.parts / WHOLE, *draw.centre) for draw in drawn])
     assert abs(table[:, 1:].mean(axis=0) - 0.5).max() < 0.02
     assert abs(np.corrcoef(table.T) - np.eye(3)).max() < 0.06
 
@@ -149,23 +149,23 @@ def test_what_is_mixed_depends_on_view_and_index_alone(mix):
         for place, at in enumerate(order):
             assert torch.equal(shared.inputs[place], alone[at].inputs[0])
             assert shared.partner_labels[place] == alone[at].partner_labels[0]
-            assert shared.shares[place] == alone[at].shares[0]
+            assert shared.mix_lambda[place] == alone[at].mix_lambda[0]
     other_view, other_seed = views.fetch(2, np.arange(30)), mixed(30, mix, seed=1).fetch(1, np.arange(30))
     here = views.fetch(1, np.arange(30))
     for other in (other_view, other_seed):
         assert (other.partner_labels != here.partner_labels).float().mean() > 0.8
-        assert (other.shares != here.shares).float().mean() > 0.5
+        assert (other.mix_lambda != here.mix_lambda).float().mean() > 0.5
 
 
 @pytest.mark.parametrize("mix", KINDS)
-def test_a_mixed_input_is_made_of_the_two_augmented_ones_in_its_shares(mix):
+def test_a_mixed_input_is_made_of_the_two_augmented_ones_in_its_lambda(mix):
     dataset = images(20)
     shared = probed_views(dataset, ViewRecipe(augment="crop-flip", mix=mix)).fetch(1, np.arange(20))
     augmented = probed_views(dataset, ViewRecipe(augment="crop-flip")).fetch(1, np.arange(20)).inputs
-    assert shared.shares.dtype == torch.float32
+    assert shared.mix_lambda.dtype == torch.float32
     assert shared.labels.tolist() == list(range(20))
     for at, (result, partner, share) in enumerate(
-        zip(shared.inputs, shared.partner_labels.tolist(), shared.shares.tolist(), strict=True)
+        zip(shared.inputs, shared.partner_labels.tolist(), shared.mix_lambda.tolist(), strict=True)
     ):
         one, other = augmented[at], augmented[partner]
         if mix.startswith("cutmix"):
@@ -196,10 +196,10 @@ def test_mixing_does_not_depend_on_the_global_generators():
     assert torch.equal(*found)
 
 
-def test_shares_are_float32_whatever_the_default_is():
+def test_lambdas_are_float32_whatever_the_default_is():
     torch.set_default_dtype(torch.float64)
     try:
-        assert mixed(4, "mixup:1").fetch(0, np.arange(4)).shares.dtype == torch.float32
+        assert mixed(4, "mixup:1").fetch(0, np.arange(4)).mix_lambda.dtype == torch.float32
     finally:
         torch.set_default_dtype(torch.float32)
 
@@ -210,14 +210,14 @@ def test_a_batch_tells_the_label_of_the_larger_part():
         torch.tensor([0, 1, 2, 3]),
         torch.arange(4),
         partner_labels=torch.tensor([4, 5, 6, 7]),
-        shares=torch.tensor([1.0, 0.5, 0.49, 0.0]),
+        mix_lambda=torch.tensor([1.0, 0.5, 0.49, 0.0]),
     )
     assert batch.main_labels.tolist() == [0, 1, 6, 7]
-    assert batch._replace(shares=None, partner_labels=None).main_labels.tolist() == [0, 1, 2, 3]
+    assert batch._replace(mix_lambda=None, partner_labels=None).main_labels.tolist() == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_partners_and_shares_come_through_the_loader(workers):
+def test_partners_and_lambdas_come_through_the_loader(workers):
     views = mixed(12, "mixup:1")
     requests = [BatchRequest(np.array([5, 2, 9]), 1), BatchRequest(np.array([11]), 0)]
     loader = batch_loader(views, requests, preprocessor=Preprocessor(Preprocess()), workers=workers, device=CPU)
@@ -225,7 +225,7 @@ def test_partners_and_shares_come_through_the_loader(workers):
         shared = views.fetch(request.view, request.indices)
         assert torch.equal(batch.inputs, shared.inputs)
         assert torch.equal(batch.partner_labels, shared.partner_labels)
-        assert torch.equal(batch.shares, shared.shares)
+        assert torch.equal(batch.mix_lambda, shared.mix_lambda)
 
 
 def test_the_mixed_loss_is_the_one_worked_out_by_hand():
@@ -250,9 +250,9 @@ def test_the_mixed_loss_with_a_whole_share_is_the_cross_entropy(smoothing):
 
 def test_the_objectives_mix_the_label_loss():
     logits = torch.randn(3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    labels, partners, shares = torch.tensor([0, 1, 2]), torch.tensor([3, 3, 3]), torch.tensor([0.25, 0.5, 1.0])
-    batch = Batch(torch.zeros(3), labels, torch.arange(3), None, partners, shares, soft_targets=logits.flip(0))
-    mixed_loss = losses.mixed_cross_entropy(logits, labels, partners, shares, label_smoothing=0.1)
+    labels, partners, mix_lambda = torch.tensor([0, 1, 2]), torch.tensor([3, 3, 3]), torch.tensor([0.25, 0.5, 1.0])
+    batch = Batch(torch.zeros(3), labels, torch.arange(3), None, partners, mix_lambda, soft_targets=logits.flip(0))
+    mixed_loss = losses.mixed_cross_entropy(logits, labels, partners, mix_lambda, label_smoothing=0.1)
     assert label_objective(0.1)(logits, batch)["loss"] == mixed_loss
     parts = distillation_objective(StudentConfig(alpha=0.3, temperature=2.0, label_smoothing=0.1))(logits, batch)
     assert parts["cross_entropy"] == mixed_loss

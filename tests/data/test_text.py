@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 import kdcache.data.token_cache
 from kdcache import DumpConfig, StudentConfig, dump_teacher, open_cache, train_student
 from kdcache.cli.app import app
-from kdcache.core.config import Input
+from kdcache.core.config import InputConfig
 from kdcache.core.errors import CacheMismatch, DatasetError, KdcacheError, ModelError
 from kdcache.data.dataset import as_indexed
 from kdcache.data.loader import BatchRequest, batch_loader
@@ -86,7 +86,7 @@ def indexed(items, split="train", **attributes):
 
 
 def network_for(spec, dataset, *, training=True, **settings):
-    return build(spec, dataset, Input(**settings), 0, dataset_preprocess(dataset), training=training)
+    return build(spec, dataset, InputConfig(**settings), 0, dataset_preprocess(dataset), training=training)
 
 
 def reader(texts, *, max_tokens=16, size=1000):
@@ -1075,8 +1075,8 @@ HF_REFUSED = {
     "order": (["pos", "neg"], {}, ["2 classes: neg, pos", "in the dataset's order: pos, neg"]),
     "count": (["a", "b", "c"], {}, ["2 classes: neg, pos", "3 classes", "a, b, c"]),
     "tokens": (["neg", "pos"], {"max_tokens": 21}, ["--max-tokens is 21", "at most 20"]),
-    "tokenizer": (["neg", "pos"], {"tokenizer": "t.json"}, ["brings its tokenizer", "leave it out"]),
-    "vocabulary": (["neg", "pos"], {"vocabulary_size": 9}, ["brings its tokenizer", "leave it out"]),
+    "tokenizer": (["neg", "pos"], {"tokenizer": "t.json"}, ["has its own tokenizer", "leave it out"]),
+    "vocabulary": (["neg", "pos"], {"vocabulary_size": 9}, ["has its own tokenizer", "leave it out"]),
 }
 
 

@@ -11,13 +11,13 @@ import torch
 from torch import nn
 
 from kdcache import DumpConfig, StudentConfig, dump_teacher, losses, open_cache, plan_dump, train_student
-from kdcache.core.config import Execution
+from kdcache.core.config import RuntimeConfig
 from kdcache.core.errors import CacheMismatch, ModelError, UsageError
 from kdcache.data.views import Views
 from kdcache.distill.objective import LOSSES, parse_objectives
 from kdcache.distill.teacher.spot_check import recompute_rows
 from kdcache.models.checkpoints import read_checkpoint
-from kdcache.models.feature_hooks import PENULTIMATE, Taps, list_layers, pool_features
+from kdcache.models.feature_hooks import PENULTIMATE, FeatureHooks, list_layers, pool_features
 from kdcache.store.inspect import inspect_cache
 from kdcache.store.layout import predicted_bytes
 from kdcache.store.manifest import ViewRecipe
@@ -69,7 +69,7 @@ def paths(tmp_path_factory):
 
 def features_of(teacher, layer, pool):
     inputs, _ = DATA.fetch(np.arange(len(DATA)))
-    with torch.no_grad(), Taps(teacher, [layer]) as taps:
+    with torch.no_grad(), FeatureHooks(teacher, [layer]) as taps:
         teacher.eval()(inputs / 255)
         return pool_features(taps.take()[layer], pool).numpy()
 
@@ -117,7 +117,7 @@ def test_a_teacher_that_answers_again_is_compared_in_its_features_too(paths, fac
             Views(DATA, ViewRecipe()),
             open_cache(paths / name),
             rows=40,
-            execution=Execution(device="cpu", batch_size=32),
+            execution=RuntimeConfig(device="cpu", batch_size=32),
         )
         assert (found.rows, found.same_weights) == (40, factor == 1)
         assert (found.largest_difference <= 1e-5) == (factor == 1)

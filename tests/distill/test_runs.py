@@ -20,7 +20,7 @@ from kdcache.core.json_records import to_json
 from kdcache.core.run_dir import RunFolder, read_metrics
 from kdcache.distill.trainer import train
 from kdcache.models.checkpoints import read_checkpoint, save_checkpoint
-from kdcache.models.feature_hooks import Taps, remove_taps
+from kdcache.models.feature_hooks import FeatureHooks, copy_module
 from tests.distill.test_trainer import (
     OBJECTIVE,
     PLAIN,
@@ -269,15 +269,19 @@ def test_the_averaged_module_has_no_hooks_of_an_objective_and_keeps_its_own(tmp_
         pickle.loads(pickle.dumps(module))
 
 
-def test_only_the_hooks_of_taps_are_removed():
+def test_a_copied_module_keeps_all_hooks_but_those_that_capture_features():
     module = nn.Sequential(nn.Linear(2, 2))
     module[0].register_forward_hook(own := lambda *_: None)
-    with Taps(module, ["0", "penultimate"]) as taps:
-        remove_taps(module)
-        assert list(module[0]._forward_hooks.values()) == [own]
-        module(torch.ones(1, 2))
+    with FeatureHooks(module, ["0", "penultimate"]) as hooks:
+        copied = copy_module(module)
+        assert list(copied[0]._forward_hooks.values()) == [own]
+        assert not copied[0]._forward_pre_hooks
+        copied(torch.ones(1, 2))
         with pytest.raises(ModelError, match="did not run"):
-            taps.take()
+            hooks.take()
+        module(torch.ones(1, 2))
+        assert hooks.take().keys() == {"0", "penultimate"}
+    assert list(module[0]._forward_hooks.values()) == [own]
 
 
 # Mixed precision.

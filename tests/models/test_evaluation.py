@@ -13,7 +13,7 @@ from kdcache.analysis.distributions import negative_log_likelihood, softmax
 from kdcache.apps.pipeline import _measured, _per_class, _plot, _worst
 from kdcache.apps.report.metrics import judge
 from kdcache.apps.report.sections import errors
-from kdcache.core.config import Execution
+from kdcache.core.config import RuntimeConfig
 from kdcache.data.dataset import ArrayDataset
 from kdcache.models.evaluate import Evaluation, evaluate_model
 from kdcache.store.manifest import Preprocess
@@ -28,7 +28,7 @@ def test_memory_grows_with_classes_and_not_with_their_square(tmp_path, capfd):
     dataset = ArrayDataset(torch.zeros(4, 1, 2, 2, dtype=torch.uint8), labels, name="m", split="test", classes=classes)
     network = nn.Sequential(nn.Flatten(), nn.Linear(4, MANY))
     tracemalloc.start()
-    found = evaluate_model(network, dataset, preprocess=Preprocess(), config=Execution(device="cpu"))
+    found = evaluate_model(network, dataset, preprocess=Preprocess(), config=RuntimeConfig(device="cpu"))
     answers = judge("a", np.zeros((4, MANY), np.float32), labels, 0)
     assert tracemalloc.get_traced_memory()[1] < 200e6  # a matrix takes 28.8e9
     tracemalloc.stop()
@@ -58,7 +58,7 @@ def test_nll_ece_and_class_accuracy_are_those_of_the_logits():
     with torch.no_grad():
         logits = network(inputs.float() / 255).numpy()
     true = labels.numpy()
-    found = evaluate_model(network, dataset, preprocess=Preprocess(), config=Execution(device="cpu", batch_size=7))
+    found = evaluate_model(network, dataset, preprocess=Preprocess(), config=RuntimeConfig(device="cpu", batch_size=7))
     data = _measured(found, dataset)
     assert data["train_nll"] == pytest.approx(negative_log_likelihood(logits, true).mean(), rel=1e-5)
     assert data["train_ece"] == pytest.approx(reliability(softmax(logits), true).ece, abs=1e-6)

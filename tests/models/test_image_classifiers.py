@@ -8,10 +8,10 @@ import torch
 import torchvision
 from PIL import Image
 
-from kdcache.core.config import Input
+from kdcache.core.config import InputConfig
 from kdcache.core.errors import ModelError, UsageError
-from kdcache.models.build import load_teacher
 from kdcache.models.registry import build_model
+from kdcache.models.teacher import load_teacher
 from kdcache.store.cache import open_cache
 from kdcache.store.manifest import ViewRecipe
 from tests.helpers import answer, refused, synthetic
@@ -44,7 +44,8 @@ def save_vit(folder, processor, classes=("cat", "dog", "owl"), size=16):
 
 def build(spec, **options):
     options = {"num_classes": 3, "input_shape": None, "seed": 0} | options
-    return build_model(spec, **options)
+    settings = {name: options.pop(name) for name in ("mean", "std", "size", "resize", "crop") if name in options}
+    return build_model(spec, settings=InputConfig(**settings), **options)
 
 
 PROCESSORS = {
@@ -147,11 +148,11 @@ def test_a_checkpoint_of_published_weights_is_not_fetched(tmp_path, monkeypatch,
     torch.save(saved.state_dict(), tmp_path / "w.pt")
     dataset = synthetic(4, shape=(3, 40, 50), classes=classes)
     spec = "torchvision:resnet18@IMAGENET1K_V1"
-    built = load_teacher(Input(), spec, str(tmp_path / "w.pt"), dataset, ViewRecipe())
+    built = load_teacher(InputConfig(), spec, str(tmp_path / "w.pt"), dataset, ViewRecipe())
     assert (built.preprocess.resize, built.preprocess.crop) == (256, 224)
     assert torch.equal(built.module.fc.weight, saved.fc.weight)
     assert built.class_names == (None if classes == 10 else tuple(weights_categories()))
-    built = load_teacher(Input(resize=48, crop=32), spec, str(tmp_path / "w.pt"), dataset, ViewRecipe())
+    built = load_teacher(InputConfig(resize=48, crop=32), spec, str(tmp_path / "w.pt"), dataset, ViewRecipe())
     assert (built.preprocess.resize, built.preprocess.crop) == (48, 32)
 
 
@@ -187,7 +188,7 @@ def test_timm_weights_are_not_fetched_beside_a_checkpoint(tmp_path):
 )
 def test_sizes_that_contradict_each_other_are_refused(given, message):
     with pytest.raises(UsageError, match=message) as caught:
-        Input(**given)
+        InputConfig(**given)
     assert caught.value.needed
     assert caught.value.remedy
 

@@ -8,15 +8,17 @@ import torchvision
 from safetensors.torch import save_file
 from torch import nn
 
-from kdcache.core.errors import CheckpointError, MissingExtra, ModelError, StorageError
+from kdcache.core.config import InputConfig
+from kdcache.core.errors import CheckpointError, KdcacheError, MissingExtra, ModelError, StorageError
 from kdcache.models.checkpoints import load_weights, read_checkpoint, save_checkpoint
 from kdcache.models.cnn import NETWORKS
 from kdcache.models.registry import build_model, count_parameters, weights_sha256
 from kdcache.store.manifest import Preprocess
 
 
-def build(spec, *, num_classes=10, input_shape=(3, 32, 32), seed=0, **options):
-    return build_model(spec, num_classes=num_classes, input_shape=input_shape, seed=seed, **options)
+def build(spec, *, num_classes=10, input_shape=(3, 32, 32), seed=0, default=None, replace_head=False, **settings):
+    options = {"seed": seed, "default": default, "replace_head": replace_head, "settings": InputConfig(**settings)}
+    return build_model(spec, num_classes=num_classes, input_shape=input_shape, **options)
 
 
 @pytest.mark.parametrize(
@@ -73,6 +75,17 @@ def test_initial_weights_come_from_the_seed_alone(spec):
     assert weights_sha256(build(spec, seed=1).module) != first
 
 
+def test_preprocessing_of_a_checkpoint_replaces_that_of_published_weights():
+    options = {"num_classes": 10, "input_shape": (3, 32, 32), "seed": 0, "fits": lambda module: True}
+    recorded = Preprocess(resize=64, crop=64, mean=(0.5,) * 3, std=(1.0,) * 3)
+    assert build_model("torchvision:resnet18@DEFAULT", **options).preprocess.crop == 224
+    assert build_model("torchvision:resnet18@DEFAULT", recorded=recorded, **options).preprocess == recorded
+    larger = build_model(
+        "torchvision:resnet18@DEFAULT", recorded=recorded, settings=InputConfig(size=96), **options
+    ).preprocess
+    assert (larger.crop, larger.mean) == (96, recorded.mean)
+
+
 def test_preprocessing_of_the_dataset_and_by_hand():
     options = {"default": Preprocess(mean=(0.1,), std=(0.2,)), "input_shape": (1, 28, 28)}
     assert build("cnn", **options).preprocess == Preprocess(mean=(0.1,), std=(0.2,))
@@ -90,14 +103,14 @@ def test_preprocessing_of_the_dataset_and_by_hand():
     [
         ({"input_shape": None}, "--size PIXELS"),
         ({"input_shape": None, "size": 8}, "--mean and --std"),
-        ({"mean": (0.5,)}, "both or neither"),
-        ({"mean": (0.5,), "std": (0.0,)}, "positive"),
-        ({"mean": (0.5,), "std": (1.0, 1.0)}, "channels"),
+        ({"mean": (0.5,)}, "both, or neither"),
+        ({"mean": (0.5,), "std": (0.0,)}, "more than 0"),
+        ({"mean": (0.5,), "std": (1.0, 1.0)}, "one number a channel"),
         ({"input_shape": (5,), "size": 8}, "leave out --size"),
     ],
 )
 def test_preprocessing_that_cannot_be(options, message):
-    with pytest.raises(ModelError, match=message):
+    with pytest.raises(KdcacheError, match=message):
         build("mlp", **options)
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from kdcache.core.config import Execution
+from kdcache.core.config import RuntimeConfig
 from kdcache.core.errors import KdcacheError, ModelError
 from kdcache.models.checkpoints import load_weights
 from kdcache.models.evaluate import evaluate_model
@@ -141,11 +141,11 @@ def test_every_exception_of_a_network_is_quoted_in_an_evaluation(problem):
     with pytest.raises(
         ModelError, match=rf"Raising fails on a batch .* \(samples 0 to 3\): {type(problem).__name__}: odd"
     ):
-        evaluate_model(Raising(problem), synthetic(4), preprocess=Preprocess(), config=Execution(device="cpu"))
+        evaluate_model(Raising(problem), synthetic(4), preprocess=Preprocess(), config=RuntimeConfig(device="cpu"))
 
 
 @pytest.mark.parametrize("problem", [Interrupted(), torch.OutOfMemoryError("full"), ModelError("mine")])
 def test_what_is_not_the_networks_mistake_is_not_called_so(problem):
     with pytest.raises((KdcacheError, Interrupted)) as caught:
-        evaluate_model(Raising(problem), synthetic(4), preprocess=Preprocess(), config=Execution(device="cpu"))
+        evaluate_model(Raising(problem), synthetic(4), preprocess=Preprocess(), config=RuntimeConfig(device="cpu"))
     assert "fails on a batch" not in str(caught.value)

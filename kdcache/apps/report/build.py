@@ -16,7 +16,7 @@ from kdcache.apps.report.samples import cards
 from kdcache.apps.report.study import Study
 from kdcache.core.atomic_files import write_durable
 from kdcache.core.command_result import Report
-from kdcache.core.config import MakeReport
+from kdcache.core.config import ReportArgs
 from kdcache.core.errors import UsageError
 from kdcache.core.plugins import require_extra
 from kdcache.core.progress import log
@@ -24,7 +24,7 @@ from kdcache.models.device import resolve_device
 from kdcache.store.inspect import inspect_cache
 
 
-def make_report(settings: MakeReport) -> Report:
+def make_report(settings: ReportArgs) -> Report:
     """Write one HTML page of finished runs, and its pictures into a folder beside it.
 
     Raises:
@@ -62,7 +62,7 @@ def make_report(settings: MakeReport) -> Report:
     return Report(data, "\n".join(lines))
 
 
-def _page(study: Study, settings: MakeReport) -> Page:
+def _page(study: Study, settings: ReportArgs) -> Page:
     trained = study.runs[0].run.trained
     device = resolve_device(settings.device)
     where = f"on {torch.cuda.get_device_name(device)}" if device.type == "cuda" else f"on this machine's {device.type}"

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from kdcache.core.config import Execution
+from kdcache.core.config import RuntimeConfig
 from kdcache.core.rng import keyed_sample
 from kdcache.data.dataset import IndexedDataset
 from kdcache.data.loader import BatchRequest, batch_loader
@@ -43,7 +43,7 @@ class Cost:
 
 
 def logits_of(
-    trained: TrainedNetwork, dataset: IndexedDataset, indices: NDArray[np.int64], config: Execution, what: str
+    trained: TrainedNetwork, dataset: IndexedDataset, indices: NDArray[np.int64], config: RuntimeConfig, what: str
 ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
     """Logits of a network for the given samples, (n, classes), and their labels, (n,).
 
@@ -59,7 +59,7 @@ def logits_of(
     return np.concatenate(logits), np.concatenate(labels)
 
 
-def measure_cost(trained: TrainedNetwork, dataset: IndexedDataset, config: Execution) -> Cost:
+def measure_cost(trained: TrainedNetwork, dataset: IndexedDataset, config: RuntimeConfig) -> Cost:
     """Measure the cost of one sample of a dataset on this machine."""
     inputs = _middle_input(trained, dataset)
     module, preprocessor = trained.module.cpu(), trained.preprocessor

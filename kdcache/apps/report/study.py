@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from kdcache.apps.report.cost import logits_of, measure_cost
 from kdcache.apps.report.metrics import Agreement, Answers, MeasuredRun, agree, judge
 from kdcache.apps.report.runs import CachedTeacher, Run, open_runs, teacher_of
-from kdcache.core.config import MakeReport
+from kdcache.core.config import ReportArgs
 from kdcache.core.errors import CacheNotFound, DatasetError
 from kdcache.core.progress import log
 from kdcache.core.rng import keyed_sample
@@ -46,7 +46,7 @@ class Study:
         ModelError: the classes of a run's network are not those of the dataset.
     """
 
-    def __init__(self, settings: MakeReport) -> None:
+    def __init__(self, settings: ReportArgs) -> None:
         self._settings = settings
         self.missing: list[str] = []
         opened = open_runs(settings.runs)

@@ -63,32 +63,32 @@ def mixed_cross_entropy(
     student_logits_bc: Tensor,
     labels_b: Tensor,
     partner_labels_b: Tensor,
-    shares_b: Tensor,
+    mix_lambda_b: Tensor,
     *,
     label_smoothing: float = 0.0,
 ) -> Tensor:
-    """share · CE(label) + (1 − share) · CE(partner's label), for inputs that are mixed (Zhang et al., 2018).
+    """λ · CE(label) + (1 − λ) · CE(partner's label), for mixed inputs (Zhang et al., 2018).
 
     Args:
         student_logits_bc: (batch, classes).
         labels_b: (batch,), int64.
         partner_labels_b: (batch,), int64, of the samples that were mixed in.
-        shares_b: (batch,), floating, 0 to 1: the part of an input that is the sample's own.
+        mix_lambda_b: (batch,), floating, from 0 to 1, weight of the sample in its mixed input.
 
     Returns:
         A scalar: the mean over the batch.
 
     Raises:
-        ValueError: there is not one label, partner's label and share a sample.
+        ValueError: there is not one label, partner's label and lambda per sample.
     """
-    check_per_sample(student_logits_bc, labels=labels_b, partner_labels=partner_labels_b, shares=shares_b)
+    check_per_sample(student_logits_bc, labels=labels_b, partner_labels=partner_labels_b, mix_lambda=mix_lambda_b)
     student = precise(student_logits_bc)
     own, partners = (
         F.cross_entropy(student, labels, label_smoothing=label_smoothing, reduction="none")
         for labels in (labels_b, partner_labels_b)
     )
-    shares = shares_b.to(student.dtype)
-    return (shares * own + (1 - shares) * partners).mean()
+    weights = mix_lambda_b.to(student.dtype)
+    return (weights * own + (1 - weights) * partners).mean()
 
 
 def kd(student_logits_bc: Tensor, teacher_logits_bc: Tensor, *, temperature: float) -> Tensor:

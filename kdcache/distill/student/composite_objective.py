@@ -13,7 +13,7 @@ from kdcache.core.errors import CacheMismatch, ModelError, UsageError
 from kdcache.data.loader import Batch
 from kdcache.distill.objective import BATCH, LABELS, NEGATIVES, STUDENT, TEACHER, ObjectiveSpec
 from kdcache.models.device import evaluation_mode, floating_dtype
-from kdcache.models.feature_hooks import PENULTIMATE, Taps, pool_features
+from kdcache.models.feature_hooks import PENULTIMATE, FeatureHooks, pool_features
 from kdcache.store.manifest import NONE, FeatureRecord, Manifest
 
 
@@ -74,7 +74,7 @@ class CompositeObjective(nn.Module):
                     "another objective, or a cache without --mix",
                 )
         self._layers = {at: specs[at].student_layer or PENULTIMATE for at in self._features}
-        self._taps = Taps(student, list(dict.fromkeys(self._layers.values())))
+        self._taps = FeatureHooks(student, list(dict.fromkeys(self._layers.values())))
         self._projections = nn.ModuleDict()
         try:
             self._add_projections(student, inputs, manifest, seed)

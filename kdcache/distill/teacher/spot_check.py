@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from kdcache.core.config import Execution
+from kdcache.core.config import RuntimeConfig
 from kdcache.core.errors import TeacherOutputError
 from kdcache.core.rng import keyed_sample
 from kdcache.data.loader import batch_loader, consecutive_batches
@@ -50,7 +50,7 @@ def recompute_rows(
     cache: Cache,
     *,
     rows: int,
-    execution: Execution,
+    execution: RuntimeConfig,
     tokenizer: Tokenizer | None = None,
 ) -> Recomputed:
     """Let the teacher answer for a keyed sample of a cache's rows, as it did for the dump.

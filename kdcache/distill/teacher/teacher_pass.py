@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kdcache.data.loader import Batch
 from kdcache.models.device import evaluation_mode, to_host
-from kdcache.models.feature_hooks import Taps, pool_features
+from kdcache.models.feature_hooks import FeatureHooks, pool_features
 from kdcache.models.forward import ForwardPass
 from kdcache.store.encodings.floats import LOGITS
 from kdcache.store.manifest import FeatureRecord
@@ -30,13 +30,13 @@ class TeacherPass:
 
     def __init__(self, network: ForwardPass, features: Sequence[FeatureRecord] = ()) -> None:
         self.network, self.features = network, features
-        self._taps: Taps | None = None
+        self._taps: FeatureHooks | None = None
         self._open = contextlib.ExitStack()
 
     def __enter__(self) -> TeacherPass:
         with contextlib.ExitStack() as stack:
             stack.enter_context(evaluation_mode(self.network.module))
-            self._taps = stack.enter_context(Taps(self.network.module, [each.layer for each in self.features]))
+            self._taps = stack.enter_context(FeatureHooks(self.network.module, [each.layer for each in self.features]))
             self._open = stack.pop_all()
         return self
 
