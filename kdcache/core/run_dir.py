@@ -22,6 +22,10 @@ TOKENIZER, BOARD = "tokenizer.json", "tensorboard"
 # Settings that change how a run is carried out or where things lie, not what comes out of it.
 FREE_ON_RESUME = frozenset({"out", "device", "workers", "data_root", "download", "cache", "plots", "tensorboard"})
 
+# Settings that older versions recorded under other names, and a source of rows that is no more.
+_RENAMED = {"feed": "row_source"}
+_MAPPED = "mapped"
+
 
 class RunFolder:
     """The folder of one training run. Nothing is written before `locked`, so that a refused run leaves nothing.
@@ -172,14 +176,20 @@ def read_config(path: Path) -> dict[str, Any]:
         UsageError: there is no run in the folder.
     """
     try:
-        config: dict[str, Any] = json.loads((path / CONFIG).read_text())
-        return config
+        return _in_todays_names(json.loads((path / CONFIG).read_text()))
     except (OSError, ValueError) as problem:
         raise UsageError(
             f"no run at {path}: its {CONFIG} cannot be read ({problem})",
             "a folder written by train-teacher or train-student",
             "check the path",
         ) from problem
+
+
+def _in_todays_names(config: dict[str, Any]) -> dict[str, Any]:
+    config = {_RENAMED.get(name, name): value for name, value in config.items()}
+    if config.get("row_source") == _MAPPED:
+        config["row_source"] = "auto"
+    return config
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
