@@ -149,6 +149,7 @@ def test_a_wrong_cache_is_refused_with_exit_code_4_and_leaves_the_place_free(pip
         "    return type('Data', (list,), {'classes': [str(n) for n in range(10)]})(dataset)\n"
     )
     monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "other", raising=False)
     message = refused(4, *pipeline.learn, "--dataset", "py:other:data", "--out", "run")
     assert "'digits'" in message
     assert "'py:other:data'" in message
