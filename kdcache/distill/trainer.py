@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -14,20 +14,18 @@ from torch import Tensor, nn
 
 from kdcache.core import rng
 from kdcache.core.config import TrainConfig
-from kdcache.core.errors import CacheMismatch, DatasetError, KdcacheError, ModelError, TrainingDiverged, UsageError
-from kdcache.core.json_records import brief, differences
+from kdcache.core.errors import KdcacheError, ModelError, TrainingDiverged, UsageError
 from kdcache.core.plugins import describe
 from kdcache.core.progress import Progress, log
-from kdcache.core.run_dir import BOARD, RunFolder
+from kdcache.core.run_dir import RunFolder
 from kdcache.data.batch_sampler import EpochBatches, samples_record, split_validation
 from kdcache.data.dataset import IndexedDataset
 from kdcache.data.loader import Batch, batch_loader
 from kdcache.data.preprocess import Preprocessor, as_preprocessor
 from kdcache.data.views import Views, as_views
-from kdcache.distill.board import Board
 from kdcache.distill.objective import Join, Objective, objective_parameters
 from kdcache.distill.optim import AveragedWeights, build_optimizer, learning_rate_factor
-from kdcache.models.checkpoints import read_checkpoint, save_checkpoint
+from kdcache.distill.run_state import RunState, Stateful
 from kdcache.models.device import autocast, floating_dtype, memory_errors, move_to, resolve_device, seeded, synchronize
 from kdcache.models.evaluate import evaluate_model
 from kdcache.models.forward import output_logits
@@ -109,10 +107,11 @@ def train(
             "leave out --val-fraction; the last epoch is then the result",
         )
     batches = EpochBatches(sampler, config.batch_size, schedule=schedule, verify_inputs=verify_inputs)
-    loop = _Loop(module, views, objective, as_preprocessor(preprocess), config, batches, join, run, described, on_step)
-    if validation_indices is not None:
-        loop.validation_indices = validation_indices
-    return loop.run()
+    state = RunState(run, described, config)
+    if validation_indices is None:
+        validation_indices = np.empty(0, np.int64)
+    feed = Feed(views, batches, join, as_preprocessor(preprocess), validation_indices)
+    return _Loop(module, feed, objective, config, state, on_step).run()
 
 
 def _with_samples(
@@ -121,30 +120,37 @@ def _with_samples(
     return lambda epochs: {**described(epochs), "samples": samples_record(samples)}
 
 
+class Feed(NamedTuple):
+    """Where the batches of a run come from.
+
+    Attributes:
+        validation_indices: Samples that choose the best epoch, (n,); empty where the last one is the result.
+    """
+
+    views: Views
+    batches: EpochBatches
+    join: Join | None
+    preprocessor: Preprocessor
+    validation_indices: NDArray[np.int64]
+
+
 class _Loop:
     def __init__(
         self,
         module: nn.Module,
-        views: Views,
+        feed: Feed,
         objective: Objective,
-        preprocessor: Preprocessor,
         config: TrainConfig,
-        batches: EpochBatches,
-        join: Join | None,
-        run: RunFolder | None,
-        described: Callable[[int], dict[str, Any]],
-        on_step: Callable[[int, dict[str, Tensor]], None] | None,
+        state: RunState,
+        on_step: Callable[[int, dict[str, Tensor]], None] | None = None,
     ) -> None:
-        self.config, self.objective, self.folder, self.described = config, objective, run, described
-        self.description = described(config.epochs)
-        self.views, self.batches, self.join, self.on_step = views, batches, join, on_step
+        self.feed, self.objective, self.config, self.state, self.on_step = feed, objective, config, state, on_step
         self.device = resolve_device(config.device)
         self.module = move_to(module, self.device)
         self.dtype = floating_dtype(module)
-        self.preprocessor = preprocessor
-        self.validation_indices = np.empty(0, np.int64)
+        self.batches = feed.batches
         self.loader = batch_loader(
-            views, batches, preprocessor=self.preprocessor, workers=config.workers, device=self.device
+            feed.views, feed.batches, preprocessor=feed.preprocessor, workers=config.workers, device=self.device
         )
         self.parameters = [*module.parameters(), *objective_parameters(objective)]
         self.optimizer = build_optimizer(self.parameters, config)
@@ -157,48 +163,46 @@ class _Loop:
         self.scale = self.scaler.get_scale()
         with memory_errors(config.batch_size, "leave out --ema, or take a smaller model"):
             self.average = AveragedWeights(module, config.ema) if config.ema else None
-        self.board = Board(run.path / BOARD) if config.tensorboard and run is not None else None
         self.learning_rate = 0.0
-        self.history: list[dict[str, Any]] = []
-        self.best = -1.0
 
     @property
     def result_module(self) -> nn.Module:
         return self.average.module if self.average is not None else self.module
 
-    def run(self) -> TrainResult:
-        if self.folder is None:
-            return self._run()
-        with self.folder.locked():
-            try:
-                return self._run()
-            except (ModelError, DatasetError, CacheMismatch):
-                self.folder.discard()  # the same settings would fail again: there is nothing to resume
-                raise
+    @property
+    def parts(self) -> dict[str, Stateful | None]:
+        """All that an epoch starts from, by its name in a checkpoint."""
+        return {
+            "state_dict": self.module,
+            "optimizer": self.optimizer,
+            "schedule": self.schedule,
+            "scaler": self.scaler,
+            "objective": self.objective if isinstance(self.objective, nn.Module) else None,
+            "average": self.average,
+        }
 
-    def _run(self) -> TrainResult:
-        epochs = self.config.epochs
-        if self.folder and self.folder.last.exists():
-            self._restore(read_checkpoint(self.folder.last))
-            done = len(self.history)
-            log(f"continuing after epoch {done} of {epochs}" if done < epochs else f"all {epochs} epochs are finished")
-        elif self.folder and self.folder.begun:
-            log(f"no epoch of the run at {self.folder.path} had finished: it starts from the beginning")
-        if len(self.history) < epochs:
-            self._start(len(self.history))  # what cannot be joined is known before anything is written
-        if self.folder:
-            self.folder.begin(self.history, finished=len(self.history) == epochs)
-        if self.board is not None:
-            self.board.begin(len(self.history))
-        for epoch in range(len(self.history), self.config.epochs):
-            with seeded(rng.generator_seed(self.config.seed, "epoch", epoch), self.device):
-                entry = self._epoch(epoch)
-            improved = self._validate(entry, last=epoch + 1 == self.config.epochs)
-            self.history.append(entry)
-            self._keep(entry, improved)
-            # A teacher that augments counts views only to draw anew in each epoch.
-            log(_line(entry, self.config.epochs, hidden=() if self.join else ("view",)))
-        return TrainResult(module=self.result_module, epochs=self.history)
+    def run(self) -> TrainResult:
+        with self.state.locked():
+            if self.state.restore(self.parts):
+                self._after_restore()
+            epochs, history = self.config.epochs, self.state.history
+            if len(history) < epochs:
+                self._start(len(history))  # what cannot be joined is known before anything is written
+            self.state.begin()
+            for epoch in range(len(history), epochs):
+                with seeded(rng.generator_seed(self.config.seed, "epoch", epoch), self.device):
+                    entry = self._epoch(epoch)
+                improved = self._validate(entry, last=epoch + 1 == epochs)
+                self.state.add(entry, improved=improved, result=self.result_module, parts=self.parts)
+                # A teacher that augments counts views only to draw anew in each epoch.
+                log(_line(entry, epochs, hidden=() if self.feed.join else ("view",)))
+        return TrainResult(module=self.result_module, epochs=self.state.history)
+
+    def _after_restore(self) -> None:
+        for group, rate in zip(self.optimizer.param_groups, self.schedule.base_lrs, strict=True):
+            # The state holds the rate of the next step as of the old number of epochs.
+            group["lr"] = rate * learning_rate_factor(self.config, self.schedule.last_epoch, len(self.batches))
+        self.scale = self.scaler.get_scale()
 
     def _epoch(self, epoch: int) -> dict[str, Any]:
         self._start(epoch)
@@ -234,7 +238,7 @@ class _Loop:
         means = {name: float(values.mean()) for name, values in seen.items()}
         return {
             "epoch": epoch + 1,
-            **({} if self.views.recipe.is_plain(1) else {"view": self.batches.view}),
+            **({} if self.feed.views.recipe.is_plain(1) else {"view": self.batches.view}),
             **means,
             "train_accuracy": int(correct) / samples,
             "learning_rate": self.learning_rate,
@@ -245,13 +249,13 @@ class _Loop:
         if epoch == self.batches.epoch:
             return
         self.batches.epoch = epoch
-        if self.join is not None:
-            self.join.start_epoch(epoch)
+        if self.feed.join is not None:
+            self.feed.join.start_epoch(epoch)
 
     def _step(self, batch: Batch, epoch: int, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """One step; returns how many samples of the batch were right, and the objective's scalars."""
-        batch = (self.join(batch) if self.join else batch).to(self.device)
-        inputs = self.preprocessor.per_batch(batch.inputs, self.dtype)
+        batch = (self.feed.join(batch) if self.feed.join else batch).to(self.device)
+        inputs = self.feed.preprocessor.per_batch(batch.inputs, self.dtype)
         try:
             with autocast(self.device, self.config.amp):
                 logits = output_logits(self.module(inputs))
@@ -264,9 +268,7 @@ class _Loop:
             raise self._model_error(problem, inputs, epoch, step) from problem
         if self.config.clip_norm is not None:
             self.scaler.unscale_(self.optimizer)
-            nn.utils.clip_grad_norm_(
-                [*self.module.parameters(), *objective_parameters(self.objective)], self.config.clip_norm
-            )
+            nn.utils.clip_grad_norm_(self.parameters, self.config.clip_norm)
         self.scaler.step(self.optimizer)
         self.learning_rate = self.optimizer.param_groups[0]["lr"]
         if self._has_stepped(epoch, step):
@@ -319,83 +321,18 @@ class _Loop:
 
     def _validate(self, entry: dict[str, Any], *, last: bool) -> bool:
         """Whether this epoch's weights are the best so far; without a validation part the last epoch's are."""
-        if not len(self.validation_indices):
+        if not len(self.feed.validation_indices):
             return last
         entry["val_accuracy"] = evaluate_model(
             self.result_module,
-            self.views.dataset,
-            preprocess=self.preprocessor,
+            self.feed.views.dataset,
+            preprocess=self.feed.preprocessor,
             config=self.config,
-            indices=self.validation_indices,
+            indices=self.feed.validation_indices,
         ).accuracy
-        improved = bool(entry["val_accuracy"] > self.best)
-        self.best = max(self.best, entry["val_accuracy"])
+        improved = bool(entry["val_accuracy"] > self.state.best)
+        self.state.best = max(self.state.best, entry["val_accuracy"])
         return improved
-
-    def _keep(self, entry: dict[str, Any], improved: bool) -> None:
-        if self.folder is None:
-            return
-        if improved:
-            save_checkpoint(
-                self.folder.best,
-                {**self.description, "epoch": entry["epoch"], "state_dict": self.result_module.state_dict()},
-            )
-        save_checkpoint(
-            self.folder.last,
-            {
-                **self.description,
-                "state_dict": self.module.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-                "schedule": self.schedule.state_dict(),
-                "scaler": self.scaler.state_dict(),
-                "objective": self.objective.state_dict() if isinstance(self.objective, nn.Module) else {},
-                "average": self.average.state_dict() if self.average is not None else None,
-                "best": self.best,
-                "epochs": self.config.epochs,
-                "history": self.history,
-            },
-        )
-        self.folder.add_metrics(entry)
-        if self.board is not None:
-            self.board.add(entry)
-
-    def _restore(self, state: dict[str, Any]) -> None:
-        assert self.folder is not None, "a state comes from a folder"
-        # An older version did not write the number of epochs into its state.
-        epochs = state.get("epochs", self.folder.recorded_epochs) or self.config.epochs
-        description = self.described(epochs)
-        if "samples" in description and "samples" not in state:  # written by an older version
-            log("the state of the run does not record which samples it was trained on, so these are not compared")
-            del description["samples"]
-        changed = [name for name, value in description.items() if state.get(name) != value]
-        if changed:
-            before = {name: state.get(name) for name in changed}
-            now = {name: description[name] for name in changed}
-            apart = [f"{place} was {brief(old)} and is {brief(new)}" for place, old, new in differences(before, now)]
-            raise UsageError(
-                f"the run cannot be continued: {'; '.join(apart)}",
-                "what it was begun with",
-                "continue with the data, the cache and the model that it was begun with, or start a new run",
-            )
-        if epochs < self.config.epochs:
-            log(
-                f"the run is extended from {epochs} to {self.config.epochs} epochs; from here on the learning rate "
-                f"follows the {self.config.schedule} schedule of {self.config.epochs} epochs"
-            )
-        self.module.load_state_dict(state["state_dict"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.schedule.load_state_dict(state["schedule"])
-        for group, rate in zip(self.optimizer.param_groups, self.schedule.base_lrs, strict=True):
-            # The state holds the rate of the next step as of the old number of epochs.
-            group["lr"] = rate * learning_rate_factor(self.config, self.schedule.last_epoch, len(self.batches))
-        self.scaler.load_state_dict(state["scaler"])
-        self.scale = self.scaler.get_scale()
-        if isinstance(self.objective, nn.Module):
-            self.objective.load_state_dict(state["objective"])
-        if self.average is not None:
-            self.average.load_state_dict(state["average"])
-        self.best = state["best"]
-        self.history = list(state["history"])
 
 
 def _line(entry: dict[str, Any], epochs: int, hidden: tuple[str, ...]) -> str:

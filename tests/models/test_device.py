@@ -87,7 +87,8 @@ def test_no_step_waits_for_the_device(monkeypatch, settings, distilled):
     from kdcache.data.batch_sampler import EpochBatches
     from kdcache.data.preprocess import Preprocessor
     from kdcache.data.views import as_views
-    from kdcache.distill.trainer import _Loop
+    from kdcache.distill.run_state import RunState
+    from kdcache.distill.trainer import Feed, _Loop
     from kdcache.store.manifest import Preprocess
     from kdcache.store.sampler import ExactSampler
     from tests.helpers import synthetic
@@ -97,7 +98,8 @@ def test_no_step_waits_for_the_device(monkeypatch, settings, distilled):
     batches = EpochBatches(ExactSampler(np.arange(64), 0), 16)
     dataset = as_views(synthetic(64))
     network, preprocessor = Network(16, 4), Preprocessor(Preprocess())
-    loop = _Loop(network, dataset, objective, preprocessor, config, batches, None, None, lambda _: {}, None)
+    feed = Feed(dataset, batches, None, preprocessor, np.empty(0, np.int64))
+    loop = _Loop(network, feed, objective, config, RunState(None, lambda _: {}, config))
     inputs, labels = dataset.dataset.fetch(np.arange(16))
     batch = Batch(inputs, labels, torch.arange(16), soft_targets=torch.randn(16, 4) if distilled else None)
     loop._step(batch, 0, 0)
