@@ -321,7 +321,7 @@ def assert_same_run(one, two):
 
 
 def test_the_command_averages_caches_by_flags_by_file_and_on_resume(tmp_path, tiny_caches):
-    from kdcache.distill import trainer
+    from kdcache.distill.run_state import RunState
 
     flags = ("--cache", tiny_caches / "a", "--cache", tiny_caches / "b", "--cache-weights", "2,1")
     assert kdcache_command(*LEARN, *flags, "--out", tmp_path / "flags").exit_code == 0
@@ -332,11 +332,11 @@ def test_the_command_averages_caches_by_flags_by_file_and_on_resume(tmp_path, ti
     assert kdcache_command(*LEARN, "--config", tmp_path / "list.toml", "--out", tmp_path / "list").exit_code == 0
     assert_same_run(tmp_path / "flags", tmp_path / "list")
 
-    def stopped(self, entry, improved, keep=trainer._Loop._keep):
-        keep(self, entry, improved)
+    def stopped(self, entry, add=RunState.add, **rest):
+        add(self, entry, **rest)
         raise KeyboardInterrupt
 
-    with mock.patch.object(trainer._Loop, "_keep", stopped):
+    with mock.patch.object(RunState, "add", stopped):
         assert kdcache_command(*LEARN, *flags, "--out", tmp_path / "resumed").exit_code == 130
     result = kdcache_command("train-student", "--out", tmp_path / "resumed", "--resume")
     assert result.exit_code == 0, result.stderr

@@ -686,13 +686,13 @@ def test_a_run_is_resumed_while_views_are_being_added(tmp_path, tiny_cache):
     out = tmp_path / "c.zarr"
     shutil.copytree(tiny_cache, out)
     learn_command = ["train-student", "--cache", out, *LEARN, "--views", 0, "--out", tmp_path / "run"]
-    from kdcache.distill import trainer
+    from kdcache.distill.run_state import RunState
 
-    def stopped(self, entry, improved, keep=trainer._Loop._keep):
-        keep(self, entry, improved)
+    def stopped(self, entry, add=RunState.add, **rest):
+        add(self, entry, **rest)
         raise KeyboardInterrupt
 
-    with mock.patch.object(trainer._Loop, "_keep", stopped):
+    with mock.patch.object(RunState, "add", stopped):
         assert CliRunner().invoke(app, list(map(str, learn_command))).exit_code == 130
     manifest = replace(open_cache(out).manifest, view_sha256=())
     SplitWriter(out, manifest, ResumePolicy(add_views=1)).__exit__()
@@ -870,17 +870,17 @@ def test_every_feed_joins_each_epoch_with_its_own_view(tmp_path, made, reading, 
 @pytest.mark.parametrize("schedule", ["cycle", "shuffle"])
 @pytest.mark.parametrize("stopped_after", [1, 3])
 def test_a_resumed_run_goes_on_with_the_right_view(tmp_path, four, schedule, stopped_after):
-    from kdcache.distill import trainer
+    from kdcache.distill.run_state import RunState
 
     settings = {"epochs": 5, "views": (0, 2, 3), "view_schedule": schedule}
     whole = learn(four, out=tmp_path / "whole", **settings)
 
-    def stopped(self, entry, improved, keep=trainer._Loop._keep):
-        keep(self, entry, improved)
+    def stopped(self, entry, add=RunState.add, **rest):
+        add(self, entry, **rest)
         if entry["epoch"] == stopped_after:
             raise Interrupted
 
-    with mock.patch.object(trainer._Loop, "_keep", stopped), pytest.raises(Interrupted):
+    with mock.patch.object(RunState, "add", stopped), pytest.raises(Interrupted):
         learn(four, out=tmp_path / "run", **settings)
     resumed = learn(four, out=tmp_path / "run", resume=True, **settings)
     assert [entry["view"] for entry in resumed.epochs] == drawn(schedule, 5, views=(0, 2, 3))
@@ -889,16 +889,16 @@ def test_a_resumed_run_goes_on_with_the_right_view(tmp_path, four, schedule, sto
 
 
 def test_a_run_of_all_views_is_not_resumed_over_more_of_them_in_silence(tmp_path, made):
-    from kdcache.distill import trainer
+    from kdcache.distill.run_state import RunState
 
     out = made(tmp_path / "c.zarr", 2)
 
-    def stopped(self, entry, improved, keep=trainer._Loop._keep):
-        keep(self, entry, improved)
+    def stopped(self, entry, add=RunState.add, **rest):
+        add(self, entry, **rest)
         if entry["epoch"] == 2:
             raise Interrupted
 
-    with mock.patch.object(trainer._Loop, "_keep", stopped), pytest.raises(Interrupted):
+    with mock.patch.object(RunState, "add", stopped), pytest.raises(Interrupted):
         learn(out, out=tmp_path / "run")
     dump(out, add_views=1)
     try:
