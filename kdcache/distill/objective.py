@@ -39,7 +39,7 @@ class Join(Protocol):
         ...
 
     def __call__(self, batch: Batch) -> Batch:
-        """A batch with soft targets; called with each batch on the host, before its step."""
+        """A batch with soft targets; called by the loader with each batch on the host, in the order of the epoch."""
         ...
 
 
@@ -57,7 +57,7 @@ def distillation_objective(config: StudentConfig) -> Objective:
 
     def objective(logits_bc: Tensor, batch: Batch, epochs_done: float = 0.0) -> dict[str, Tensor]:
         assert batch.soft_targets is not None, "distillation needs joined batches"
-        soft = losses.kd(logits_bc, batch.soft_targets, temperature=config.temperature)
+        soft = losses.kd(logits_bc, batch.soft_targets.logits(), temperature=config.temperature)
         hard = label_loss(logits_bc, batch, label_smoothing=config.label_smoothing)
         return {"loss": config.alpha * soft + (1 - config.alpha) * hard, "kd": soft, "cross_entropy": hard}
 

@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import reduce
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import nn
 
 from kdcache.core.config import StudentConfig
 from kdcache.core.errors import CacheIncomplete, UsageError
@@ -32,7 +32,8 @@ from kdcache.distill.objective import distillation_objective, label_objective, p
 from kdcache.distill.student.composite_objective import CompositeObjective
 from kdcache.distill.student.join_checks import check_ensemble, check_join, inputs_all_checked
 from kdcache.distill.student.soft_targets import CachedTargets, DeviceSource
-from kdcache.distill.trainer import TrainResult, train
+from kdcache.distill.trainer import OnStep, TrainResult, train
+from kdcache.distill.training_data import TrainingData
 from kdcache.models.device import floating_dtype, memory_errors, move_to, resolve_device
 from kdcache.store.cache import Cache, open_cache
 from kdcache.store.manifest import Preprocess
@@ -54,7 +55,7 @@ def train_student(
     resume: bool = False,
     run: RunFolder | None = None,
     description: dict[str, Any] | None = None,
-    on_step: Callable[[int, dict[str, Tensor]], None] | None = None,
+    on_step: OnStep | None = None,
 ) -> TrainResult:
     """Train a student in place from a cache. No teacher is needed or looked for.
 
@@ -115,23 +116,23 @@ def train_student(
             sampler: Sampler = ExactSampler(train_indices, config.seed)
         else:
             sampler, join = _open_targets(caches, train_indices, schedule, config, composed)
-        return train(
-            student,
-            views,
-            objective=objective,
-            preprocess=preprocessor,
-            config=config,
+        data = TrainingData(
+            views=views,
+            preprocessor=preprocessor,
             sampler=sampler,
             validation_indices=validation_indices,
             schedule=schedule,
             join=join,
             verify_inputs="off" if join is None or inputs_all_checked(views) else config.verify_inputs,
+            record=samples_record(samples),
+        )
+        return train(
+            student,
+            data,
+            objective=objective,
+            config=config,
             run=run,
-            description=lambda epochs: {
-                **(description or {}),
-                **_taught_by(caches, used_in(epochs)),
-                "samples": samples_record(samples),
-            },
+            description=lambda epochs: {**(description or {}), **_taught_by(caches, used_in(epochs))},
             on_step=on_step,
         )
 
