@@ -1,4 +1,4 @@
-"""The weighted sum of several objectives, on logits, labels, and features of layers inside the student."""
+"""Weighted sum of several objectives, on logits, labels and features of the student's layers."""
 
 from __future__ import annotations
 

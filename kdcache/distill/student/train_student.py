@@ -1,4 +1,4 @@
-"""Stage two: a student learns from the cache. The join of inputs and soft targets, and what is minimised."""
+"""Stage two: training of a student from a cache."""
 
 from __future__ import annotations
 
@@ -60,21 +60,21 @@ def train_student(
     """Train a student in place from a cache. No teacher is needed or looked for.
 
     Args:
-        student: takes (batch, …) and returns logits (batch, classes).
-        dataset: the samples that the cache is of: an indexed dataset, or any map-style dataset of (input, label) pairs.
-        cache: a finished split, or the path of a cache whose `train` split is used; or several of these, whose logits
+        student: Network from inputs (batch, …) to logits (batch, classes).
+        dataset: The dataset of the cache: an indexed dataset, or any map-style dataset of (input, label) pairs.
+        cache: A finished split, or the path of a cache whose `train` split is used; or several of these, whose logits
             are averaged.
-        preprocess: from the shared inputs to what the student takes; None takes the teacher's.
-        augment: the transform that the views were made with, where it was given to the dump as an object.
-        out: a folder for `config.json`, `metrics.jsonl`, `last.pt` and `best.pt`; None keeps nothing.
-        resume: continue the run in `out`.
-        run: an open run folder, instead of `out`.
-        description: plain values put into every checkpoint.
-        on_step: called after each step with its number, from 0, and the loss and its parts.
+        preprocess: Preprocessing from the shared inputs to those of the student; None takes the teacher's.
+        augment: Transform of the views, where it was given to the dump as an object.
+        out: Folder for `config.json`, `metrics.jsonl`, `last.pt` and `best.pt`; None keeps nothing.
+        resume: Whether to continue the run in `out`.
+        run: An open run folder, instead of `out`.
+        description: Plain values put into every checkpoint.
+        on_step: Called after each step with its number, from 0, and the loss and its parts.
 
     Raises:
         CacheNotFound, CacheIncomplete, CacheDamaged: the cache cannot be read.
-        CacheMismatch: the cache is of another dataset, split, length, order, class list or augmentation.
+        CacheMismatch: the cache holds another dataset, split, length, order, class list or augmentation.
         TrainingDiverged: a loss is not finite.
     """
     config = config or StudentConfig()
@@ -145,7 +145,7 @@ def _compose(
     view: int,
     config: StudentConfig,
 ) -> CompositeObjective:
-    """What `config.objective` names, listening to the student.
+    """The objective of `config.objective`, with hooks on the student.
 
     Raises:
         CacheMismatch: the cache does not hold what an objective needs.
@@ -165,9 +165,9 @@ def _compose(
 
 
 def _taught_by(caches: Sequence[Cache], used: Sequence[int]) -> dict[str, Any]:
-    """What a run must be continued with: the views in their order, and of each cache the identity and those rows.
+    """Identity of the soft targets, compared when a run is continued: views in their order, caches and their rows.
 
-    Views that are added to a cache meanwhile change nothing, unless the run would use them.
+    Views that are added to a cache meanwhile change nothing, unless the run uses them.
     """
     digests = [
         hashlib.sha256(canonical_json(to_json(replace(cache.manifest, views=1, view_sha256=())))).hexdigest()
