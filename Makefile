@@ -82,7 +82,7 @@ $(ALONE_RUN)/result.json: $(DUMPED) | $(READY)
 		--no-distill --out $(ALONE_RUN) $(call resume,$(ALONE_RUN)) $(ARGS)
 
 test: $(READY) ## run the tests, on all cores
-	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile $(ARGS)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile $(ARGS)
 
 lint: $(READY) ## style and types
 	$(BIN)/ruff check .

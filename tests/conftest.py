@@ -6,7 +6,7 @@ import hypothesis
 import numpy as np
 import pytest
 
-from kdcache.store.encodings.registry import KINDS
+from kdcache.store.encodings.registry import encoding_named
 from kdcache.store.layout import build_arrays
 from kdcache.store.manifest import DatasetRecord, Manifest, Preprocess, TeacherRecord
 from kdcache.store.writer import SplitWriter
@@ -32,7 +32,7 @@ def make_manifest():
         split="train",
     ):
         shard_rows, arrays = build_arrays(
-            length=length, encoding=KINDS[dtype], classes=classes, compression=compression, shard_rows=shard_rows
+            length=length, encoding=encoding_named(dtype, classes), compression=compression, shard_rows=shard_rows
         )
         if chunk_rows is not None:
             arrays = (replace(arrays[0], chunk_rows=chunk_rows), *arrays[1:])

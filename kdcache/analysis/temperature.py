@@ -115,6 +115,12 @@ def _check_cache(settings: PlotTemperatureArgs, cache: Cache) -> None:
             f"0 to {len(cache) - 1}: the split {settings.split} has {len(cache):,} samples",
             "choose another one, or leave it out for one of median entropy",
         )
+    if not cache.encoding.dense:
+        raise UsageError(
+            f"{cache.place} holds {cache.encoding.spec}, which leaves out most classes",
+            "a cache with the logits of every class, such as float16 or quantized:8",
+            "choose another cache",
+        )
     if len(cache.classes) < 2:
         raise UsageError(
             f"{cache.place} has {len(cache.classes)} class",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,7 @@ from kdcache.core.options import narrow
 from kdcache.core.plugins import require_extra
 from kdcache.core.progress import log
 from kdcache.core.run_dir import LAST, RunFolder
+from kdcache.core.text_table import text_table
 from kdcache.data.dataset import IndexedDataset
 from kdcache.data.loader import BatchRequest, batch_loader
 from kdcache.data.views import Views
@@ -39,6 +42,8 @@ from kdcache.distill.student.join_checks import check_join, check_recorded
 from kdcache.distill.student.train_student import train_student as learn_from_cache
 from kdcache.distill.teacher.dump import dump_teacher as dump
 from kdcache.distill.teacher.dump import plan_dump
+from kdcache.distill.teacher.estimate import SAMPLES
+from kdcache.distill.teacher.plan import EncodingEstimate
 from kdcache.distill.teacher.spot_check import recompute_rows
 from kdcache.distill.trainer import TrainResult, train
 from kdcache.distill.training_data import training_data
@@ -148,11 +153,13 @@ def _dump_split(settings: DumpTeacherArgs, split: str) -> Report:
             fits = "fits" if plan.bytes <= plan.free_bytes else "DOES NOT FIT"
             room = f"; {plan.free_bytes:,} bytes are free: it {fits}"
         state = "; already complete" if data["complete"] else ""
-        return Report(
-            data,
+        data["encodings"] = [dataclasses.asdict(each) for each in plan.encodings]
+        lines = [
             f"{split}: {counted(plan.rows, 'row')}, {counted(plan.bytes, 'byte')} in {counted(plan.shards, 'shard')}"
             f"{room}{state}",
-        )
+            *_encoding_table(plan.encodings),
+        ]
+        return Report(data, "\n".join(lines))
     result = dump(
         built.module, dataset, **arguments, repair=settings.repair, accept_new_bytes=settings.accept_new_bytes
     )
@@ -172,6 +179,23 @@ def _dump_split(settings: DumpTeacherArgs, split: str) -> Report:
         f"{result.seconds:.1f} s), "
         f"teacher accuracy {'not known: view 0 is mixed' if accuracy is None else f'{accuracy:.2%}'}",
     )
+
+
+def _encoding_table(estimates: Sequence[EncodingEstimate]) -> list[str]:
+    """Size and loss of each encoding, to choose one from."""
+    temperatures = list(dict.fromkeys(name for each in estimates for name in each.mean_kl))
+    header = ["encoding", "bytes per row", "bytes", *(f"KL at T = {name}" for name in temperatures)]
+    rows = [
+        [
+            each.encoding,
+            f"{each.bytes_per_row:,}",
+            f"{each.bytes:,}",
+            *(f"{each.mean_kl[name]:.1e}" if name in each.mean_kl else "-" for name in temperatures),
+        ]
+        for each in estimates
+    ]
+    title = f"logits before compression, and mean KL in nats on {SAMPLES} samples or fewer:"
+    return [title, *text_table(header, rows, numbers=header[1:])]
 
 
 def verify_with_teacher(settings: VerifyArgs) -> Report:
@@ -207,12 +231,20 @@ def verify_with_teacher(settings: VerifyArgs) -> Report:
             tokenizer=built.preprocessor.tokenizer,
         )
         data["splits"][split]["recomputed"] = dataclasses.asdict(found)
-        same = found.same_weights and found.largest_difference <= settings.tolerance
+        recorded = {f"{each.temperature:g}": each.max_kl for each in cache.manifest.fidelity}
+        lossy = [
+            f"KL at T = {name} up to {value:.3g}, {recorded.get(name, math.nan):.3g} in the manifest"
+            for name, value in found.max_kl.items()
+        ]
+        # A recomputed logit may differ in its last bits, and the loss with it.
+        within = all(value <= 1.01 * recorded.get(name, math.inf) + 1e-6 for name, value in found.max_kl.items())
+        same = found.same_weights and within and found.largest_difference <= settings.tolerance
         exit_code = exit_code if same else CacheDamaged.exit_code
         lines.append(
             f"{split}: {counted(found.rows, 'row')} recomputed; difference up to "
             f"{found.largest_difference:.2g} of 1 + |x| in {found.array} "
             f"at sample {found.sample} in view {found.view}, tolerance {settings.tolerance:g}"
+            + "".join(f"; {line}" for line in lossy)
             + ("" if found.same_weights else "; the teacher's weights are not those of the manifest")
         )
     data["whole"] = exit_code == 0

@@ -26,10 +26,6 @@ def check_early(settings: Settings) -> None:
     _check_names(given)
     _check_files(given)
     _check_caches(settings, given)
-    if isinstance(settings, DumpTeacherArgs):
-        from kdcache.store.encodings.registry import encoding_named
-
-        encoding_named(settings.encoding)
     _check_runs(settings, given)
 
 
@@ -42,7 +38,8 @@ def _check_names(given: dict[str, Any]) -> None:
     if "encoding" in given:
         from kdcache.store.encodings.registry import encoding_named
 
-        encoding_named(given["encoding"])
+        # The number of classes is not known yet.
+        encoding_named(given["encoding"], 1 << 31, given.get("temperatures", ()))
     dataset = given.get("dataset", "py:")
     kind, path = split_spec(dataset)
     if kind in ("folder", "text-folder") and not Path(path or "").is_dir():

@@ -42,7 +42,7 @@ UNEXPECTED = "error: unexpected "
 # Panels of a command's help in order, from common to rare. Options in none of them are the command's own.
 OWN, GENERAL = "Options", "General"
 PANELS = {
-    "Loss": ("temperature", "alpha", "distill", "objective", "student_layer", "label_smoothing"),
+    "Loss": ("temperature", "alpha", "distill", "tail", "objective", "student_layer", "label_smoothing"),
     "Optimisation": (
         *("epochs", "optimizer", "learning_rate", "weight_decay", "schedule", "warmup_epochs"),
         *("val_fraction", "momentum", "milestones", "gamma", "clip_norm", "ema"),
@@ -54,7 +54,10 @@ PANELS = {
     "Views": ("augment", "mix", "views", "view_seed", "plain_view", "view_schedule", "add_views"),
     "Text": ("max_tokens", "vocabulary_size", "tokenizer"),
     "Execution": ("device", "batch_size", "workers", "amp", "seed"),
-    "Storage": ("features", "pool", "encoding", "compression", "shard_rows", "license", "citation"),
+    "Storage": (
+        *("features", "pool", "encoding", "temperatures", "max_kl", "compression", "shard_rows"),
+        *("license", "citation"),
+    ),
     "Reading the cache": (
         *("verify_inputs", "allow_partial", "cache_weights", "cache_memory", "cache_on_device", "input_memory"),
         *("row_source", "shuffle"),

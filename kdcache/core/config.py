@@ -154,8 +154,26 @@ class DumpConfig(RuntimeConfig, ViewConfig):
         choices=("avg", "none"),
         only_with=("features",),
     )
-    encoding: str = option("float16", "Encoding of the logits: float16, float32 or float64.")
-    compression: str = option("none", "none or zstd:LEVEL. Logits hardly compress, and are read faster uncompressed.")
+    encoding: str = option(
+        "float16",
+        "Encoding of the logits: float16, float32, float64; quantized:BITS (4 to 8 bits per class); topk:K (the K "
+        "largest); head (the last linear layer's input) or head:BITS.",
+    )
+    temperatures: tuple[float, ...] = option(
+        (),
+        "Temperatures at which students can be trained from topk:K. [default: 1,2,4,8]",
+        above=0,
+        only_with=("encoding=topk",),
+    )
+    max_kl: float | None = option(
+        None,
+        "Stop if the encoding loses more than this mean KL divergence, in nats, in a shard at temperature 1, 2, 4 or 8 "
+        "(topk: at its own).",
+        above=0,
+    )
+    compression: str = option(
+        "auto", "none, zstd:LEVEL, or auto: zstd:5 for quantized logits, and none for others, which hardly compress."
+    )
     license: str = option("", "License of the cache, such as CC-BY-4.0; recorded in its manifest.")
     citation: str = option("", "Citation for users of the cache; recorded in its manifest.")
     shard_rows: int | None = option(None, "Rows per shard, a power of two. [default: 16384, fewer if rows are large]")
@@ -249,6 +267,12 @@ class StudentConfig(CacheReadConfig):
         not_with=("distill", "objective"),
     )
     distill: bool = option(True, "Use the teacher's logits; --no-distill trains on the labels alone.")
+    tail: str = option(
+        "other",
+        "Classes that a topk cache leaves out: other (one class) or uniform (all equally likely).",
+        choices=("other", "uniform"),
+        not_with=("distill",),
+    )
     objective: tuple[str, ...] = option(
         (),
         "Term of the loss, as NAME:key=value,key=value; repeat for a sum. Keys: weight, warmup (epochs), layer, "

@@ -47,8 +47,8 @@ def option(
         choices: Allowed values; empty allows all.
         argument: Positional on the command line.
         required: A missing value is a usage error on the command line.
-        only_with: Other settings, at least one of which this setting needs to have an effect: `NAME=VALUE`, or `NAME`
-            for any value but its default.
+        only_with: Other settings, at least one of which this setting needs to have an effect: `NAME=VALUE`, also for
+            `VALUE:…`, or `NAME` for any value but its default.
         not_with: Other settings that leave this one without effect, in the same form.
         unless: Flag that makes a required value optional.
     """
@@ -157,7 +157,7 @@ def _holds(settings: Settings, rules: Mapping[str, Field[Any]], condition: str) 
     if name not in rules:  # a command without the other setting
         return False
     found = getattr(settings, name)
-    return str(found) == value if value else found != rules[name].default
+    return value in (str(found), str(found).partition(":")[0]) if value else found != rules[name].default
 
 
 def _spelled(rules: Mapping[str, Field[Any]], condition: str) -> str:

@@ -8,8 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from kdcache.store.encodings.base import Encoding
-from kdcache.store.encodings.floats import LOGITS, FloatEncoding
+from kdcache.store.encodings.base import LOGITS, Encoding
+from kdcache.store.encodings.floats import FloatEncoding
+from kdcache.store.encodings.topk import TopKEncoding
 
 # An encoding, and stored rows by the name of their array, (batch, *row_shape).
 Part = tuple[Encoding, Mapping[str, Tensor]]
@@ -21,28 +22,52 @@ class SoftTargets:
     Args:
         parts: Encoding and stored rows of each teacher. All rows are of the same samples, in the same order.
         weights: Weight of each teacher, of which only the proportions count; empty for equal ones.
+
+    Attributes:
+        tail: How `kd` treats classes whose logits are not stored: `other` or `uniform`.
     """
 
-    def __init__(self, parts: Sequence[Part], weights: Sequence[float] = ()) -> None:
-        self._parts, self._weights = parts, weights
+    def __init__(self, parts: Sequence[Part], weights: Sequence[float] = (), *, tail: str = "other") -> None:
+        self._parts, self._weights, self.tail = parts, weights, tail
+        self._decoded: dict[float | None, Tensor] = {}
 
     @classmethod
     def of(cls, logits_bc: Tensor) -> SoftTargets:
         """Soft targets of one teacher whose logits, (batch, classes), are at hand."""
-        return cls([(FloatEncoding(str(logits_bc.dtype).removeprefix("torch.")), {LOGITS: logits_bc})])
+        encoding = FloatEncoding(str(logits_bc.dtype).removeprefix("torch."), logits_bc.shape[1])
+        return cls([(encoding, {LOGITS: logits_bc})])
 
-    def logits(self) -> Tensor:
+    @property
+    def sparse(self) -> TopKEncoding | None:
+        """The encoding, if it leaves out all but the largest logits of one teacher."""
+        encoding = self._parts[0][0]
+        return encoding if isinstance(encoding, TopKEncoding) and len(self._parts) == 1 else None
+
+    @property
+    def rows(self) -> Mapping[str, Tensor]:
+        """Stored rows of the first teacher, by array."""
+        return self._parts[0][1]
+
+    def logits(self, temperature: float | None = None) -> Tensor:
         """Weighted mean of the teachers' logits, (batch, classes); one teacher's keep the dtype they are decoded to.
+
+        Args:
+            temperature: Temperature that the logits are to be exact for, where the encoding leaves some out.
 
         The mean is one of logits: the teachers' distributions are averaged geometrically (Hinton et al., 2015,
         section 1).
         """
-        return mean_logits([encoding.decode(rows) for encoding, rows in self._parts], self._weights)
+        if not any(encoding.temperatures for encoding, _ in self._parts):
+            temperature = None
+        if temperature not in self._decoded:
+            decoded = [encoding.decode(rows, temperature=temperature) for encoding, rows in self._parts]
+            self._decoded[temperature] = mean_logits(decoded, self._weights)
+        return self._decoded[temperature]
 
     def map(self, change: Callable[[Tensor], Tensor]) -> SoftTargets:
         """The same soft targets, each stored tensor changed, such as by a copy to a device."""
         parts = [(encoding, {name: change(rows[name]) for name in rows}) for encoding, rows in self._parts]
-        return SoftTargets(parts, self._weights)
+        return SoftTargets(parts, self._weights, tail=self.tail)
 
 
 def mean_logits(logits: Sequence[Tensor], weights: Sequence[float] = ()) -> Tensor:

@@ -14,7 +14,10 @@ from kdcache.core.errors import UsageError
 from kdcache.core.plugins import did_you_mean
 from kdcache.core.specs import number, split_options, split_spec
 from kdcache.data.loader import Batch
+from kdcache.data.soft_targets import SoftTargets
 from kdcache.distill import losses
+from kdcache.store.encodings.base import Encoding, chosen_temperature
+from kdcache.store.encodings.topk import CLASSES, VALUES
 
 
 class Objective(Protocol):
@@ -57,11 +60,27 @@ def distillation_objective(config: StudentConfig) -> Objective:
 
     def objective(logits_bc: Tensor, batch: Batch, epochs_done: float = 0.0) -> dict[str, Tensor]:
         assert batch.soft_targets is not None, "distillation needs joined batches"
-        soft = losses.kd(logits_bc, batch.soft_targets.logits(), temperature=config.temperature)
+        soft = kd_from_cache(logits_bc, batch.soft_targets, temperature=config.temperature)
         hard = label_loss(logits_bc, batch, label_smoothing=config.label_smoothing)
         return {"loss": config.alpha * soft + (1 - config.alpha) * hard, "kd": soft, "cross_entropy": hard}
 
     return objective
+
+
+def kd_from_cache(student_bc: Tensor, soft_targets: SoftTargets, *, temperature: float) -> Tensor:
+    """`losses.kd`, or `losses.topk_kd` where only the teacher's largest logits are stored."""
+    encoding = soft_targets.sparse
+    if encoding is None:
+        return losses.kd(student_bc, soft_targets.logits(temperature), temperature=temperature)
+    rows = soft_targets.rows
+    return losses.topk_kd(
+        student_bc,
+        rows[VALUES],
+        rows[CLASSES],
+        encoding.tail(rows, temperature),
+        temperature=temperature,
+        tail=soft_targets.tail,
+    )
 
 
 def label_loss(logits_bc: Tensor, batch: Batch, *, label_smoothing: float = 0.0) -> Tensor:
@@ -75,6 +94,7 @@ def label_loss(logits_bc: Tensor, batch: Batch, *, label_smoothing: float = 0.0)
 
 # Kinds of positional arguments of losses.
 STUDENT, TEACHER, LABELS, BATCH, NEGATIVES = "student", "teacher", "labels", "batch", "negatives"
+SOFT_TARGETS = "soft targets"
 
 Shape = tuple[int, ...]
 
@@ -92,6 +112,7 @@ class Loss:
             ValueError with the shapes that would be comparable. None where any shapes are.
         temperature: Default temperature, where it is not the student's.
         one_label: Whether inputs must have one label each, so that none can be mixed.
+        whole_rows: Whether it needs the teacher's logits of all classes.
         dump_options: Options of dump-teacher, beside `--features`, that store the features it needs.
     """
 
@@ -101,6 +122,7 @@ class Loss:
     comparable: Callable[[Shape, Shape], nn.Module | None] | None = None
     temperature: float | None = None
     one_label: bool = False
+    whole_rows: bool = False
     dump_options: str = ""
 
     @property
@@ -134,12 +156,14 @@ def _projected_vectors(student: Shape, teacher: Shape) -> nn.Module | None:
 
 LOSSES: dict[str, Loss] = {
     "hard_cross_entropy": Loss(function=label_loss, arguments=(STUDENT, BATCH)),
-    "kd": Loss(function=losses.kd),
-    "soft_cross_entropy": Loss(function=losses.soft_cross_entropy),
-    "logit_mse": Loss(function=losses.logit_mse),
-    "decoupled_kd": Loss(function=losses.decoupled_kd, arguments=(STUDENT, TEACHER, LABELS), one_label=True),
-    "dist": Loss(function=losses.dist),
-    "standardized_kd": Loss(function=losses.standardized_kd),
+    "kd": Loss(function=kd_from_cache, arguments=(STUDENT, SOFT_TARGETS)),
+    "soft_cross_entropy": Loss(function=losses.soft_cross_entropy, whole_rows=True),
+    "logit_mse": Loss(function=losses.logit_mse, whole_rows=True),
+    "decoupled_kd": Loss(
+        function=losses.decoupled_kd, arguments=(STUDENT, TEACHER, LABELS), one_label=True, whole_rows=True
+    ),
+    "dist": Loss(function=losses.dist, whole_rows=True),
+    "standardized_kd": Loss(function=losses.standardized_kd, whole_rows=True),
     "feature_mse": Loss(function=losses.feature_mse, features=True, comparable=_projected),
     "attention_transfer": Loss(
         function=losses.attention_transfer, features=True, comparable=_same_maps, dump_options="--pool none"
@@ -232,6 +256,36 @@ def _number(spec: str, key: str, text: str) -> float:
         return number(text, float, 0, above=key == "temperature")
     except ValueError as problem:
         raise UsageError(f"--objective {spec}: {key} is {text!r}", str(problem)) from problem
+
+
+def check_encoding(encoding: Encoding, specs: Sequence[ObjectiveSpec], config: StudentConfig) -> None:
+    """Refuse an encoding that lacks what the objective needs.
+
+    Args:
+        specs: Terms of the objective; empty for kd and cross entropy.
+
+    Raises:
+        UsageError: a term needs whole rows, or a temperature that is not stored; or `tail` has no effect.
+    """
+    if encoding.dense:
+        if config.tail != "other":
+            raise UsageError(
+                f"--tail is {config.tail}, and the cache holds {encoding.spec}, which stores every class",
+                "a topk cache, whose other classes are the tail",
+                "leave out --tail",
+            )
+        return
+    temperatures = [config.temperature]
+    if specs:
+        temperatures = [spec.settings["temperature"] for spec in specs if spec.name == "kd"]
+    if whole := [spec.name for spec in specs if spec.loss.whole_rows]:
+        raise UsageError(
+            f"the objective {whole[0]} compares all classes, and the cache holds {encoding.spec}",
+            "an encoding that stores every class",
+            "use kd, or dump with --encoding float16 or quantized:8",
+        )
+    for temperature in temperatures:
+        chosen_temperature(encoding, temperature)
 
 
 def objective_parameters(objective: Objective) -> list[nn.Parameter]:

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from kdcache.core.errors import CacheDamaged, CacheIncomplete, CacheNotFound
 from kdcache.store.chunk_reader import REPAIR, ChunkReader, sample_indices
-from kdcache.store.encodings.floats import LOGITS
-from kdcache.store.encodings.registry import encoding_of, logit_arrays
+from kdcache.store.constants import open_encoding
+from kdcache.store.encodings.base import LOGITS
 from kdcache.store.ledger import Ledger
 from kdcache.store.local_paths import LocalPaths, read_local
 from kdcache.store.manifest import Manifest, enclosing_cache, is_cache, read_manifest
@@ -95,7 +95,8 @@ class Cache:
         if not self._partial:
             check_complete(self.place, self.manifest, ledger)
         self.reader = ChunkReader(storage, self.manifest, ledger)
-        self.encoding, self.logit_arrays = encoding_of(self.manifest), logit_arrays(self.manifest)
+        self.encoding = open_encoding(storage, self.manifest)
+        self.logit_arrays = tuple(array.name for array in self.encoding.arrays())
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _reopen, (self._root, self.manifest.dataset.split, self._partial)
@@ -135,11 +136,13 @@ class Cache:
         batch_size: int = 256,
         seed: int = 0,
         view: int = 0,
+        temperature: float | None = None,
         options: ReadOptions | None = None,
     ) -> Iterator[tuple[NDArray[np.int64], NDArray[Any]]]:
         """The samples of one epoch in shuffled order, each exactly once; the same order everywhere for the same seed.
 
         Args:
+            temperature: As for `rows`.
             options: Memory budget, row source and shuffle.
 
         Yields:
@@ -157,13 +160,20 @@ class Cache:
         source = plan.source(part, always(view), sampler)
         source.start_epoch(epoch)
         for indices in batches_of(sampler, epoch, batch_size):
-            yield indices, self.encoding.decode(source.rows(indices))
+            yield indices, self.encoding.decode(source.rows(indices), temperature=temperature)
 
-    def rows(self, indices: Sequence[int] | NDArray[np.integer[Any]], view: int = 0) -> NDArray[Any]:
-        """Soft targets of some samples: logits as the teacher gave them.
+    def rows(
+        self,
+        indices: Sequence[int] | NDArray[np.integer[Any]],
+        view: int = 0,
+        *,
+        temperature: float | None = None,
+    ) -> NDArray[Any]:
+        """Soft targets of some samples: the teacher's logits, as exact as the encoding keeps them.
 
         Args:
-            indices: sample indices, (n,), in any order, repeats allowed.
+            indices: Sample indices, (n,), in any order, repeats allowed.
+            temperature: Temperature that a top-k cache's logits are to be exact for; None takes 1, or the lowest.
 
         Returns:
             (n, classes), in the order of `indices`; of a float encoding in its own dtype.
@@ -174,7 +184,8 @@ class Cache:
             CacheDamaged: a chunk fails its checksum.
         """
         wanted = sample_indices(indices)
-        return self._decode({name: self.reader.rows(name, view, wanted) for name in self.logit_arrays})
+        encoded = {name: self.reader.rows(name, view, wanted) for name in self.logit_arrays}
+        return self._decode(encoded, temperature)
 
     def column(self, name: str, view: int = 0) -> NDArray[Any]:
         """One whole array of one view, such as `labels` or `input_crc32c`, (samples, *row_shape), or the `logits`.
@@ -191,8 +202,8 @@ class Cache:
             return self._decode({each: self.reader.span(each, view, everything) for each in self.logit_arrays})
         return self.reader.span(name, view, everything)
 
-    def _decode(self, rows: dict[str, NDArray[Any]]) -> NDArray[Any]:
-        logits: NDArray[Any] = self.encoding.decode(rows)
+    def _decode(self, rows: dict[str, NDArray[Any]], temperature: float | None = None) -> NDArray[Any]:
+        logits: NDArray[Any] = self.encoding.decode(rows, temperature=temperature)
         return logits
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from kdcache.core.errors import UsageError
 from kdcache.core.specs import number, split_spec
 from kdcache.store.encodings.base import Encoding, StoredArray
-from kdcache.store.manifest import ArrayRecord, Manifest
+from kdcache.store.manifest import ArrayRecord, ConstantRecord, Manifest
 
 # Larger chunks and shards gain no speed and cost memory: the reader holds several chunks, the writer several shards.
 CHUNK_ROWS, CHUNK_BYTES = 1024, 2 << 20
@@ -56,24 +56,25 @@ def build_arrays(
     *,
     length: int,
     encoding: Encoding,
-    classes: int,
     features: Mapping[str, tuple[int, ...]] | None = None,
-    compression: str = "none",
+    compression: str = "auto",
     shard_rows: int | None = None,
 ) -> tuple[int, tuple[ArrayRecord, ...]]:
     """Shard size and array records of a split: encoded logits, features, checksums of the shared inputs, labels.
 
     Args:
         features: Shapes of one row, by name of the array.
+        compression: `none`, `zstd:LEVEL`, or `auto`, which is the encoding's own and none for features.
 
     Raises:
         UsageError: a compression or a shard size that there is not.
     """
-    zstd_level(compression)
-    stored = [*encoding.arrays(classes)]
+    stored = [*encoding.arrays()]
+    by_name = {array.name: encoding.compression for array in stored}
     for name, shape in (features or {}).items():
         names = tuple(f"feature {axis}" for axis in range(len(shape)))
         stored.append(StoredArray(name=name, dtype=encoding.feature_dtype, row_shape=shape, row_names=names))
+    zstd_level(encoding.compression if compression == "auto" else compression)
     shard_rows = choose_shard_rows(length, max(array.bytes_per_row for array in stored), shard_rows)
     rows = [
         ArrayRecord(
@@ -82,7 +83,7 @@ def build_arrays(
             row_shape=array.row_shape,
             row_names=array.row_names,
             chunk_rows=min(choose_chunk_rows(length, array.bytes_per_row), shard_rows),
-            compression=compression,
+            compression=by_name.get(array.name, "none") if compression == "auto" else compression,
         )
         for array in stored
     ]
@@ -120,7 +121,27 @@ def predicted_bytes(manifest: Manifest) -> int:
         index = 16 * chunks_per_shard(manifest, array) + 4 if is_sharded(manifest, array) else 0
         chunks = sum(chunks_in_shard(manifest, array, shard) for shard in range(manifest.shards))
         total += (chunks * chunk + manifest.shards * index) * (manifest.views if array.per_view else 1)
-    return total
+    facts = manifest.views * manifest.shards * (8 * len(manifest.facts) + 4) if manifest.facts else 0
+    return total + facts + sum(row_bytes(each.dtype, each.shape) + 4 for each in manifest.constants)
+
+
+def constant_key(constant: ConstantRecord) -> str:
+    """Key of a constant's only chunk below its split."""
+    return "/".join((constant.name, "c", *("0" for _ in constant.shape)))
+
+
+def zarr_constant_options(constant: ConstantRecord) -> dict[str, Any]:
+    """Arguments of `zarr.Group.create_array` for one constant."""
+    from zarr.codecs import Crc32cCodec
+
+    return {
+        "name": constant.name,
+        "shape": constant.shape,
+        "dtype": constant.dtype,
+        "chunks": constant.shape,
+        "compressors": [Crc32cCodec()],
+        "fill_value": fill_value(constant.dtype),
+    }
 
 
 def is_sharded(manifest: Manifest, array: ArrayRecord) -> bool:

@@ -16,7 +16,8 @@ from crc32c import crc32c
 from numpy.typing import NDArray
 
 from kdcache.core.errors import CacheDamaged
-from kdcache.store.layout import chunks_per_shard, zarr_array_options
+from kdcache.store.facts import zarr_facts_options
+from kdcache.store.layout import chunks_per_shard, zarr_array_options, zarr_constant_options
 from kdcache.store.manifest import METADATA, ArrayRecord, Manifest
 from kdcache.store.shard_codec import CRC_BYTES
 from kdcache.store.storage.base import MissingKey, Storage
@@ -177,6 +178,10 @@ def create_arrays(group: Any, manifest: Manifest) -> None:
     """Create a split's arrays and its ledger, without data, in a zarr group."""
     for array in manifest.arrays:
         group.create_array(**zarr_array_options(manifest, array))
+    for constant in manifest.constants:
+        group.create_array(**zarr_constant_options(constant))
+    if manifest.facts:
+        group.create_array(**zarr_facts_options(manifest))
     group.create_array(**Ledger.zarr_array_options(manifest))
 
 

@@ -29,6 +29,7 @@ _SPLIT_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 # license and citation may change without another dump.
 NOT_IDENTITY = frozenset(
     {"views", "view_sha256", "dataset.data_root", "teacher.accuracy", "device", "batch_size"}
+    | {"facts", "fidelity", "changed_predictions"}
     | {"versions.cpu", "versions.python", "compute", "license", "citation", "history"}
 )
 
@@ -208,6 +209,53 @@ class ArrayRecord:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ConstantRecord:
+    """An array that is stored once per split, such as the weight of the teacher's last layer.
+
+    Attributes:
+        name: Name of the Zarr array, which is one chunk.
+        dtype: Stored dtype by numpy's name, without byte order.
+        shape: Shape of the array.
+        crc32c: Checksum of its little-endian bytes.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    crc32c: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FidelityRecord:
+    """Loss of a lossy encoding: KL(softmax(z / T) ‖ softmax(decoded / T)) in nats, z the teacher's logits.
+
+    Attributes:
+        temperature: T.
+        mean_kl: Mean over all rows.
+        p99_kl: 99th percentile over the rows of a shard, of the worst shard.
+        max_kl: Maximum over all rows.
+    """
+
+    temperature: float
+    mean_kl: float
+    p99_kl: float
+    max_kl: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SourceRecord:
+    """The cache split that a converted one was made from.
+
+    Attributes:
+        encoding: Its encoding.
+        manifest_sha256: Digest of its manifest.
+    """
+
+    encoding: str
+    manifest_sha256: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class FeatureRecord:
     """An array of the teacher's features.
 
@@ -248,6 +296,8 @@ class Manifest:
         arrays: Arrays of the split; those of the encoding come first.
         encoding: Spec of the encoding of the logits; empty in manifests by older versions, where it is the dtype of
             the array `logits`.
+        temperatures: Temperatures that rows can be decoded at, where the encoding is not for any.
+        constants: Arrays that are stored once; those of the encoding.
         features: Arrays of the teacher's features.
         shard_rows: Rows per shard, the unit that is written and committed whole.
         versions: Versions of the packages that could change an input or a logit.
@@ -257,6 +307,10 @@ class Manifest:
         view_sha256: Digest of the ledger of each finished view, in view order; none until the first dump is complete.
         license: License of the cache, such as an SPDX identifier.
         citation: Text to cite for the cache.
+        facts: Columns of the array `facts`, which holds measurements of each shard; empty in older caches.
+        fidelity: Loss of the encoding at several temperatures; empty until the dump is complete, and in older caches.
+        changed_predictions: Number of rows whose predicted class the encoding changed; None where it is not measured.
+        converted_from: Split that this one was converted from; None for a dump.
         history: Changes since the first rows were committed, oldest first.
     """
 
@@ -267,6 +321,8 @@ class Manifest:
     recipe: ViewRecipe = ViewRecipe()
     arrays: tuple[ArrayRecord, ...]
     encoding: str = field(default="", metadata=ADDED)
+    temperatures: tuple[float, ...] = field(default=(), metadata=ADDED)
+    constants: tuple[ConstantRecord, ...] = field(default=(), metadata=ADDED)
     features: tuple[FeatureRecord, ...] = ()
     shard_rows: int
     seed: int
@@ -278,6 +334,10 @@ class Manifest:
     compute: dict[str, str] = field(default_factory=dict, metadata=ADDED)
     license: str = field(default="", metadata=ADDED)
     citation: str = field(default="", metadata=ADDED)
+    facts: tuple[str, ...] = field(default=(), metadata=ADDED)
+    fidelity: tuple[FidelityRecord, ...] = field(default=(), metadata=ADDED)
+    changed_predictions: int | None = field(default=None, metadata=ADDED)
+    converted_from: SourceRecord | None = field(default=None, metadata=ADDED)
     history: tuple[ChangeRecord, ...] = field(default=(), metadata=ADDED)
 
     def __post_init__(self) -> None:

@@ -11,7 +11,7 @@ from kdcache.store.layout import chunks_in_shard, chunks_per_shard, shard_key
 from kdcache.store.manifest import ArrayRecord
 from kdcache.store.shard_codec import CRC_BYTES, BadChunk, chunk_stride, decode_index, index_bytes
 from kdcache.store.storage.base import MissingKey
-from kdcache.store.verify import check_places, committed_places
+from kdcache.store.verify import check_places, committed_places, damaged_facts
 from kdcache.store.writer import SplitWriter
 
 
@@ -42,6 +42,9 @@ def prepare_repair(writer: SplitWriter) -> list[str]:
         if problem is not None:
             found.append(problem.found)
             broken.add((view, shard))
+    for view, shard in damaged_facts(writer.storage, manifest, ledger):
+        found.append(f"the facts about shard {shard} of view {view} are missing or damaged")
+        broken.add((view, shard))
     if broken or writer.pending():
         writer.check_proved()
     missing = [place for place in writer.pending() if place not in broken]

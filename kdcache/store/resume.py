@@ -8,6 +8,7 @@ from typing import Any
 
 from kdcache.core.errors import CacheDamaged, CacheIncomplete, CacheNotFound, TargetExists, UsageError
 from kdcache.core.json_records import brief, counted, differences, from_json, to_json
+from kdcache.store.ledger import NAME as LEDGER
 from kdcache.store.ledger import Ledger
 from kdcache.store.local_paths import portable, portable_spec
 from kdcache.store.manifest import (
@@ -26,7 +27,9 @@ from kdcache.store.storage.base import MissingKey, Storage
 
 # Fields that come out of a dump or tell how it was carried out: taken from what is left of a damaged manifest.
 _RECORDED = ("views", "view_sha256", "device", "batch_size", "versions")
-_RECORDED_IF_THERE = ("encoding", "compute", "license", "citation", "history")
+_RECORDED_IF_THERE = (
+    *("encoding", "compute", "license", "citation", "history", "facts", "fidelity", "changed_predictions"),
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -276,4 +279,4 @@ def only_created(group: Storage) -> bool:
     A split's manifest is the last object of its creation, and its ledger is written with the first rows.
     """
     keys = [key for key, _ in group.objects()]
-    return METADATA not in keys and all(key.endswith(f"/{METADATA}") for key in keys)
+    return METADATA not in keys and not any(key.startswith(f"{LEDGER}/c/") for key in keys)

@@ -12,7 +12,9 @@ from kdcache.core.errors import CacheDamaged, CacheIncomplete, KdcacheError
 from kdcache.core.system import core_count
 from kdcache.store.cache import check_complete
 from kdcache.store.chunk_reader import ChunkReader, Place
-from kdcache.store.layout import chunks_in_shard, shard_key
+from kdcache.store.constants import damaged_constants
+from kdcache.store.facts import facts_key, read_facts
+from kdcache.store.layout import chunks_in_shard, constant_key, shard_key
 from kdcache.store.ledger import NAME as LEDGER
 from kdcache.store.ledger import Ledger, create_arrays
 from kdcache.store.manifest import METADATA, ArrayRecord, Manifest, read_manifest
@@ -66,8 +68,13 @@ def verify_split(
             report.bytes += ledger.lookup(*place)[0]
         else:
             report.problems.append(damage.found)
+    report.problems += [f"{storage.place(key)} is missing or damaged" for key in damaged_constants(storage, manifest)]
+    report.problems += [
+        f"the facts about shard {shard} of view {view} in {storage.url} are missing or damaged"
+        for view, shard in damaged_facts(storage, manifest, ledger)
+    ]
     report.problems += _metadata_problems(storage, manifest)
-    report.notes += _foreign_objects(storage, places)
+    report.notes += _foreign_objects(storage, manifest, places)
     return report
 
 
@@ -162,8 +169,22 @@ def _metadata_problems(storage: Storage, manifest: Manifest) -> list[str]:
     return problems
 
 
-def _foreign_objects(storage: Storage, places: list[Place]) -> list[str]:
+def damaged_facts(storage: Storage, manifest: Manifest, ledger: Ledger) -> list[tuple[int, int]]:
+    """Committed (view, shard) whose facts are missing or damaged; none in caches without facts."""
+    if not manifest.facts:
+        return []
+    return [
+        (view, int(shard))
+        for view in range(manifest.views)
+        for shard in np.flatnonzero(ledger.committed(view))
+        if read_facts(storage, manifest, view, int(shard)) is None
+    ]
+
+
+def _foreign_objects(storage: Storage, manifest: Manifest, places: list[Place]) -> list[str]:
     known = {shard_key(array, view if array.per_view else 0, shard) for array, view, shard in places}
+    known |= {constant_key(constant) for constant in manifest.constants}
+    known |= {facts_key(view, shard) for _, view, shard in places if manifest.facts}
     return [
         f"{storage.place(key)} does not belong to the store"
         for key, _ in storage.objects()

@@ -16,6 +16,9 @@ from numpy.typing import NDArray
 
 from kdcache.core.errors import CacheDamaged
 from kdcache.core.json_records import counted
+from kdcache.store.constants import write_constants
+from kdcache.store.encodings.base import Encoding
+from kdcache.store.facts import write_facts
 from kdcache.store.layout import shard_key
 from kdcache.store.ledger import Ledger, array_metadata
 from kdcache.store.local_paths import LocalPaths
@@ -43,6 +46,7 @@ class SplitWriter:
         root: Where the cache is, or will be.
         manifest: Manifest of the split, without results.
         policy: How to treat what is already stored.
+        encoding: Encoding with its constants; needed where the manifest has any.
         local: Where its dataset is now; recorded beside the manifest of a new split.
 
     Attributes:
@@ -67,12 +71,14 @@ class SplitWriter:
         manifest: Manifest,
         policy: ResumePolicy | None = None,
         *,
+        encoding: Encoding | None = None,
         local: LocalPaths | None = None,
     ) -> None:
         self.root, self.policy = open_storage(root), policy or ResumePolicy()
         self.storage = self.root.below(manifest.dataset.split)
         self.compute = manifest.compute
         self._local = {} if local is None else local.attribute()
+        self._encoding = encoding
         self.restored: list[str] = []
         self.rejected: list[str] = []
         self.changes: tuple[ChangeRecord, ...] = ()
@@ -115,10 +121,13 @@ class SplitWriter:
             for shard in np.flatnonzero(~self.ledger.committed(view))
         ]
 
-    def commit(self, view: int, shard: int, arrays: dict[str, NDArray[Any]]) -> None:
+    def commit(
+        self, view: int, shard: int, arrays: dict[str, NDArray[Any]], facts: NDArray[np.float64] | None = None
+    ) -> None:
         """Write the rows of one shard, flush them, and enter them into the ledger.
 
         Args:
+            facts: The manifest's facts about the shard, (facts,); None where it has none.
             arrays: for each array of the manifest its rows, (rows, *row_shape), in the array's dtype. Arrays that all
                 views share are written with view 0 and passed over with the others.
 
@@ -151,6 +160,8 @@ class SplitWriter:
         for array, data, crcs in encoded:
             self.storage.write(shard_key(array, view, shard), data)
             entry[array.name] = len(data), crcs
+        if facts is not None:
+            write_facts(self.storage, view, shard, facts)
         self.ledger.commit(view, shard, entry)
 
     def _deviation(
@@ -237,6 +248,9 @@ class SplitWriter:
             if current != json.loads(expected):
                 self.restored.append(f"{self.storage.place(key)} is written again")
                 self.storage.write(key, expected)
+        if self._encoding is not None:
+            for key in write_constants(self.storage, self.manifest, self._encoding):
+                self.restored.append(f"{self.storage.place(key)} is written again")
 
     def finish(self, manifest: Manifest) -> None:
         """Seal the split: put the manifest with its results and the digests of the ledger.
@@ -272,6 +286,9 @@ class SplitWriter:
         """Store a split's metadata, its manifest last, so that a kill leaves a split or what counts as none."""
         for key, document in array_metadata(manifest).items():
             self.storage.write(key, document)
+        if manifest.constants:
+            assert self._encoding is not None, "constants come with their values"
+            write_constants(self.storage, manifest, self._encoding)
         self.storage.write(METADATA, json.dumps(self._group_document(manifest), indent=2).encode())
 
     def _group_document(self, manifest: Manifest) -> dict[str, Any]:

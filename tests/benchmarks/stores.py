@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from kdcache.store.encodings.registry import KINDS
+from kdcache.store.encodings.registry import encoding_named
 from kdcache.store.layout import build_arrays
 from kdcache.store.manifest import DatasetRecord, Manifest, Preprocess, TeacherRecord
 from kdcache.store.writer import SplitWriter
@@ -29,7 +29,7 @@ def logits(rows: range, classes: int) -> np.ndarray:
 
 def manifest_of(rows: int, classes: int, compression: str) -> Manifest:
     """A manifest for a store that no dataset stands behind."""
-    shard_rows, arrays = build_arrays(length=rows, encoding=KINDS["float16"], classes=classes, compression=compression)
+    shard_rows, arrays = build_arrays(length=rows, encoding=encoding_named("float16", classes), compression=compression)
     names = tuple(map(str, range(classes)))
     return Manifest(
         dataset=DatasetRecord(

@@ -26,6 +26,7 @@ from kdcache.cli.app import app
 from kdcache.core.errors import CacheBusy, CacheDamaged, CacheIncomplete, CacheNotFound, TargetExists, UsageError
 from kdcache.data.views import Views
 from kdcache.distill.student.soft_targets import CachedTargets
+from kdcache.store.facts import all_facts
 from kdcache.store.layout import predicted_bytes
 from kdcache.store.ledger import Ledger
 from kdcache.store.manifest import ViewRecipe
@@ -33,6 +34,7 @@ from kdcache.store.resume import ResumePolicy
 from kdcache.store.row_source import MemorySource, ReadOptions
 from kdcache.store.sampler import view_schedule
 from kdcache.store.storage.local import LocalStorage
+from kdcache.store.storage.registry import open_storage
 from kdcache.store.verify import verify_split
 from kdcache.store.writer import SplitWriter
 from tests.crashes import counting, in_child
@@ -205,7 +207,8 @@ def extend(out, rows):
     with SplitWriter(out, manifest, ResumePolicy(add_views=2)) as writer:
         for view, shard in writer.pending():
             at = writer.manifest.rows_of(shard)
-            writer.commit(view, shard, {name: rows[name][view][at.start : at.stop] for name in COLUMNS})
+            part = {name: rows[name][view][at.start : at.stop] for name in COLUMNS}
+            writer.commit(view, shard, part, rows["facts"][view][shard])
         digests = tuple(map(writer.ledger.digest, range(4)))
         writer.finish(replace(writer.manifest, view_sha256=digests))
 
@@ -214,7 +217,10 @@ def extend(out, rows):
 def four_rows(four):
     cache = open_cache(four)
     rows = {name: [cache.column(name, view) for view in range(4)] for name in COLUMNS}
-    return rows | {"manifest": cache.manifest}
+    return rows | {
+        "manifest": cache.manifest,
+        "facts": all_facts(open_storage(four).below("train"), cache.manifest, range(4)),
+    }
 
 
 @pytest.fixture(scope="module")
@@ -295,7 +301,10 @@ def test_nothing_but_the_new_shards_is_touched(tmp_path, made):
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
     dump(out, add_views=1)
     touched = {str(p.relative_to(out)) for p, time in before.items() if p.stat().st_mtime_ns != time}
-    assert touched == {"train/zarr.json", *(f"train/{name}/zarr.json" for name in ("logits", "input_crc32c", "ledger"))}
+    assert touched == {
+        "train/zarr.json",
+        *(f"train/{name}/zarr.json" for name in ("logits", "input_crc32c", "ledger", "facts")),
+    }
 
 
 @contextmanager
@@ -469,7 +478,7 @@ def test_a_cache_grows_by_its_views_and_by_nothing_else(tmp_path, made):
         assert sum(files[views].values()) == predicted_bytes(manifest)
         ledgers[views] = sum(len(data) for name, data in found.items() if name.startswith("train/ledger/c"))
         metadata[views] = sum(len(data) for name, data in found.items() if name.endswith("zarr.json"))
-        assert len(found) == len(files[views]) + views + 6  # a ledger file a view, and six of metadata
+        assert len(found) == len(files[views]) + views + 7  # a ledger file a view, and seven of metadata
     labels = sum(size for name, size in files[1].items() if name.startswith("train/labels"))
     one = sum(files[1].values()) - labels
     for views in files:

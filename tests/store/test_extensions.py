@@ -22,16 +22,19 @@ class NegatedFloat32(Encoding):
     spec = "negated"
     feature_dtype = "float32"
 
-    def arrays(self, classes):
+    def __init__(self, classes):
+        self.classes = classes
+
+    def arrays(self):
         return (
-            StoredArray(name="logits", dtype="float32", row_shape=(classes,), row_names=("class",)),
+            StoredArray(name="logits", dtype="float32", row_shape=(self.classes,), row_names=("class",)),
             StoredArray(name="positive", dtype="int32"),
         )
 
-    def encode(self, logits_nc, *, first_sample):
-        return {"logits": -logits_nc.astype(np.float32), "positive": (logits_nc > 0).sum(axis=1).astype(np.int32)}
+    def encode(self, values_nx, *, first_sample):
+        return {"logits": -values_nx.astype(np.float32), "positive": (values_nx > 0).sum(axis=1).astype(np.int32)}
 
-    def decode(self, rows):
+    def decode(self, rows, *, temperature=None):
         return -rows["logits"]
 
 
@@ -76,7 +79,7 @@ class DictStorage(Storage):
 
 @pytest.fixture
 def negated(monkeypatch):
-    monkeypatch.setitem(encodings.KINDS, "negated", NegatedFloat32())
+    monkeypatch.setitem(encodings.KINDS, "negated", lambda argument, classes, temperatures: NegatedFloat32(classes))
 
 
 def dump(out, *, stop_after=10**9, **options):

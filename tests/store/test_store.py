@@ -31,7 +31,7 @@ from kdcache.store import ledger as ledger_module
 from kdcache.store import row_source
 from kdcache.store.cache import cache_splits, open_cache
 from kdcache.store.chunk_reader import ChunkReader
-from kdcache.store.encodings.registry import KINDS
+from kdcache.store.encodings.registry import encoding_named
 from kdcache.store.layout import build_arrays, choose_shard_rows, predicted_bytes, zstd_level
 from kdcache.store.ledger import Ledger
 from kdcache.store.manifest import manifest_attributes
@@ -59,6 +59,8 @@ LAYOUTS = {
     "1000 classes in halves": {"length": 1030, "classes": 1000, "dtype": "float16", "shard_rows": 1024},
 }
 layouts = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
+
+FLOATS = ("float16", "float32", "float64")
 
 
 @pytest.fixture(scope="session")
@@ -309,7 +311,7 @@ def test_a_random_walk_ends_in_the_same_store(tmp_path, make_manifest, make_rows
     manifest = make_manifest(
         int(random.integers(9, 60)),
         int(random.integers(1, 5)),
-        dtype=list(KINDS)[seed % 3],
+        dtype=FLOATS[seed % 3],
         compression=["none", "zstd:1"][seed % 2],
         shard_rows=8,
         chunk_rows=int(random.choice([1, 2, 8])),
@@ -936,17 +938,17 @@ def test_logits_that_cannot_be_stored_are_refused(encoding, value, found, needed
     logits = np.zeros((4, 3))
     logits[2:, 1:] = value
     with pytest.raises(TeacherOutputError) as caught:
-        KINDS[encoding].encode(logits, first_sample=100)
+        encoding_named(encoding, 3).encode(logits, first_sample=100)
     assert found in caught.value.found
     assert needed in caught.value.needed
     assert remedy in caught.value.remedy
 
 
-@pytest.mark.parametrize("encoding", KINDS)
+@pytest.mark.parametrize("encoding", FLOATS)
 def test_logits_are_stored_to_the_precision_of_the_encoding(encoding):
     logits = np.random.default_rng(0).standard_normal((5, 7)) * 1000
     logits[0, 0] = 65519.0 if encoding == "float16" else np.finfo(encoding).max
-    stored = KINDS[encoding].encode(logits, first_sample=0)["logits"]
+    stored = encoding_named(encoding, 7).encode(logits, first_sample=0)["logits"]
     assert stored.dtype == encoding
     np.testing.assert_allclose(stored.astype(np.float64), logits, rtol=np.finfo(encoding).eps)
     assert stored[0, 0] == np.finfo(encoding).max
@@ -968,7 +970,7 @@ def test_shards_are_powers_of_two(requested, advice):
 @pytest.mark.parametrize("length", [1, 2, 3, 1000, 1024, 1025, 16384, 50_000, 1_281_167])
 @pytest.mark.parametrize("classes", [1, 10, 1000, 21_841, 5_000_000])
 def test_the_chosen_layout_stays_within_its_bounds(length, classes):
-    shard_rows, (logits, *_) = build_arrays(length=length, encoding=KINDS["float16"], classes=classes)
+    shard_rows, (logits, *_) = build_arrays(length=length, encoding=encoding_named("float16", classes))
     row = 2 * classes
     assert shard_rows % logits.chunk_rows == 0
     assert logits.chunk_rows <= 1024

@@ -22,6 +22,7 @@ from kdcache.distill.losses.logits import (
     soft_cross_entropy,
     standardized_kd,
 )
+from kdcache.distill.losses.topk import topk_kd
 
 __all__ = [
     "attention_transfer",
@@ -39,4 +40,5 @@ __all__ = [
     "similarity_preserving",
     "soft_cross_entropy",
     "standardized_kd",
+    "topk_kd",
 ]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from kdcache.core import rng
 from kdcache.core.errors import CacheMismatch, ModelError, UsageError
 from kdcache.data.loader import Batch
-from kdcache.distill.objective import BATCH, LABELS, NEGATIVES, STUDENT, TEACHER, ObjectiveSpec
+from kdcache.distill.objective import BATCH, LABELS, NEGATIVES, SOFT_TARGETS, STUDENT, TEACHER, ObjectiveSpec
 from kdcache.models.device import evaluation_mode, floating_dtype
 from kdcache.models.feature_hooks import PENULTIMATE, FeatureHooks, pool_features
 from kdcache.store.manifest import NONE, FeatureRecord, Manifest
@@ -124,12 +124,13 @@ class CompositeObjective(nn.Module):
         caught: Mapping[str, Tensor] = self._taps.take() if self._features else {}
         values: dict[str, Tensor] = {}
         total = torch.zeros((), dtype=logits_bc.dtype, device=logits_bc.device)
-        teacher_bc = batch.soft_targets.logits() if batch.soft_targets is not None else None
         for at, spec in enumerate(self._specs):
             if at in self._features:
                 arguments = self._feature_arguments(at, batch, caught)
             else:
-                arguments = {STUDENT: logits_bc, TEACHER: teacher_bc, LABELS: batch.labels, BATCH: batch}
+                arguments = {STUDENT: logits_bc, LABELS: batch.labels, BATCH: batch, SOFT_TARGETS: batch.soft_targets}
+                if TEACHER in spec.loss.arguments and batch.soft_targets is not None:
+                    arguments[TEACHER] = batch.soft_targets.logits()
             value = spec.loss.function(*(arguments[name] for name in spec.loss.arguments), **spec.settings)
             values[spec.name if spec.name not in values else f"{spec.name}_{at + 1}"] = value
             warmup = min(epochs_done / spec.warmup, 1.0) if spec.warmup else 1.0

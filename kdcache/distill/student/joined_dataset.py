@@ -21,6 +21,7 @@ from kdcache.data.views import Views, name_of
 from kdcache.distill.student.join_checks import check_join
 from kdcache.store.cache import Cache
 from kdcache.store.chunk_reader import check_indices
+from kdcache.store.encodings.base import chosen_temperature
 from kdcache.store.layout import row_bytes
 from kdcache.store.manifest import NONE
 from kdcache.store.sampler import Schedule
@@ -34,6 +35,7 @@ def join(
     transform: Callable[[Any], Any] | None = None,
     view_schedule: str = "cycle",
     augment: Transform | None = None,
+    temperature: float | None = None,
     seed: int = 0,
 ) -> JoinedDataset:
     """Join each item of a dataset with the teacher's logits, by view and sample index.
@@ -44,6 +46,7 @@ def join(
         transform: Preprocessing of the student, applied to each input after it was compared with the cache.
         view_schedule: View of each epoch: `cycle`, `shuffle` or `fixed:K`; for `JoinedDataset.set_epoch`.
         augment: Transform of the views, where it was given to the dump as an object.
+        temperature: Temperature that a top-k cache's logits are to be exact for; None takes 1, or the lowest.
         seed: Seed of `shuffle`.
 
     Returns:
@@ -67,7 +70,7 @@ def join(
     views = Views(as_indexed(dataset, name=record.name, split=record.split), recipe, transform=augment)
     schedule = make_schedule(view_schedule, (), available=cache.views, seed=seed)
     check_join(cache, views, used=[schedule(0)])
-    return JoinedDataset(dataset, cache, views, schedule, transform)
+    return JoinedDataset(dataset, cache, views, schedule, transform, temperature)
 
 
 class JoinedDataset(Dataset[tuple[Any, Any, torch.Tensor]]):
@@ -80,9 +83,12 @@ class JoinedDataset(Dataset[tuple[Any, Any, torch.Tensor]]):
         views: Views,
         schedule: Schedule,
         transform: Callable[[Any], Any] | None = None,
+        temperature: float | None = None,
     ) -> None:
+        if cache.encoding.temperatures:
+            chosen_temperature(cache.encoding, temperature)
         self._dataset, self._cache, self._views, self._schedule = dataset, cache, views, schedule
-        self._logits = _SharedView(cache)
+        self._logits = _SharedView(cache, temperature if cache.encoding.temperatures else None)
         # In shared memory, because persistent workers must see a new view too.
         self._transform = transform
         self._view = torch.tensor(schedule(0)).share_memory_()
@@ -139,8 +145,8 @@ class JoinedDataset(Dataset[tuple[Any, Any, torch.Tensor]]):
 class _SharedView:
     """The rows of one view in memory that forked workers share; a spawned worker loads its own copy."""
 
-    def __init__(self, cache: Cache) -> None:
-        self._cache = cache
+    def __init__(self, cache: Cache, temperature: float | None = None) -> None:
+        self._cache, self._temperature = cache, temperature
         arrays = [cache.manifest.array(name) for name in cache.logit_arrays]
         needed = sum(row_bytes(array.dtype, array.row_shape) for array in arrays) * len(cache)
         if needed > physical_memory_bytes():
@@ -172,9 +178,10 @@ class _SharedView:
         self.load(view)
         check_indices(indices, len(self._cache))
         logits: NDArray[Any] = self._cache.encoding.decode(
-            {name: values.take(indices, axis=0) for name, values in self._arrays.items()}
+            {name: values.take(indices, axis=0) for name, values in self._arrays.items()},
+            temperature=self._temperature,
         )
         return logits
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _SharedView, (self._cache,)
+        return _SharedView, (self._cache, self._temperature)

@@ -65,6 +65,7 @@ class CachedTargets:
         negatives: Number of rows of samples outside the batch that come with it, by array of features.
         seed: Seed of the negatives.
         schedule: View of each epoch.
+        tail: How `kd` treats classes whose logits are not stored: `other` or `uniform`.
     """
 
     def __init__(
@@ -77,7 +78,9 @@ class CachedTargets:
         negatives: Mapping[str, int] | None = None,
         seed: int = 0,
         schedule: Schedule | None = None,
+        tail: str = "other",
     ) -> None:
+        self._tail = tail
         self._caches, self._sources, self._schedule = caches, sources, schedule or always(0)
         self._weights = weights
         self._labels_n = torch.from_numpy(known_column(caches[0], "labels"))
@@ -117,7 +120,7 @@ class CachedTargets:
             (cache.encoding, _tensors(source.rows(wanted)))
             for cache, source in zip(self._caches, self._sources, strict=True)
         ]
-        return batch._replace(soft_targets=SoftTargets(parts, self._weights))
+        return batch._replace(soft_targets=SoftTargets(parts, self._weights, tail=self._tail))
 
     def _draw_negatives(self, wanted: NDArray[np.int64]) -> dict[str, Tensor] | None:
         """Features of samples drawn from the whole cache, without those of the batch."""

@@ -28,7 +28,7 @@ from kdcache.data.dataset import as_indexed
 from kdcache.data.loader import BatchRequest, batch_loader
 from kdcache.data.preprocess import Preprocessor, as_preprocessor
 from kdcache.data.views import Views
-from kdcache.distill.objective import distillation_objective, label_objective, parse_objectives
+from kdcache.distill.objective import check_encoding, distillation_objective, label_objective, parse_objectives
 from kdcache.distill.student.composite_objective import CompositeObjective
 from kdcache.distill.student.join_checks import check_ensemble, check_join, inputs_all_checked
 from kdcache.distill.student.soft_targets import CachedTargets, DeviceSource
@@ -97,6 +97,10 @@ def train_student(
 
     used = used_in(config.epochs)
     check_ensemble(caches, used)
+    specs = parse_objectives(config.objective, config)
+    if config.distill:
+        for each in caches:
+            check_encoding(each.encoding, specs, config)
     views = Views(indexed, manifest.recipe, transform=augment)
     check_join(caches[0], views, used=used, verify_inputs=config.verify_inputs)
     if not views.recipe.is_plain(1):
@@ -227,6 +231,7 @@ def _open_targets(
         negatives=negatives,
         seed=config.seed,
         schedule=schedule,
+        tail=config.tail,
     )
     return sampler, targets
 

@@ -6,7 +6,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from typing import Any
 
@@ -22,19 +22,20 @@ from kdcache.data.determinism import check_rows, sampled_crc32c
 from kdcache.data.loader import Batch, batch_loader
 from kdcache.data.preprocess import Preprocessor
 from kdcache.distill.teacher.class_agreement import accuracy_lines
+from kdcache.distill.teacher.estimate import compare_encodings
 from kdcache.distill.teacher.plan import DumpPlan, DumpRequest, PreparedDump
-from kdcache.distill.teacher.teacher_pass import Rows
+from kdcache.distill.teacher.teacher_pass import HEAD_ERROR, Rows
 from kdcache.models.device import memory_errors
 from kdcache.models.teacher_outputs import check_stored_kind, looks_like_sigmoid
 from kdcache.store.cache import check_complete
-from kdcache.store.encodings.floats import LOGITS
+from kdcache.store.encodings.base import LOGITS
 from kdcache.store.ledger import Ledger
 from kdcache.store.local_paths import LocalPaths
 from kdcache.store.manifest import NONE, Manifest, OutputRecord, Preprocess, read_manifest, recorded_sha256
 from kdcache.store.repair import prepare_repair
 from kdcache.store.resume import ResumePolicy
+from kdcache.store.seal import commit_outputs, seal
 from kdcache.store.storage.registry import Location
-from kdcache.store.tally import Tally
 from kdcache.store.writer import SplitWriter
 
 # Shards that wait for the disk while the teacher computes the next one; more would only cost memory.
@@ -76,7 +77,7 @@ def plan_dump(
     add_views: int = 0,
     allow_device_change: bool = False,
 ) -> DumpPlan:
-    """Check that a dump can begin and tell what it would write; writes nothing. Arguments as for `dump_teacher`."""
+    """Check that a dump can begin, and what it would write; writes nothing. Arguments as for `dump_teacher`."""
     request = DumpRequest(
         teacher=teacher,
         dataset=dataset,
@@ -89,7 +90,8 @@ def plan_dump(
         outputs=outputs,
         policy=ResumePolicy(add_views=add_views, allow_device_change=allow_device_change),
     )
-    return PreparedDump(request).plan
+    prepared = PreparedDump(request)
+    return replace(prepared.plan, encodings=compare_encodings(prepared))
 
 
 def dump_teacher(
@@ -172,7 +174,7 @@ def _leave_finished(dump: PreparedDump, existing: Manifest) -> DumpResult:
     place = root.place(split)
     check_complete(place, existing, Ledger(root.below(split), existing))
     if read_manifest(root, split) != existing:
-        with SplitWriter(root, dump.manifest, dump.policy):
+        with SplitWriter(root, dump.manifest, dump.policy, encoding=dump.encoding):
             log(f"{place} has other terms of use now, and a new digest: {recorded_sha256(root, split)}")
     root.sweep()
     more = existing.views - existing.readable_views
@@ -190,7 +192,7 @@ def _write_split(dump: PreparedDump) -> DumpResult:
     place, existing = root.place(split), dump.plan.existing
     dataset = dump.views.dataset
     local = LocalPaths(dataset=dataset.name, data_root=dataset.data_root)
-    with SplitWriter(root, dump.manifest, dump.policy, local=local) as writer:
+    with SplitWriter(root, dump.manifest, dump.policy, encoding=dump.encoding, local=local) as writer:
         for change in writer.changes:
             log(f"{place}: change of {change.what}, recorded in the manifest: {change.after}")
         if dump.policy.repair:
@@ -200,14 +202,13 @@ def _write_split(dump: PreparedDump) -> DumpResult:
         rows, computed = dump.plan.rows, sum(len(writer.manifest.rows_of(shard)) for _, shard in pending)
         if computed < rows:
             log(f"{place}: {rows - computed:,} of {counted(rows, 'row')} are committed; continuing")
-        tally = Tally(writer)
         with (
             dump.teacher,
             memory_errors(dump.config.batch_size),
             Progress(f"dump {split}", rows, "rows", rows - computed) as progress,
         ):
-            _write_shards(dump, writer.manifest, tally, pending, progress)
-        manifest = tally.finish()
+            _write_shards(dump, writer, pending, progress)
+        manifest = seal(writer, dump.encoding)
     if dump.policy.repair and existing is not None and len(manifest.history) > len(existing.history):
         log(f"{place} has new rows, and a new digest: {recorded_sha256(root, split)}")
     return _result(dump, manifest, computed_rows=computed, seconds=time.perf_counter() - began)
@@ -224,9 +225,9 @@ def _result(dump: PreparedDump, manifest: Manifest, *, computed_rows: int, secon
     )
 
 
-def _write_shards(
-    dump: PreparedDump, manifest: Manifest, tally: Tally, pending: list[tuple[int, int]], progress: Progress
-) -> None:
+def _write_shards(dump: PreparedDump, writer: SplitWriter, pending: list[tuple[int, int]], progress: Progress) -> None:
+    manifest = writer.manifest
+    commit = partial(commit_outputs, writer, dump.encoding, max_kl=dump.config.max_kl)
     batches = ShardBatches(manifest, pending, dump.config.batch_size)
     network = dump.teacher.network
     loader = batch_loader(
@@ -251,11 +252,11 @@ def _write_shards(
                 progress.advance(len(batch.labels))
                 if in_flight and in_flight[0].done():
                     in_flight.popleft().result()
-            _check_shard(dump, view, rows, first=(view, shard) == pending[0])
+            _check_shard(dump, view, samples, rows, first=(view, shard) == pending[0])
             check_rows(dump.views, view, samples, rows["labels"], rows["input_crc32c"], sampled(view))
             while len(in_flight) >= SHARDS_IN_FLIGHT:
                 in_flight.popleft().result()
-            in_flight.append(pool.submit(tally.commit, view, shard, rows))
+            in_flight.append(pool.submit(commit, view, shard, rows))
         while in_flight:
             in_flight.popleft().result()
 
@@ -271,9 +272,11 @@ def _shard_batches(outputs: Iterator[tuple[Batch, Rows]], count: int) -> Iterato
         filled += len(batch.labels)
 
 
-def _check_shard(dump: PreparedDump, view: int, rows: Rows, *, first: bool) -> None:
+def _check_shard(dump: PreparedDump, view: int, samples: range, rows: Rows, *, first: bool) -> None:
     """Refuse rows of the other kind than said; of the first shard, report how they agree with the labels."""
     network, logits = dump.teacher.network, rows[LOGITS]
+    if dump.teacher.head is not None:
+        dump.teacher.head.check(rows[HEAD_ERROR], first_sample=samples.start)
     check_stored_kind(logits, network.outputs, narrow=network.narrow)
     if not first:
         return

@@ -15,7 +15,9 @@ from kdcache.data.versions import package_versions
 from kdcache.data.views import Views
 from kdcache.models.forward import ForwardPass
 from kdcache.models.registry import count_parameters, weights_sha256
-from kdcache.store.encodings.registry import encoding_named
+from kdcache.store.constants import constant_records
+from kdcache.store.encodings.base import Encoding
+from kdcache.store.facts import fact_names
 from kdcache.store.layout import build_arrays
 from kdcache.store.local_paths import portable_spec
 from kdcache.store.manifest import DatasetRecord, FeatureRecord, Manifest, TeacherRecord
@@ -26,6 +28,7 @@ def build_manifest(
     views: Views,
     teacher_name: str,
     config: DumpConfig,
+    encoding: Encoding,
     features: dict[FeatureRecord, tuple[int, ...]],
 ) -> Manifest:
     """The manifest of a dump, without its results.
@@ -37,8 +40,7 @@ def build_manifest(
     labels = dataset.labels()
     shard_rows, arrays = build_arrays(
         length=len(dataset),
-        encoding=encoding_named(config.encoding),
-        classes=len(dataset.classes),
+        encoding=encoding,
         features={feature.array: shape for feature, shape in features.items()},
         compression=config.compression,
         shard_rows=config.shard_rows,
@@ -64,7 +66,10 @@ def build_manifest(
         views=config.views,
         recipe=views.recipe,
         arrays=arrays,
-        encoding=config.encoding,
+        encoding=encoding.spec,
+        temperatures=encoding.temperatures,
+        constants=constant_records(encoding),
+        facts=fact_names(encoding),
         features=tuple(features),
         shard_rows=shard_rows,
         seed=config.seed,

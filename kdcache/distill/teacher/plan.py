@@ -16,9 +16,10 @@ from kdcache.data.determinism import check_deterministic
 from kdcache.data.preprocess import Preprocessor, as_preprocessor
 from kdcache.data.views import Views
 from kdcache.distill.teacher.dump_manifest import build_manifest
-from kdcache.distill.teacher.probe import TeacherProbe
+from kdcache.distill.teacher.probe import TeacherProbe, find_head
 from kdcache.distill.teacher.teacher_pass import TeacherPass
 from kdcache.models.device import move_to, resolve_device
+from kdcache.models.feature_hooks import PENULTIMATE
 from kdcache.models.forward import ForwardPass
 from kdcache.store.encodings.registry import encoding_named
 from kdcache.store.layout import predicted_bytes
@@ -97,6 +98,23 @@ class DumpRequest:
 
 
 @dataclass(frozen=True, kw_only=True)
+class EncodingEstimate:
+    """Size and loss of one encoding.
+
+    Attributes:
+        encoding: Spec of the encoding.
+        bytes_per_row: Bytes of the logits per row, before compression.
+        bytes: Bytes of the logits of the whole split, before compression.
+        mean_kl: Mean KL over the measured samples in nats, by temperature.
+    """
+
+    encoding: str
+    bytes_per_row: int
+    bytes: int
+    mean_kl: dict[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
 class DumpPlan:
     """What a dump would write.
 
@@ -107,6 +125,7 @@ class DumpPlan:
         shards: Shards of the split, over all views.
         bytes: Size of the arrays without compression; where views are added, of those alone.
         free_bytes: Free space where they would be stored; None where it is not known.
+        encodings: Size and loss of each encoding, as `plan_dump` measures them.
     """
 
     manifest: Manifest = field(repr=False)
@@ -115,6 +134,7 @@ class DumpPlan:
     shards: int
     bytes: int
     free_bytes: int | None
+    encodings: tuple[EncodingEstimate, ...] = ()
 
 
 class PreparedDump:
@@ -124,6 +144,7 @@ class PreparedDump:
         root: Storage of the cache.
         views: Views of the dataset.
         teacher: The teacher on its device.
+        encoding: Encoding of the logits, with its constants.
         manifest: Manifest of the split as this request would make it, without results.
         plan: What would be written.
     """
@@ -132,15 +153,21 @@ class PreparedDump:
         self.request, self.config, self.policy = request, request.config, request.policy
         self.root: Storage = open_storage(request.out)
         self.views = request.views
+        classes = len(request.samples.classes)
+        self.encoding = encoding_named(self.config.encoding, classes, self.config.temperatures)
         self.teacher = request.teacher_pass()
+        if self.encoding.source == PENULTIMATE:
+            self.teacher.head = find_head(self.teacher.network, self.views)
+            self.encoding = self.encoding.with_constants(self.teacher.head.constants)
         with self.teacher:
-            shapes = TeacherProbe(self.teacher, self.views, encoding_named(self.config.encoding)).run()
+            shapes = TeacherProbe(self.teacher, self.views, self.encoding).run()
         network = self.teacher.network
         self.manifest = build_manifest(
             network,
             self.views,
             request.teacher_name or type(request.teacher).__name__,
             self.config,
+            self.encoding,
             {feature: shapes[feature.array] for feature in self.teacher.features},
         )
         existing = find_dump(self.root, self.manifest, self.policy)

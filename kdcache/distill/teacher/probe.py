@@ -9,12 +9,28 @@ import numpy as np
 from kdcache.core.errors import ModelError
 from kdcache.data.loader import Batch, BatchRequest, batch_loader
 from kdcache.data.views import Views
-from kdcache.distill.teacher.teacher_pass import Rows, TeacherPass
+from kdcache.distill.teacher.head import Head
+from kdcache.distill.teacher.teacher_pass import HEAD_ERROR, Rows, TeacherPass
+from kdcache.models.device import evaluation_mode
+from kdcache.models.feature_hooks import PENULTIMATE
+from kdcache.models.forward import ForwardPass
 from kdcache.models.teacher_outputs import check_kind, check_same, to_logits
-from kdcache.store.encodings.base import Encoding
-from kdcache.store.encodings.floats import LOGITS, as_floats
+from kdcache.store.encodings.base import LOGITS, Encoding
+from kdcache.store.encodings.floats import as_floats
 
 _PROBED_SAMPLES = 2  # batch norm refuses a single one where it computes on a batch
+
+
+def find_head(network: ForwardPass, views: Views) -> Head:
+    """The last linear layer of a teacher, found on the first samples.
+
+    Raises:
+        ModelError, TeacherOutputError: as for `Head`.
+    """
+    request = BatchRequest(np.arange(min(_PROBED_SAMPLES, len(views))))
+    (batch,) = batch_loader(views, [request], preprocessor=network.preprocessor, device=network.device)
+    with evaluation_mode(network.module):
+        return Head(network, batch.inputs)
 
 
 class TeacherProbe:
@@ -61,9 +77,13 @@ class TeacherProbe:
 
     def _checked_shapes(self, rows: Rows, samples: int) -> dict[str, tuple[int, ...]]:
         for name, values in rows.items():
-            if name == LOGITS:
+            if name == HEAD_ERROR:
+                assert self._teacher.head is not None, "else there is no error"
+                self._teacher.head.check(values, first_sample=0)
+                continue
+            if name == self._encoding.source:
                 self._encoding.encode(values, first_sample=0)
-            else:
+            elif name not in (LOGITS, PENULTIMATE):
                 as_floats(values, self._encoding.feature_dtype, first_sample=0, name=name)
             if len(values) != samples:
                 raise ModelError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,9 @@ from kdcache.models.device import move_to, resolve_device
 from kdcache.models.forward import ForwardPass
 from kdcache.models.registry import weights_sha256
 from kdcache.store.cache import Cache
-from kdcache.store.encodings.floats import LOGITS
+from kdcache.store.encodings.base import LOGITS
+from kdcache.store.encodings.floats import FloatEncoding
+from kdcache.store.facts import kl, temperatures_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +36,8 @@ class Recomputed:
         sample: of it.
         view: of it.
         same_weights: whether the teacher's weights have the manifest's hash.
+        max_kl: Largest KL between a row's recomputed and stored logits, in nats, by temperature; empty for
+            encodings without loss.
     """
 
     rows: int
@@ -42,6 +46,7 @@ class Recomputed:
     sample: int
     view: int
     same_weights: bool
+    max_kl: dict[str, float] = field(default_factory=dict)
 
 
 def recompute_rows(
@@ -95,6 +100,9 @@ def recompute_rows(
         for request, batch in zip(requests, loader, strict=True):
             for array, output in teacher_pass(batch).items():
                 indices, view = request.indices, request.view
+                if array == LOGITS and not isinstance(cache.encoding, FloatEncoding):
+                    worst = _with_loss(worst, cache, indices, view, output)
+                    continue
                 stored = cache.rows(indices, view) if array == LOGITS else cache.reader.rows(array, view, indices)
                 differences = _differences(output, stored, array)
                 if not differences.max() <= worst.largest_difference:  # a NaN too
@@ -106,6 +114,16 @@ def recompute_rows(
                         view=request.view,
                     )
     return worst
+
+
+def _with_loss(worst: Recomputed, cache: Cache, indices: NDArray[np.int64], view: int, output: Tensor) -> Recomputed:
+    """The comparison so far, with the loss of the encoding on some rows."""
+    logits, losses = output.double().cpu().numpy(), dict(worst.max_kl)
+    for temperature in temperatures_of(cache.encoding):
+        stored = cache.rows(indices, view, temperature=temperature if cache.encoding.temperatures else None)
+        name = f"{temperature:g}"
+        losses[name] = max(losses.get(name, 0.0), float(kl(logits, stored, temperature).max()))
+    return replace(worst, max_kl=losses)
 
 
 def _differences(output: Tensor, stored: NDArray[Any], array: str) -> NDArray[np.float64]:

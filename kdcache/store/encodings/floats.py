@@ -9,9 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdcache.core.errors import TeacherOutputError
-from kdcache.store.encodings.base import Encoding, StoredArray
-
-LOGITS = "logits"
+from kdcache.store.encodings.base import LOGITS, Encoding, StoredArray
 
 
 class FloatEncoding(Encoding):
@@ -21,17 +19,43 @@ class FloatEncoding(Encoding):
         dtype: `float16`, `float32` or `float64`.
     """
 
-    def __init__(self, dtype: str) -> None:
+    def __init__(self, dtype: str, classes: int) -> None:
         self.spec = self.feature_dtype = dtype
+        self.classes = classes
 
-    def arrays(self, classes: int) -> tuple[StoredArray, ...]:
-        return (StoredArray(name=LOGITS, dtype=self.spec, row_shape=(classes,), row_names=("class",)),)
+    def arrays(self) -> tuple[StoredArray, ...]:
+        return (StoredArray(name=LOGITS, dtype=self.spec, row_shape=(self.classes,), row_names=("class",)),)
 
-    def encode(self, logits_nc: NDArray[Any], *, first_sample: int) -> dict[str, NDArray[Any]]:
-        return {LOGITS: as_floats(logits_nc, self.spec, first_sample=first_sample)}
+    def encode(self, values_nx: NDArray[Any], *, first_sample: int) -> dict[str, NDArray[Any]]:
+        return {LOGITS: as_floats(values_nx, self.spec, first_sample=first_sample)}
 
-    def decode(self, rows: Mapping[str, Any]) -> Any:
+    def decode(self, rows: Mapping[str, Any], *, temperature: float | None = None) -> Any:
         return rows[LOGITS]
+
+
+def as_bounded(values: NDArray[Any], largest: float, *, spec: str, first_sample: int, name: str) -> NDArray[np.float32]:
+    """Logits or features in float32.
+
+    Args:
+        values: (rows, width), floating point, of consecutive samples.
+        largest: Largest absolute value that can be stored.
+        spec: Name of the encoding, for messages.
+
+    Raises:
+        TeacherOutputError: a value is not finite, or larger.
+    """
+    floats = as_floats(values, "float32", first_sample=first_sample, name=name)
+    if len(floats) and (found := np.abs(floats).max()) > largest:
+        row, column = (int(n) for n in np.argwhere(np.abs(floats) == found)[0])
+        what = f"logit for sample {first_sample + row}, class {column}"
+        if name != LOGITS:
+            what = f"value {column} of {name} for sample {first_sample + row}"
+        raise TeacherOutputError(
+            f"the teacher's {what} is {floats[row, column]:g}",
+            f"at most {largest:g} in size for {spec}",
+            "dump with --encoding float32",
+        )
+    return floats
 
 
 def as_floats(values: NDArray[Any], dtype: str, *, first_sample: int, name: str = LOGITS) -> NDArray[Any]:

@@ -1,0 +1,142 @@
+"""Encoding of a shard's rows, and the results of a split once all its shards are committed."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kdcache.core.errors import TeacherOutputError
+from kdcache.store.chunk_reader import ChunkReader
+from kdcache.store.encodings.base import LOGITS, Encoding
+from kdcache.store.encodings.floats import as_floats
+from kdcache.store.encodings.registry import encoding_named
+from kdcache.store.facts import COUNTS, all_facts, fidelity_of, kl, measure_shard, temperatures_of
+from kdcache.store.manifest import NONE, ChangeRecord, Manifest, recorded_sha256
+from kdcache.store.writer import SplitWriter
+
+# From the smallest to the largest; what satisfies a bound is named from these.
+_ALTERNATIVES = ("quantized:4", "quantized:5", "quantized:6", "quantized:7", "quantized:8", "float16", "float32")
+
+
+def commit_outputs(
+    writer: SplitWriter,
+    encoding: Encoding,
+    view: int,
+    shard: int,
+    outputs: Mapping[str, NDArray[Any]],
+    *,
+    max_kl: float | None = None,
+) -> None:
+    """Encode the teacher's outputs for the samples of one shard, measure what is lost, and commit.
+
+    Args:
+        encoding: The split's encoding, with its constants.
+        outputs: By name: `logits`, features, and the encoding's source as the teacher computed them; `labels`,
+            `input_crc32c`.
+        max_kl: Largest mean KL at any temperature, in nats; None allows any.
+
+    Raises:
+        TeacherOutputError: a value that the encoding cannot hold, or a loss above `max_kl`.
+        StorageError: the storage refused.
+    """
+    manifest = writer.manifest
+    first = manifest.rows_of(shard).start
+    rows = encoding.encode(outputs[encoding.source], first_sample=first)
+    features = {
+        feature.array: as_floats(outputs[feature.array], encoding.feature_dtype, first_sample=first, name=feature.array)
+        for feature in manifest.features
+        if feature.array not in rows
+    }
+    others = {name: outputs[name] for name in ("labels", "input_crc32c")}
+    facts = measure_shard(encoding, outputs[LOGITS], rows, outputs["labels"]) if manifest.facts else None
+    if facts is not None and max_kl is not None:
+        _check_loss(encoding, outputs[LOGITS], facts, max_kl, writer, view, shard)
+    writer.commit(view, shard, {**rows, **features, **others}, facts)
+
+
+def _check_loss(
+    encoding: Encoding,
+    logits: NDArray[Any],
+    facts: NDArray[np.float64],
+    max_kl: float,
+    writer: SplitWriter,
+    view: int,
+    shard: int,
+) -> None:
+    """Refuse a shard whose loss is above a bound, naming the smallest encoding that satisfies it."""
+    measured = temperatures_of(encoding)
+    means = facts[len(COUNTS) :: 3]
+    if means.max() <= max_kl:
+        return
+    satisfying = "no encoding but float64"
+    for spec in _ALTERNATIVES:
+        other = encoding_named(spec, encoding.classes)
+        decoded = other.decode(other.encode(logits, first_sample=0))
+        if max(kl(logits, decoded, each).mean() for each in measured) <= max_kl:
+            satisfying = f"--encoding {spec}, the smallest that satisfies it on this shard,"
+            break
+    raise TeacherOutputError(
+        f"{encoding.spec} loses a mean KL of {means.max():.3g} at temperature {measured[int(means.argmax())]:g} in "
+        f"shard {shard} of view {view} of {writer.storage.url}",
+        f"at most {max_kl:g} (--max-kl)",
+        f"use {satisfying} with another --out, or raise --max-kl; the shards before it are committed",
+    )
+
+
+def seal(writer: SplitWriter, encoding: Encoding) -> Manifest:
+    """Finish a split whose shards are all committed: accuracy, fidelity, hash of the labels, and digests.
+
+    Raises:
+        CacheDamaged: finished rows came out otherwise than they were committed, and new bytes are not accepted.
+    """
+    writer.check_bytes()
+    manifest = writer.manifest
+    reader = ChunkReader(writer.storage, manifest, writer.ledger)
+    labels = reader.span("labels", 0, range(manifest.dataset.length))
+    facts = all_facts(writer.storage, manifest, range(manifest.views))
+    mixed = manifest.recipe.mix != NONE and not manifest.recipe.is_plain(0)
+    accuracy = None if mixed else _accuracy(reader, encoding, labels, None if facts is None else facts[0])
+    finished = replace(
+        manifest,
+        dataset=replace(
+            manifest.dataset, labels_sha256=hashlib.sha256(labels.astype("<i8", copy=False).tobytes()).hexdigest()
+        ),
+        teacher=replace(manifest.teacher, accuracy=accuracy),
+        view_sha256=tuple(writer.ledger.digest(view) for view in range(manifest.views)),
+        fidelity=() if facts is None else fidelity_of(facts, encoding),
+        changed_predictions=None if facts is None else int(facts[:, :, COUNTS.index("changed")].sum()),
+        history=(*manifest.history, *_new_bytes(writer)),
+    )
+    writer.finish(finished)
+    return finished
+
+
+def _accuracy(
+    reader: ChunkReader, encoding: Encoding, labels: NDArray[Any], facts_sx: NDArray[np.float64] | None
+) -> float:
+    """Top-1 accuracy of view 0: from the facts, or in older caches from the rows."""
+    manifest = reader.manifest
+    if facts_sx is not None:
+        return float(facts_sx[:, COUNTS.index("correct")].sum()) / manifest.dataset.length
+    correct = 0
+    for shard in range(manifest.shards):
+        rows = manifest.rows_of(shard)
+        encoded = {array.name: reader.span(array.name, 0, rows) for array in encoding.arrays()}
+        correct += int((encoding.decode(encoded).argmax(axis=1) == labels[rows.start : rows.stop]).sum())
+    return correct / manifest.dataset.length
+
+
+def _new_bytes(writer: SplitWriter) -> list[ChangeRecord]:
+    """The entry in the history for finished views whose rows were replaced by others."""
+    changed = writer.new_digests()
+    if not changed:
+        return []
+    before = {f"view {view}": old for view, (old, _) in changed.items()}
+    after = {f"view {view}": new for view, (_, new) in changed.items()}
+    before["manifest_sha256"] = recorded_sha256(writer.root, writer.manifest.dataset.split)
+    return [ChangeRecord(what="bytes", before=before, after=after | writer.compute)]
