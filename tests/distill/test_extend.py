@@ -277,7 +277,8 @@ def test_an_extension_that_dies_before_any_write_leaves_the_old_views(
 def test_a_new_view_is_on_disk_before_the_manifest_counts_it(extension_writes):
     names = [line for line in extension_writes if line.startswith("replace")]
     assert names[0] == names[-1] == "replace train/zarr.json.tmp"
-    assert set(names[1:4]) == {f"replace train/{name}/zarr.json.tmp" for name in ("logits", "input_crc32c", "ledger")}
+    arrays = ("logits", "input_crc32c", "ledger", "facts")
+    assert set(names[1:5]) == {f"replace train/{name}/zarr.json.tmp" for name in arrays}
     assert not [line for line in extension_writes if "c.zarr/train/labels" in line or "train/labels/c" in line]
 
 
