@@ -21,6 +21,7 @@ from kdcache.data.preprocess import Preprocessor
 from kdcache.data.raw_input import batch_crc32c
 from kdcache.data.token_cache import Sequences
 from kdcache.data.views import Views, as_views
+from kdcache.store.storage.object_store import has_done_io
 
 
 class BatchRequest(NamedTuple):
@@ -131,6 +132,8 @@ def batch_loader(
         collate_fn=_as_it_is,
         pin_memory=device.type == "cuda",
         persistent_workers=workers > 0,
+        # What a process that used an object store has open does not survive a fork.
+        multiprocessing_context="forkserver" if workers and has_done_io() else None,
         # Without one, each epoch draws a number from the global generator.
         generator=torch.Generator().manual_seed(0),
     )
