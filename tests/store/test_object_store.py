@@ -135,37 +135,12 @@ def test_dump_stop_continue_verify_repair_and_train(s3, tmp_path, compression):
     assert losses[2] == losses[3]
 
 
-KILLED = """
-import os, random, signal, sys, threading
-from tests.store.test_object_store import dump
-random.seed(int(sys.argv[2]))
-delay = random.uniform(0.0, float(sys.argv[3]))
-from kdcache.store.storage.object_store import ObjectStorage
-write, count = ObjectStorage.write, 0
-def counted(self, key, data):
-    global count
-    if count == 0:
-        threading.Timer(delay, os.kill, (os.getpid(), signal.SIGKILL)).start()
-    count += 1
-    write(self, key, data)
-ObjectStorage.write = counted
-dump(sys.argv[1])
-os.kill(os.getpid(), signal.SIGTERM)
-"""
-
-
-def test_a_dump_killed_at_random_instants_continues_to_the_same_store(s3, tmp_path):
-    dump(tmp_path / "c.zarr")
-    remote = f"{s3}/killed.zarr"
-    children = [
-        subprocess.run([sys.executable, "-c", KILLED, remote, str(seed), "0.25"], check=False, timeout=120)
-        for seed in range(2)
-    ]
-    codes = {child.returncode for child in children}
-    assert -9 in codes
-    assert codes <= {-9, -15}
-    dump(remote)
-    assert contents(remote) == contents(tmp_path / "c.zarr")
+def test_a_dump_killed_at_random_instants_continues_to_the_same_store(s3):
+    # In a process of its own, because dumps are forked from it, and this one has used an object store.
+    rounds = f"from tests.crashes import random_kills_at; print(random_kills_at({s3!r}, 2))"
+    done = subprocess.run([sys.executable, "-c", rounds], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "killed': " in done.stdout
 
 
 def test_the_commands_take_urls_and_keep_options_to_themselves(s3, s3_server, tmp_path, monkeypatch):
@@ -376,7 +351,7 @@ def test_what_is_not_transient_is_a_clear_error(failing, status, code, needed, r
         with pytest.raises(StorageError) as problem:
             use()
         assert "s3://bucket/c.zarr/x" in problem.value.found
-        assert code in problem.value.found
+        assert ("redirect" if status == 301 else code) in problem.value.found
         assert needed in problem.value.needed
         assert remedy in problem.value.remedy
         assert "what is committed is kept" in problem.value.remedy
