@@ -81,8 +81,8 @@ $(ALONE_RUN)/result.json: $(DUMPED) | $(READY)
 	$(KDCACHE) train-student --cache $(CACHE) $(SOURCE) --student $(STUDENT) --epochs $(EPOCHS) \
 		--no-distill --out $(ALONE_RUN) $(call resume,$(ALONE_RUN)) $(ARGS)
 
-test: $(READY) ## run the tests
-	$(BIN)/python -m pytest $(ARGS)
+test: $(READY) ## run the tests, on all cores
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile $(ARGS)
 
 lint: $(READY) ## style and types
 	$(BIN)/ruff check .

@@ -27,6 +27,7 @@ from kdcache.distill.student.train_student import train_student
 from kdcache.distill.teacher.dump import dump_teacher
 from kdcache.distill.teacher.live_teacher import LiveTargets
 from kdcache.distill.trainer import TrainResult, train
+from kdcache.distill.training_data import training_data
 from kdcache.models.build import build, dataset_preprocess, open_data
 from kdcache.models.checkpoints import read_checkpoint
 from kdcache.models.device import move_to, resolve_device
@@ -155,14 +156,8 @@ def measure(
             return train_student(student.module, dataset, cache, preprocess=student.preprocessor, config=config)
 
         def alone(objective: Objective, join: Join | None) -> TrainResult:
-            return train(
-                student.module,
-                dataset,
-                objective=objective,
-                preprocess=student.preprocessor,
-                config=config,
-                join=join,
-            )
+            data = training_data(dataset, student.preprocessor, config, join=join)
+            return train(student.module, data, objective=objective, config=config)
 
         ways: dict[str, Callable[[], TrainResult]] = {
             LABELS: lambda: alone(label_objective(config.label_smoothing), None),

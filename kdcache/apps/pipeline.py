@@ -41,6 +41,7 @@ from kdcache.distill.teacher.dump import dump_teacher as dump
 from kdcache.distill.teacher.dump import plan_dump
 from kdcache.distill.teacher.spot_check import recompute_rows
 from kdcache.distill.trainer import TrainResult, train
+from kdcache.distill.training_data import training_data
 from kdcache.models.build import build, check_classes, dataset_preprocess, describe, open_data, open_test
 from kdcache.models.checkpoints import fit_weights, load_weights, read_checkpoint
 from kdcache.models.device import evaluation_mode, floating_dtype
@@ -69,12 +70,12 @@ def train_teacher(settings: TrainTeacherArgs) -> Report:
     run = _run_folder("train-teacher", settings, built)
     description = describe(built, dataset)
     config = narrow(TrainConfig, settings)
+    # A new view of every sample in each epoch.
+    data = training_data(Views(dataset, recipe), built.preprocessor, config, schedule=lambda epoch: epoch)
     result = train(
         built.module,
-        Views(dataset, recipe),
-        schedule=lambda epoch: epoch,  # a new view of every sample in each epoch
+        data,
         objective=label_objective(config.label_smoothing),
-        preprocess=built.preprocessor,
         config=config,
         run=run,
         description=description,

@@ -5,7 +5,9 @@ from __future__ import annotations
 import pickle
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -19,9 +21,13 @@ from kdcache.core.plugins import current_folder_first
 from kdcache.data.dataset import IndexedDataset
 from kdcache.data.preprocess import Preprocessor
 from kdcache.data.raw_input import batch_crc32c
+from kdcache.data.soft_targets import SoftTargets
 from kdcache.data.token_cache import Sequences
 from kdcache.data.views import Views, as_views
 from kdcache.store.storage.object_store import has_done_io
+
+# Batches that are joined and pinned while the device computes.
+BATCHES_AHEAD = 2
 
 
 class BatchRequest(NamedTuple):
@@ -38,7 +44,7 @@ class BatchRequest(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Samples as a loader yields them. A named tuple, because the loader pins the memory of those by itself.
+    """Samples as a loader yields them.
 
     Attributes:
         inputs: Inputs (B, ...) after `Preprocessor.per_sample`; token ids are (B, longest).
@@ -47,7 +53,7 @@ class Batch(NamedTuple):
         input_crc32c: (B,) int64 holding uint32, of the shared inputs before any preprocessing; None unless asked for.
         partner_labels: Labels of the mixed-in samples, (B,) int64; None without mixing.
         mix_lambda: Weight of the sample in its mixed input, (B,) float32 from 0 to 1; None without mixing.
-        soft_targets: The teacher's logits (B, classes), if a cache was joined.
+        soft_targets: The teachers' logits of the samples, if a cache was joined.
         features: The teacher's features (B, ...) by array name, if an objective needs them.
         negatives: The teacher's features of other samples, (negatives, ...), by array name, likewise.
     """
@@ -58,7 +64,7 @@ class Batch(NamedTuple):
     input_crc32c: Tensor | None = None
     partner_labels: Tensor | None = None
     mix_lambda: Tensor | None = None
-    soft_targets: Tensor | None = None
+    soft_targets: SoftTargets | None = None
     features: dict[str, Tensor] | None = None
     negatives: dict[str, Tensor] | None = None
 
@@ -71,25 +77,27 @@ class Batch(NamedTuple):
 
     def to(self, device: torch.device) -> Batch:
         """The batch with what a step computes with on a device; the indices stay on the host."""
-        moved: dict[str, Any] = {}
-        for name in ("inputs", "labels", "partner_labels", "mix_lambda", "soft_targets"):
-            if (value := getattr(self, name)) is not None:
-                moved[name] = _to_device(value, device)
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> Batch:
+        """The batch in pinned memory: a copy from pageable memory waits for all that the device was asked to do before.
+
+        What is on a device already, such as the logits of an online teacher, stays there.
+        """
+        return self._map(lambda tensor: tensor.pin_memory() if tensor.device.type == "cpu" else tensor)
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        """The batch with every tensor changed that a step computes with."""
+        changed: dict[str, Any] = {}
+        for name in ("inputs", "labels", "partner_labels", "mix_lambda"):
+            if (tensor := getattr(self, name)) is not None:
+                changed[name] = change(tensor)
         for name in ("features", "negatives"):
-            if (values := getattr(self, name)) is not None:
-                moved[name] = {key: _to_device(value, device) for key, value in values.items()}
-        return self._replace(**moved)
-
-
-def _to_device(value: Tensor, device: torch.device) -> Tensor:
-    """Start copying a tensor to a device.
-
-    The loader pins what it yields; what is joined after it, such as soft targets, is pinned here, because a copy from
-    pageable memory waits for all that the device was asked to do before.
-    """
-    if device.type == "cuda" and value.device.type == "cpu":
-        value = value.pin_memory()  # itself, where it is pinned already
-    return value.to(device, non_blocking=True)
+            if (tensors := getattr(self, name)) is not None:
+                changed[name] = {key: change(tensor) for key, tensor in tensors.items()}
+        if self.soft_targets is not None:
+            changed["soft_targets"] = self.soft_targets.map(change)
+        return self._replace(**changed)
 
 
 class Batches(Protocol):
@@ -112,6 +120,7 @@ def batch_loader(
     preprocessor: Preprocessor,
     workers: int = 0,
     device: torch.device,
+    join: Callable[[Batch], Batch] | None = None,
 ) -> BatchLoader:
     """A loader of the given batches, in their order. Each `iter` of it asks `batches` for an epoch.
 
@@ -119,6 +128,7 @@ def batch_loader(
         dataset: Views of a dataset, or a dataset, of which only the plain view is read.
         workers: Number of persistent worker processes; 0 reads in this one, best for data in memory.
         device: Device for the batches, which are in pinned memory for CUDA.
+        join: Adds to each batch what this process holds of it, such as soft targets, before it is pinned.
 
     Raises:
         DatasetError: while iterating, a sample cannot be read or stacked, or a worker died.
@@ -127,10 +137,11 @@ def batch_loader(
     return BatchLoader(
         # A fresh preprocessor: workers have no use for constants that sit on a device.
         Fetcher(as_views(dataset), Preprocessor(preprocessor.record, preprocessor.tokenizer)),
-        batch_sampler=batches,  # type: ignore[arg-type]  # torch asks for lists, and only passes them on
+        batch_sampler=batches,
         num_workers=workers,
         collate_fn=_as_it_is,
-        pin_memory=device.type == "cuda",
+        device=device,
+        join=join,
         persistent_workers=workers > 0,
         # What a process that used an object store has open does not survive a fork.
         multiprocessing_context="forkserver" if workers and has_done_io() else None,
@@ -140,27 +151,49 @@ def batch_loader(
 
 
 class BatchLoader(DataLoader[Batch]):
-    """A DataLoader that raises a worker's KdcacheError as it was, instead of one whose text is a traceback."""
+    """A DataLoader that joins and pins its batches, and raises a worker's KdcacheError as it was.
+
+    With workers and a GPU, batches are joined and pinned by a thread while the GPU computes. Without workers this
+    process also augments, and a thread would draw from the random generators at the same time as the training step.
+    """
+
+    def __init__(
+        self, *args: Any, device: torch.device, join: Callable[[Batch], Batch] | None = None, **options: Any
+    ) -> None:
+        super().__init__(*args, **options)
+        self._device, self._join = device, join
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
         iterator = self._started()
-        while True:
-            try:
-                batch: Any = next(iterator)
-            except StopIteration:
-                return
-            except RuntimeError as problem:
-                # "Caught X in DataLoader worker process 0" is another message: an error that the worker raised.
-                if self.num_workers == 0 or not str(problem).startswith("DataLoader worker"):
-                    raise
-                raise DatasetError(
-                    f"a process that reads samples died: {problem}",
-                    "workers that live as long as the run",
-                    "see whether memory (or shared memory, /dev/shm) ran out, and try --workers 0",
-                ) from problem
-            if isinstance(batch, KdcacheError):
-                raise batch
-            yield batch
+        if self.num_workers == 0 or self._device.type != "cuda":
+            while (batch := self._next(iterator)) is not None:
+                yield batch
+            return
+        with ThreadPoolExecutor(1, initializer=torch.cuda.set_device, initargs=(_number(self._device),)) as pool:
+            coming = deque(pool.submit(self._next, iterator) for _ in range(BATCHES_AHEAD))
+            while (batch := coming.popleft().result()) is not None:
+                coming.append(pool.submit(self._next, iterator))
+                yield batch
+
+    def _next(self, iterator: Iterator[Any]) -> Batch | None:
+        """The next batch, ready for its step; None after the last one."""
+        try:
+            batch: Any = next(iterator, None)
+        except RuntimeError as problem:
+            # "Caught X in DataLoader worker process 0" is another message: an error that the worker raised.
+            if self.num_workers == 0 or not str(problem).startswith("DataLoader worker"):
+                raise
+            raise DatasetError(
+                f"a process that reads samples died: {problem}",
+                "workers that live as long as the run",
+                "see whether memory (or shared memory, /dev/shm) ran out, and try --workers 0",
+            ) from problem
+        if batch is None:
+            return None
+        if isinstance(batch, KdcacheError):
+            raise batch
+        ready: Batch = batch if self._join is None else self._join(batch)
+        return ready.pin_memory() if self._device.type == "cuda" else ready
 
     def _started(self) -> Iterator[Any]:
         """The iterator of torch, its workers running."""
@@ -223,6 +256,11 @@ class Fetcher(Dataset[Batch]):
             name = self.views.dataset.name
             inputs = _stack([self.preprocessor.per_sample(value) for value in inputs], indices, name)
         return Batch(inputs, labels, torch.from_numpy(indices), checksums, partner_labels, mix_lambda)
+
+
+def _number(device: torch.device) -> int:
+    """The GPU of a device; the current one where it has no number."""
+    return torch.cuda.current_device() if device.index is None else device.index
 
 
 def _as_it_is(batch: Any) -> Any:

@@ -12,7 +12,7 @@ class Board:
     """Writes the numbers of each epoch. Nothing is written before `begin`.
 
     Args:
-        folder: that TensorBoard is pointed at, or lies below.
+        folder: Log directory.
 
     Raises:
         MissingExtra: tensorboard is not installed.
@@ -24,13 +24,13 @@ class Board:
         self._writer: Any = None
 
     def begin(self, epochs_done: int) -> None:
-        """Go on after some epochs; what an earlier attempt wrote of later ones is hidden."""
+        """Continue after some epochs; entries of later epochs, by an earlier attempt, are hidden."""
         from torch.utils.tensorboard import SummaryWriter
 
         self._writer = SummaryWriter(str(self._folder), purge_step=epochs_done + 1)
 
     def add(self, entry: dict[str, Any]) -> None:
-        """The numbers of one epoch, as in `metrics.jsonl`."""
+        """Write the metrics of one epoch, as in `metrics.jsonl`."""
         for name, value in entry.items():
             if name != "epoch":
                 self._writer.add_scalar(name, value, entry["epoch"])

@@ -1,4 +1,4 @@
-"""Objectives: what a network is trained for. The table of losses, and specs of them as users write them."""
+"""Objectives: the table of losses, and their specs on the command line."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from kdcache.distill import losses
 
 
 class Objective(Protocol):
-    """What a network is trained for. The parameters of an objective that is a module are trained too."""
+    """The training objective. The parameters of an objective that is a module are trained too."""
 
     def __call__(self, logits_bc: Tensor, batch: Batch, epochs_done: float = 0.0) -> dict[str, Tensor]:
         """Scalars by name; `loss` is minimised, the others are logged.
@@ -39,12 +39,12 @@ class Join(Protocol):
         ...
 
     def __call__(self, batch: Batch) -> Batch:
-        """A batch with soft targets; called with each batch on the host, before its step."""
+        """A batch with soft targets; called by the loader with each batch on the host, in the order of the epoch."""
         ...
 
 
 def label_objective(label_smoothing: float) -> Objective:
-    """Cross entropy with the labels and nothing else."""
+    """Objective of training on labels alone."""
 
     def objective(logits_bc: Tensor, batch: Batch, epochs_done: float = 0.0) -> dict[str, Tensor]:
         return {"loss": label_loss(logits_bc, batch, label_smoothing=label_smoothing)}
@@ -57,7 +57,7 @@ def distillation_objective(config: StudentConfig) -> Objective:
 
     def objective(logits_bc: Tensor, batch: Batch, epochs_done: float = 0.0) -> dict[str, Tensor]:
         assert batch.soft_targets is not None, "distillation needs joined batches"
-        soft = losses.kd(logits_bc, batch.soft_targets, temperature=config.temperature)
+        soft = losses.kd(logits_bc, batch.soft_targets.logits(), temperature=config.temperature)
         hard = label_loss(logits_bc, batch, label_smoothing=config.label_smoothing)
         return {"loss": config.alpha * soft + (1 - config.alpha) * hard, "kd": soft, "cross_entropy": hard}
 
@@ -73,7 +73,7 @@ def label_loss(logits_bc: Tensor, batch: Batch, *, label_smoothing: float = 0.0)
     )
 
 
-# Arguments of losses, by what they are; a loss names those that it takes in their order.
+# Kinds of positional arguments of losses.
 STUDENT, TEACHER, LABELS, BATCH, NEGATIVES = "student", "teacher", "labels", "batch", "negatives"
 
 Shape = tuple[int, ...]
@@ -81,7 +81,7 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Loss:
-    """A loss by name, and all that it needs.
+    """A loss and what it needs.
 
     Attributes:
         function: Pure function of tensors; its keyword-only parameters are the options of its spec.
@@ -159,7 +159,7 @@ LOSSES: dict[str, Loss] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ObjectiveSpec:
-    """One term of the objective, as it was asked for.
+    """One term of the objective, as given on the command line.
 
     Attributes:
         name: Key of `LOSSES`.
@@ -185,7 +185,7 @@ class ObjectiveSpec:
 
 
 def parse_objectives(specs: Sequence[str], config: StudentConfig) -> list[ObjectiveSpec]:
-    """The terms that `NAME[:key=value,…]` name.
+    """Terms of an objective, from specs `NAME[:key=value,…]`.
 
     Args:
         config: Its temperature is that of losses without a default, its `student_layer` that of losses of features.

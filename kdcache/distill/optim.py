@@ -1,4 +1,4 @@
-"""Optimisers, learning-rate schedules and averages of weights, from a config."""
+"""Optimisers, learning-rate schedules and weight averaging, from a config."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from kdcache.models.feature_hooks import copy_module
 
 
 class _Eager(torch.optim.Optimizer):
-    """An optimiser without the wrappers that torch puts around these methods for `torch.compile`.
+    """An optimiser without torch's wrappers for `torch.compile` around its methods.
 
     Their first call imports torch's compiler, sympy and much else: as long again as `import torch`, in every run, for
     a step that is never compiled here.
@@ -52,7 +52,7 @@ class _AdamW(_Eager, torch.optim.AdamW):
 
 
 def build_optimizer(given: Iterable[nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
-    """The optimiser that a config names, over those of the given parameters that train."""
+    """The optimiser of a config, over the parameters that require gradients."""
     parameters = [parameter for parameter in given if parameter.requires_grad]
     # One fused kernel a step instead of several for each parameter; not every device has it.
     options: dict[str, Any] = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
@@ -65,7 +65,7 @@ def build_optimizer(given: Iterable[nn.Parameter], config: TrainConfig) -> torch
 
 
 def learning_rate_factor(config: TrainConfig, step: int, steps_an_epoch: int) -> float:
-    """What the learning rate is multiplied by at a step, counted from 0."""
+    """Factor of the learning rate at a step, counted from 0."""
     warmup = config.warmup_epochs * steps_an_epoch
     if step < warmup:
         return (step + 1) / (warmup + 1)
@@ -98,7 +98,7 @@ class AveragedWeights(nn.Module):
 
     @torch.no_grad()
     def update(self, source: nn.Module) -> None:
-        """Let the average follow the source by one step; the first one copies it."""
+        """Update the average by one step; the first one copies the source."""
         pairs = zip(_tensors(self.module), _tensors(source), strict=True)
         if self.n_averaged == 0:
             for average, value in pairs:

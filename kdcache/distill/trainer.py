@@ -5,37 +5,33 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from kdcache.core import rng
 from kdcache.core.config import TrainConfig
-from kdcache.core.errors import KdcacheError, ModelError, TrainingDiverged, UsageError
+from kdcache.core.errors import KdcacheError, ModelError, TrainingDiverged
 from kdcache.core.plugins import describe
 from kdcache.core.progress import Progress, log
 from kdcache.core.run_dir import RunFolder
-from kdcache.data.batch_sampler import EpochBatches, samples_record, split_validation
-from kdcache.data.dataset import IndexedDataset
 from kdcache.data.loader import Batch, batch_loader
-from kdcache.data.preprocess import Preprocessor, as_preprocessor
-from kdcache.data.views import Views, as_views
-from kdcache.distill.objective import Join, Objective, objective_parameters
+from kdcache.distill.objective import Objective, objective_parameters
 from kdcache.distill.optim import AveragedWeights, build_optimizer, learning_rate_factor
-from kdcache.distill.run_state import RunState, Stateful
+from kdcache.distill.run_state import Description, RunState, Stateful
+from kdcache.distill.training_data import TrainingData
 from kdcache.models.device import autocast, floating_dtype, memory_errors, move_to, resolve_device, seeded, synchronize
 from kdcache.models.evaluate import evaluate_model
 from kdcache.models.forward import output_logits
-from kdcache.store.manifest import NONE, Preprocess
-from kdcache.store.sampler import ExactSampler, Sampler, Schedule
 
 # How many steps may pass before a loss that is not finite is noticed: looking at every one would stall a GPU.
 CHECK_EVERY_STEPS = 64
 # Below this scale of the loss no float16 gradient overflows because of the scale: it is the network that is not finite.
 SMALLEST_SCALE = 2.0**-24
+
+# Called with the number of a step, from 0, and the objective's scalars.
+OnStep = Callable[[int, dict[str, Tensor]], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,8 +39,8 @@ class TrainResult:
     """What a training run left.
 
     Attributes:
-        epochs: one entry an epoch, as in `metrics.jsonl`.
-        module: the trained network, with averaged weights where asked, on the device.
+        module: The trained network, with averaged weights where asked, on the device.
+        epochs: Metrics of each epoch, as in `metrics.jsonl`.
     """
 
     module: nn.Module
@@ -58,99 +54,58 @@ class TrainResult:
 
 def train(
     module: nn.Module,
-    dataset: IndexedDataset | Views,
+    data: TrainingData,
     *,
     objective: Objective,
-    preprocess: Preprocess | Preprocessor,
     config: TrainConfig,
-    sampler: Sampler | None = None,
-    validation_indices: NDArray[np.int64] | None = None,
-    schedule: Schedule | None = None,
-    join: Join | None = None,
-    verify_inputs: str = "off",
     run: RunFolder | None = None,
-    description: dict[str, Any] | Callable[[int], dict[str, Any]] | None = None,
-    on_step: Callable[[int, dict[str, Tensor]], None] | None = None,
+    description: dict[str, Any] | Description | None = None,
+    on_step: OnStep | None = None,
 ) -> TrainResult:
     """Train a network in place.
 
     Args:
-        dataset: its views, or itself, of which the plain one is used.
-        sampler: Order of the samples in each epoch; None shuffles what `config.val_fraction` leaves of the dataset.
-        validation_indices: samples that choose the best epoch, (n,); given together with `sampler`.
-        schedule: the view of each epoch; None always takes view 0.
-        join: puts soft targets to each batch.
-        verify_inputs: which batches come to the join with the checksums of their inputs: `all`, `sample` or `off`.
-        run: where metrics and checkpoints go, and where a state to continue from may lie; None keeps nothing.
-        description: plain values put into every checkpoint, so that it can be rebuilt and judged alone, and compared
+        run: Folder for metrics and checkpoints, which may hold a state to continue from; None keeps nothing.
+        description: Plain values put into every checkpoint, so that it can be rebuilt and evaluated alone, and compared
             when a run is resumed; or a function that gives those of a run of so many epochs.
-        on_step: called after each step with its number, from 0, and the objective's scalars.
+        on_step: Called after each step with its number, from 0, and the objective's scalars.
 
     Raises:
         TrainingDiverged: a loss or, under fp16, a gradient is not finite; the checkpoints of finished epochs stay.
         ModelError: the network raises an exception of its own in a step.
         CacheBusy: another process trains into the run's folder.
     """
-    described = description if callable(description) else lambda epochs: description or {}
-    if sampler is None:
-        samples = np.arange(len(dataset))
-        train_indices, validation_indices = split_validation(samples, config.val_fraction, config.seed)
-        sampler = ExactSampler(train_indices, config.seed)
-        described = _with_samples(described, samples)
-    views = as_views(dataset)
-    views.probe()
-    if views.recipe.mix != NONE and validation_indices is not None and len(validation_indices):
-        raise UsageError(
-            f"--val-fraction is {config.val_fraction:g}, and inputs are mixed ({views.recipe.mix}) with any sample, "
-            "also with those held out",
-            "--val-fraction 0 with mixed inputs",
-            "leave out --val-fraction; the last epoch is then the result",
-        )
-    batches = EpochBatches(sampler, config.batch_size, schedule=schedule, verify_inputs=verify_inputs)
-    state = RunState(run, described, config)
-    if validation_indices is None:
-        validation_indices = np.empty(0, np.int64)
-    feed = Feed(views, batches, join, as_preprocessor(preprocess), validation_indices)
-    return _Loop(module, feed, objective, config, state, on_step).run()
+    data.views.probe()
 
+    def described(epochs: int) -> dict[str, Any]:
+        values = description(epochs) if callable(description) else description
+        return {**(values or {}), "samples": data.record}
 
-def _with_samples(
-    described: Callable[[int], dict[str, Any]], samples: NDArray[np.int64]
-) -> Callable[[int], dict[str, Any]]:
-    return lambda epochs: {**described(epochs), "samples": samples_record(samples)}
-
-
-class Feed(NamedTuple):
-    """Where the batches of a run come from.
-
-    Attributes:
-        validation_indices: Samples that choose the best epoch, (n,); empty where the last one is the result.
-    """
-
-    views: Views
-    batches: EpochBatches
-    join: Join | None
-    preprocessor: Preprocessor
-    validation_indices: NDArray[np.int64]
+    return _Loop(module, data, objective, config, RunState(run, described, config), on_step).run()
 
 
 class _Loop:
     def __init__(
         self,
         module: nn.Module,
-        feed: Feed,
+        data: TrainingData,
         objective: Objective,
         config: TrainConfig,
         state: RunState,
-        on_step: Callable[[int, dict[str, Tensor]], None] | None = None,
+        on_step: OnStep | None = None,
     ) -> None:
-        self.feed, self.objective, self.config, self.state, self.on_step = feed, objective, config, state, on_step
+        self.data, self.objective, self.config, self.state, self.on_step = data, objective, config, state, on_step
         self.device = resolve_device(config.device)
         self.module = move_to(module, self.device)
         self.dtype = floating_dtype(module)
-        self.batches = feed.batches
+        self.batches = data.batches(config.batch_size)
         self.loader = batch_loader(
-            feed.views, feed.batches, preprocessor=feed.preprocessor, workers=config.workers, device=self.device
+            data.views,
+            self.batches,
+            preprocessor=data.preprocessor,
+            workers=config.workers,
+            device=self.device,
+            join=data.join,
         )
         self.parameters = [*module.parameters(), *objective_parameters(objective)]
         self.optimizer = build_optimizer(self.parameters, config)
@@ -195,7 +150,7 @@ class _Loop:
                 improved = self._validate(entry, last=epoch + 1 == epochs)
                 self.state.add(entry, improved=improved, result=self.result_module, parts=self.parts)
                 # A teacher that augments counts views only to draw anew in each epoch.
-                log(_line(entry, epochs, hidden=() if self.feed.join else ("view",)))
+                log(_line(entry, epochs, hidden=() if self.data.join else ("view",)))
         return TrainResult(module=self.result_module, epochs=self.state.history)
 
     def _after_restore(self) -> None:
@@ -238,7 +193,7 @@ class _Loop:
         means = {name: float(values.mean()) for name, values in seen.items()}
         return {
             "epoch": epoch + 1,
-            **({} if self.feed.views.recipe.is_plain(1) else {"view": self.batches.view}),
+            **({} if self.data.views.recipe.is_plain(1) else {"view": self.batches.view}),
             **means,
             "train_accuracy": int(correct) / samples,
             "learning_rate": self.learning_rate,
@@ -249,13 +204,13 @@ class _Loop:
         if epoch == self.batches.epoch:
             return
         self.batches.epoch = epoch
-        if self.feed.join is not None:
-            self.feed.join.start_epoch(epoch)
+        if self.data.join is not None:
+            self.data.join.start_epoch(epoch)
 
     def _step(self, batch: Batch, epoch: int, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """One step; returns how many samples of the batch were right, and the objective's scalars."""
-        batch = (self.feed.join(batch) if self.feed.join else batch).to(self.device)
-        inputs = self.feed.preprocessor.per_batch(batch.inputs, self.dtype)
+        batch = batch.to(self.device)
+        inputs = self.data.preprocessor.per_batch(batch.inputs, self.dtype)
         try:
             with autocast(self.device, self.config.amp):
                 logits = output_logits(self.module(inputs))
@@ -321,14 +276,14 @@ class _Loop:
 
     def _validate(self, entry: dict[str, Any], *, last: bool) -> bool:
         """Whether this epoch's weights are the best so far; without a validation part the last epoch's are."""
-        if not len(self.feed.validation_indices):
+        if not len(self.data.validation_indices):
             return last
         entry["val_accuracy"] = evaluate_model(
             self.result_module,
-            self.feed.views.dataset,
-            preprocess=self.feed.preprocessor,
+            self.data.views.dataset,
+            preprocess=self.data.preprocessor,
             config=self.config,
-            indices=self.feed.validation_indices,
+            indices=self.data.validation_indices,
         ).accuracy
         improved = bool(entry["val_accuracy"] > self.state.best)
         self.state.best = max(self.state.best, entry["val_accuracy"])

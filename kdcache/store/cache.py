@@ -221,7 +221,7 @@ def _reopen(root: Storage, split: str, allow_partial: bool, chunk_cache: ChunkCa
 
 
 def check_complete(place: str, manifest: Manifest, ledger: Ledger) -> None:
-    """Refuse a split that lacks rows, or whose ledger is not the one that the manifest answers for.
+    """Refuse a split that lacks rows, or whose ledger does not have the digests of the manifest.
 
     Raises:
         CacheIncomplete: its dump has not finished.

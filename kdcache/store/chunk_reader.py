@@ -1,4 +1,4 @@
-"""Reading chunks that the ledger names: each is checked before any of it is used."""
+"""Reading chunks that the ledger names; each is checked before it is used."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class ChunkReader:
         self.storage, self.manifest, self.ledger, self.chunk_cache = storage, manifest, ledger, chunk_cache
 
     def rows(self, name: str, view: int, indices: NDArray[np.int64]) -> NDArray[Any]:
-        """Some rows of an array, (n, *row_shape), in the order asked.
+        """Some rows of an array, (n, *row_shape), in the order of `indices`.
 
         Raises:
             IndexError: an index or the view is out of range.
@@ -232,6 +232,6 @@ def check_indices(indices: NDArray[np.int64], length: int) -> None:
     Raises:
         IndexError: with the range that was asked for.
     """
-    # Seen as unsigned, a negative index is larger than any length: one pass instead of two.
+    # As an unsigned integer, a negative index is larger than any length: one pass instead of two.
     if indices.size and indices.view(np.uint64).max() >= length:
         raise IndexError(f"sample indices run from {indices.min()} to {indices.max()}; the cache has {length} samples")

@@ -1,4 +1,4 @@
-"""What a cache is of and how runs compare, for a person and for a program; needs no torch."""
+"""The reports of `kdcache inspect` and `kdcache verify`, as text and as data; needs no torch."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from kdcache.store.verify import SplitReport, verify_split
 
 
 def inspect_cache(location: Location) -> Report:
-    """The manifests of a cache's splits with what is committed of each: as data and as text.
+    """Manifest and progress of each split of a cache.
 
     Raises:
         CacheNotFound, CacheDamaged: the cache cannot be read.
@@ -42,7 +42,7 @@ def inspect_cache(location: Location) -> Report:
 
 
 def verify_cache(location: Location, splits: Sequence[str] = ()) -> Report:
-    """Check every byte of some splits, or of all: as data and as text, with exit code 3 where something is wrong.
+    """Check every byte of some splits, or of all; exit code 3 where something is wrong.
 
     Raises:
         CacheNotFound: no cache there, or not one of these splits.

@@ -1,4 +1,4 @@
-"""Rows, chunks and shards: how a split's arrays are cut, where their files lie, and their Zarr metadata."""
+"""Layout of a split: sizes of chunks and shards, keys, and Zarr metadata."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ from kdcache.core.specs import number, split_spec
 from kdcache.store.encodings.base import Encoding, StoredArray
 from kdcache.store.manifest import ArrayRecord, Manifest
 
-# A chunk is what is read, checked and decoded at once, a shard what is written and committed at once. Beyond these
-# sizes larger ones gain nothing in speed and cost memory: the reader holds several chunks, the writer several shards.
+# Larger chunks and shards gain no speed and cost memory: the reader holds several chunks, the writer several shards.
 CHUNK_ROWS, CHUNK_BYTES = 1024, 2 << 20
 SHARD_ROWS, SHARD_BYTES = 16384, 64 << 20
 
@@ -108,7 +107,7 @@ def shard_key(array: ArrayRecord, view: int, shard: int) -> str:
 
 
 def fill_value(dtype: str) -> float | int:
-    """What a missing row reads as in other Zarr readers: something that no row holds, where there is such a value."""
+    """What other Zarr readers return for a missing row: a value that no row has, where the dtype has one."""
     kind = np.dtype(dtype).kind
     return math.nan if kind == "f" else LABEL_FILL if kind == "i" else 0
 
@@ -156,8 +155,8 @@ def zarr_array_options(manifest: Manifest, array: ArrayRecord) -> dict[str, Any]
 def zstd_level(compression: str) -> int | None:
     """The level in `zstd:LEVEL`; None for `none`.
 
-    zstd comes in Blosc's frame, the bytes of equal rank put together first: half of a logit's bytes compress and half
-    do not, and kept apart they take 7 % less room and half the time to decode.
+    Compressed by Blosc with byte shuffle: half of a logit's bytes compress and half do not, and shuffled they take 7 %
+    less space and half the time to decode.
 
     Raises:
         UsageError: neither.

@@ -1,4 +1,4 @@
-"""Paths of the machine that made a cache. They help to find the data there again, and are no part of what is hashed."""
+"""Paths of the machine that made a cache, kept beside the manifest and not part of its hash."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _FOLDERS = ("folder", "text-folder")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LocalPaths:
-    """Where a split's dataset was when it was dumped.
+    """Location of a split's dataset at the time of the dump.
 
     Attributes:
         dataset: spec of the dataset, with the path of a folder.
@@ -28,7 +28,7 @@ class LocalPaths:
     data_root: str | None = None
 
     def attribute(self) -> dict[str, Any]:
-        """What stands beside the manifest and its sha256 in the group's attribute."""
+        """Entry beside the manifest in the group's attribute."""
         return {LOCAL: {"dataset": self.dataset, "data_root": self.data_root}}
 
 
@@ -46,7 +46,7 @@ def portable_spec(spec: str) -> str:
 
 
 def portable(manifest: Manifest) -> Manifest:
-    """A manifest as today's version writes it: without paths, and with the name of its encoding."""
+    """A manifest in the current form: without paths, and with the name of its encoding."""
     return replace(
         manifest,
         encoding=encoding_of(manifest).spec,
@@ -56,7 +56,7 @@ def portable(manifest: Manifest) -> Manifest:
 
 
 def read_local(group: Storage, manifest: Manifest) -> LocalPaths:
-    """Where the dataset of a split was: as recorded beside the manifest, or inside one by an older version.
+    """Recorded location of a split's dataset: beside the manifest, or inside one by an older version.
 
     Nothing checks these paths, so a recorded spec counts only where it is one of the manifest's dataset.
     """

@@ -1,7 +1,7 @@
-"""What a cache is of. One manifest a split, kept as JSON in the attributes of the split's Zarr group, with its sha256.
+"""Provenance manifest: one per split, as JSON in the attributes of the split's Zarr group, with its sha256.
 
 The manifest is the root of trust: it carries the digest of each finished view's ledger, the ledger carries the crc32c
-of every chunk, and so one hash answers for every byte of a finished split.
+of every chunk, and so one hash covers every byte of a finished split.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ ROOT_MARK = {"cache": 1}
 _REMEDY = "run the dump-teacher command that made it with --repair, or restore the file from a copy"
 _SPLIT_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
-# What may differ between two runs of one dump: results, hints and circumstances, not settings. The device is compared
-# where rows are to be added (see target.py), and the terms of use may change without another dump.
+# Fields that may differ between two runs of one dump. The device is compared where rows are added (see resume.py), and
+# license and citation may change without another dump.
 NOT_IDENTITY = frozenset(
     {"views", "view_sha256", "dataset.data_root", "teacher.accuracy", "device", "batch_size"}
     | {"versions.cpu", "versions.python", "compute", "license", "citation", "history"}
@@ -37,20 +37,20 @@ NONE = "none"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Preprocess:
-    """The deterministic way from a shared input to what one network takes.
+    """Deterministic preprocessing from a shared input to the input of one network.
 
     Attributes:
-        resize: length of the shorter side after resizing, in pixels; None keeps the size.
-        stretch: whether both sides get the length `resize`, whatever the image's aspect ratio.
-        crop: side of the centre square kept after resizing, in pixels; None keeps everything.
-        interpolation: how pixels are resampled: `nearest`, `bilinear` or `bicubic`.
-        antialias: whether resampling smooths first.
-        mean: per channel, subtracted after scaling uint8 to [0, 1]; empty subtracts nothing.
-        std: per channel, divided by; as long as `mean`.
-        max_tokens: of a sequence of token ids: longer ones are cut, shorter ones filled; None for what is no sequence.
-        pad_id: the token that fills them.
-        vocabulary_size: token ids are below it; given with `max_tokens`.
-        tokenizer_sha256: of the tokenizer that makes token ids of text; empty where samples are token ids already.
+        resize: Length of the shorter side after resizing, in pixels; None keeps the size.
+        stretch: Whether both sides get the length `resize`, whatever the image's aspect ratio.
+        crop: Side of the centre square kept after resizing, in pixels; None keeps everything.
+        interpolation: Resampling method: `nearest`, `bilinear` or `bicubic`.
+        antialias: Whether resampling is antialiased.
+        mean: Mean per channel, subtracted after scaling uint8 to [0, 1]; empty subtracts nothing.
+        std: Standard deviation per channel, the divisor; as long as `mean`.
+        max_tokens: Length of token sequences: longer ones are truncated, shorter ones padded; None for other inputs.
+        pad_id: Token id of the padding.
+        vocabulary_size: Upper bound of token ids, exclusive; given with `max_tokens`.
+        tokenizer_sha256: Hash of the tokenizer; empty where samples are token ids already.
     """
 
     resize: int | None = None
@@ -87,16 +87,16 @@ class Preprocess:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DatasetRecord:
-    """Which samples, in which order.
+    """Identity of a dataset split: its samples and their order.
 
     Attributes:
-        name: the dataset's spec without the path of a machine, such as `mnist` or `folder:images`.
-        classes: class names; a label is a position in this tuple.
-        input_dtype: of the shared input, such as `uint8`.
-        input_shape: of one shared input, channels first; None where samples differ in size.
-        sample_sha256: fingerprint of a keyed sample of the shared inputs (indices, shapes and bytes).
-        labels_sha256: fingerprint of all labels as little-endian int64; None until all are known.
-        data_root: of manifests by older versions: where the dump found the data. Today it is in `LocalPaths`.
+        name: Spec of the dataset without the path of a machine, such as `mnist` or `folder:images`.
+        classes: Class names; a label is a position in this tuple.
+        input_dtype: Dtype of the shared input, such as `uint8`.
+        input_shape: Shape of one shared input, channels first; None where samples differ in size.
+        sample_sha256: Fingerprint of a keyed sample of the shared inputs (indices, shapes and bytes).
+        labels_sha256: Fingerprint of all labels as little-endian int64; None until all are known.
+        data_root: Folder of the data, in manifests by older versions; now in `LocalPaths`.
     """
 
     name: str
@@ -120,11 +120,11 @@ class DatasetRecord:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OutputRecord:
-    """From what a teacher returns to logits of the dataset's classes.
+    """Conversion of a teacher's outputs to logits of the dataset's classes.
 
     Attributes:
-        kind: what it returns: `logits`, or `probabilities`, of which the logarithm is taken.
-        columns: column of the teacher's output for each class of the dataset; empty where its outputs are the
+        kind: `logits`, or `probabilities`, of which the logarithm is taken.
+        columns: Column of the teacher's output for each class of the dataset; empty where its outputs are the
             dataset's classes in their order.
     """
 
@@ -140,15 +140,15 @@ class OutputRecord:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TeacherRecord:
-    """Who answered.
+    """Identity of the teacher.
 
     Attributes:
-        spec: what built it, without the path of a machine.
-        weights_sha256: hash of names, shapes, dtypes and bytes of the weights.
-        parameters: number of parameters.
-        accuracy: top-1 accuracy on the dumped split's view 0, 0 to 1; None until the dump is complete, and where view 0
+        spec: Name that it was built from, without the path of a machine.
+        weights_sha256: Hash of names, shapes, dtypes and bytes of the weights.
+        parameters: Number of parameters.
+        accuracy: Top-1 accuracy on the dumped split's view 0, 0 to 1; None until the dump is complete, and where view 0
             is mixed and has no one label.
-        outputs: how its outputs became logits of the dataset's classes.
+        outputs: Conversion of its outputs to logits of the dataset's classes.
     """
 
     spec: str
@@ -161,15 +161,15 @@ class TeacherRecord:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ViewRecipe:
-    """How the shared input of (view, sample) is made of plain samples. By default it is the plain sample.
+    """Recipe of the shared input of (view, sample) from plain samples. The default is the plain sample.
 
     Attributes:
-        augment: spec of the augmentation, such as `affine`; `none` leaves samples as they are.
-        parameters: of the augmentation, by dotted name, as text; two that differ are two augmentations.
-        mix: `none`, `mixup:ALPHA`, `cutmix:ALPHA` or `uniform`.
-        seed: with view and index, all that the augmentation and the mixing are drawn from.
-        plain_view: whether view 0 is the plain sample nevertheless.
-        input_shape: of one augmented input, channels first; None where they differ in size.
+        augment: Spec of the augmentation, such as `affine`; `none` leaves samples as they are.
+        parameters: Parameters of the augmentation by dotted name, as text.
+        mix: Mixing of samples: `none`, `mixup:ALPHA`, `cutmix:ALPHA` or `uniform`.
+        seed: Seed that, with view and index, determines augmentation and mixing.
+        plain_view: Whether view 0 is the plain sample.
+        input_shape: Shape of one augmented input, channels first; None where they differ in size.
     """
 
     augment: str = NONE
@@ -186,16 +186,16 @@ class ViewRecipe:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ArrayRecord:
-    """One array of a split and how it is stored.
+    """Layout of one array of a split.
 
     Attributes:
-        name: of the Zarr array.
-        dtype: stored, as numpy spells it without byte order: `float16`, `int64`, …; always little-endian on disk.
-        row_shape: shape of one row: (C,) for logits, () for labels.
-        row_names: dimension names of `row_shape`.
-        chunk_rows: rows of one chunk, the unit that is read, checked and decoded whole.
-        per_view: whether each view has rows of its own (logits) or all views share them (labels).
-        compression: `none` or `zstd:LEVEL`.
+        name: Name of the Zarr array.
+        dtype: Stored dtype by numpy's name, without byte order: `float16`, `int64`, …; always little-endian on disk.
+        row_shape: Shape of one row: (C,) for logits, () for labels.
+        row_names: Dimension names of `row_shape`.
+        chunk_rows: Rows per chunk, the unit that is read, checked and decoded whole.
+        per_view: Whether each view has rows of its own (logits) or all views share them (labels).
+        compression: Compression: `none` or `zstd:LEVEL`.
     """
 
     name: str
@@ -209,12 +209,12 @@ class ArrayRecord:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FeatureRecord:
-    """Which features of the teacher an array holds.
+    """An array of the teacher's features.
 
     Attributes:
-        layer: path of the module whose output it is, or `penultimate`.
-        pool: `avg` where places were averaged, else `none`.
-        array: name of the Zarr array.
+        layer: Path of the module whose output is stored, or `penultimate`.
+        pool: `avg` where positions were averaged, else `none`.
+        array: Name of the Zarr array.
     """
 
     layer: str
@@ -224,13 +224,13 @@ class FeatureRecord:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChangeRecord:
-    """A change to a split after its first rows were committed, which the user asked for.
+    """A change that the user asked for after the first rows of a split were committed.
 
     Attributes:
-        what: `device` (rows by another device or other settings of it), `bytes` (rows replaced by others) or `terms`
-            (license, citation).
-        before: the values that changed, as text; with `manifest_sha256`, the digest of the manifest before the change.
-        after: the values since.
+        what: Kind of change: `device` (rows by another device or other settings of it), `bytes` (rows replaced by
+            others) or `terms` (license, citation).
+        before: Values before the change, as text; with `manifest_sha256`, the digest of the manifest before the change.
+        after: Values after the change, as text.
     """
 
     what: str
@@ -240,24 +240,24 @@ class ChangeRecord:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
-    """What one split of a cache is of.
+    """Provenance manifest of one cache split.
 
     Attributes:
-        views: how many versions of every sample the teacher answers for, those included that are being added.
-        recipe: how views are made of samples.
-        arrays: What is stored for each row; the arrays of the encoding come first.
+        views: Number of views per sample, those that are being added included.
+        recipe: Recipe of the views.
+        arrays: Arrays of the split; those of the encoding come first.
         encoding: Spec of the encoding of the logits; empty in manifests by older versions, where it is the dtype of
             the array `logits`.
-        features: which arrays are features of the teacher, and of which layer.
-        shard_rows: rows of one shard, the unit that is written and committed whole.
-        versions: of every package that could change an input or an answer.
-        amp: precision of the teacher's forward pass: `off`, `bf16` or `fp16`.
-        compute: device that computes the rows, and its settings that change their last bits (see
-            `provenance.compute_facts`); empty in manifests by older versions.
-        view_sha256: digest of the ledger of each finished view, in view order; none until the first dump is complete.
-        license: under which the cache is published, such as an SPDX identifier.
-        citation: what to cite for it.
-        history: changes since the first rows were committed, oldest first.
+        features: Arrays of the teacher's features.
+        shard_rows: Rows per shard, the unit that is written and committed whole.
+        versions: Versions of the packages that could change an input or a logit.
+        amp: Precision of the teacher's forward pass: `off`, `bf16` or `fp16`.
+        compute: Device that computes the rows, and its settings that change their last bits (see
+            `dump_manifest.compute_facts`); empty in manifests by older versions.
+        view_sha256: Digest of the ledger of each finished view, in view order; none until the first dump is complete.
+        license: License of the cache, such as an SPDX identifier.
+        citation: Text to cite for the cache.
+        history: Changes since the first rows were committed, oldest first.
     """
 
     schema: int = SCHEMA
@@ -294,12 +294,12 @@ class Manifest:
 
     @property
     def complete(self) -> bool:
-        """Whether there are finished views, which can be read; more may be on their way."""
+        """Whether there are finished views, which can be read; others may be in the making."""
         return bool(self.view_sha256)
 
     @property
     def readable_views(self) -> int:
-        """The finished views; of a dump that has not finished, those that it will have."""
+        """Number of finished views; of an unfinished dump, the number that it will have."""
         return len(self.view_sha256) or self.views
 
     @property
@@ -337,7 +337,7 @@ def manifest_attributes(manifest: Manifest) -> dict[str, Any]:
 def recorded_sha256(storage: Storage, split: str) -> str:
     """The digest that a split's manifest was written with: the one to cite.
 
-    It is read and not computed, because today's version need not write the same JSON of it.
+    Read and not computed, because another version may spell the same manifest in other JSON.
 
     Raises:
         CacheDamaged: the manifest does not have it.
@@ -382,8 +382,8 @@ def read_manifest(storage: Storage, split: str) -> Manifest:
 
 
 def enclosing_cache(storage: Storage) -> str | None:
-    """Where the cache is that a storage lies in, below its root; None where it lies in none."""
-    # The outermost first, because the groups below a root are marked otherwise.
+    """Place of the cache that contains a storage; None where none does."""
+    # The outermost first, because groups below a root carry another mark.
     return next((outer.url for outer in storage.enclosing() if is_cache(outer)), None)
 
 
@@ -408,7 +408,7 @@ def is_cache(storage: Storage) -> bool:
 
 
 def group_attribute(group: Storage) -> Any:
-    """What a Zarr group's attributes hold for kdcache; None where they hold nothing.
+    """The `kdcache` attribute of a Zarr group; None where there is none.
 
     Raises:
         CacheDamaged: the group's metadata is missing or damaged.

@@ -1,4 +1,4 @@
-"""Finding what of a split must be computed again, and giving back what can be proved without computing."""
+"""Preparation of a repair: which shards must be recomputed, and which ledgers can be rebuilt and proved."""
 
 from __future__ import annotations
 
@@ -16,8 +16,7 @@ from kdcache.store.writer import SplitWriter
 
 
 def prepare_repair(writer: SplitWriter) -> list[str]:
-    """Take every damaged shard for not committed, so that it is pending; what was found, as text. Writes nothing but
-    a ledger that is proved.
+    """Mark every damaged shard as pending. Returns the findings as text; writes nothing but ledgers that are proved.
 
     Where the ledger of a finished view is not the one of the manifest's digest, it is rebuilt from the checksums in the
     shards' own files. If that does not prove it, its entries are believed until all is computed, and then either have
@@ -56,7 +55,7 @@ def prepare_repair(writer: SplitWriter) -> list[str]:
 
 
 def _rebuild(reader: ChunkReader, view: int) -> None:
-    """Enter a view's shards, in memory, as their files describe themselves, where they do."""
+    """Rebuild a view's ledger entries in memory from the checksums in its shards."""
     manifest, ledger = reader.manifest, reader.ledger
     for shard in range(manifest.shards):
         with contextlib.suppress(BadChunk, MissingKey, StorageError):
@@ -69,7 +68,7 @@ def _rebuild(reader: ChunkReader, view: int) -> None:
 
 
 def _describe(reader: ChunkReader, array: ArrayRecord, view: int, shard: int) -> tuple[int, list[int]]:
-    """A shard's ledger entry as its file has it: its length, and the crc32c that stands behind each chunk."""
+    """Ledger entry of a shard, read from the shard: its length, and the crc32c after each chunk."""
     manifest = reader.manifest
     data = reader.storage.read(shard_key(array, view, shard))
     ends = [len(data)]

@@ -1,4 +1,4 @@
-"""Which view an epoch uses, and in which order it visits the samples: shuffled exactly, or within windows of chunks."""
+"""Schedules of views, and samplers: the order of an epoch, shuffled exactly or within windows of chunks."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from kdcache.core import rng
 from kdcache.core.errors import UsageError
 from kdcache.core.specs import split_spec
 
-# From an epoch, counted from 0, to the view that it uses.
+# The view of an epoch, counted from 0.
 Schedule = Callable[[int], int]
 
 
 def always(view: int) -> Schedule:
-    """The schedule of one view."""
+    """A schedule that uses one view."""
     return lambda epoch: view
 
 
 def view_schedule(kind: str, views: Sequence[int], *, available: int, seed: int) -> Schedule:
-    """The schedule with a name.
+    """A schedule by name.
 
     Args:
         kind: `cycle` uses the views in turn; `shuffle` uses each once, in a new order, before any comes again;
@@ -112,7 +112,7 @@ class WindowSampler:
         self._window_chunks, self.chunk_rows = window_chunks, chunk_rows
         self._chunks, self._starts = np.unique(indices // chunk_rows, return_index=True)
         self._stops = np.append(self._starts[1:], len(indices))
-        # Drawn by the loader and again by the row sources, a few windows ahead.
+        # Used by the loader, and again by the row sources, which read a few windows ahead.
         self._window = lru_cache(maxsize=8)(self._draw)
         self._chunk_order = lru_cache(maxsize=2)(self._draw_chunk_order)
 
@@ -147,7 +147,7 @@ def batches_of(sampler: Sampler, epoch: int, batch_size: int) -> Iterator[NDArra
     left = np.empty(0, np.int64)
     for run in sampler.runs(epoch):
         left = np.concatenate([left, run]) if len(left) else run
-        # Enough stays back that the last batch can still be cut by the rule.
+        # Keep enough samples for the rule of the last batch.
         whole = max((len(left) - 1 - stragglers) // batch_size, 0)
         for start in range(0, whole * batch_size, batch_size):
             yield left[start : start + batch_size]

@@ -1,4 +1,4 @@
-"""Checking everything that a split holds, in parallel and without torch; finding what a repair must recompute."""
+"""Verification of a split: manifest, ledger, every byte, and the Zarr metadata; in parallel and without torch."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from kdcache.store.storage.base import Storage
 
 @dataclass(kw_only=True)
 class SplitReport:
-    """What was found in one split.
+    """Result of the verification of one split.
 
     Attributes:
         problems: every damage, as text that names array, view, shard and samples; empty for a split that is whole.
@@ -40,7 +40,7 @@ class SplitReport:
 def verify_split(
     root: Storage, split: str, *, threads: int | None = None, on_read: Callable[[int], None] | None = None
 ) -> SplitReport:
-    """Check manifest, ledger, every byte of every committed shard, and the metadata that other Zarr readers go by.
+    """Check manifest, ledger, every byte of every committed shard, and the Zarr metadata.
 
     Args:
         threads: Number of threads; None for one per core.
@@ -72,7 +72,7 @@ def verify_split(
 
 
 def committed_places(manifest: Manifest, ledger: Ledger) -> list[Place]:
-    """Every (array, view, shard) that the ledger names a file for."""
+    """Every committed (array, view, shard)."""
     return [
         (array, view, int(shard))
         for view in range(manifest.views)
@@ -89,7 +89,7 @@ def check_places(
     threads: int | None = None,
     on_read: Callable[[int], None] | None = None,
 ) -> Iterable[tuple[Place, CacheDamaged | None]]:
-    """Check shards in parallel; each with what is wrong with it, or None."""
+    """Check shards in parallel; yields each with its error, or None."""
 
     def check(place: Place) -> tuple[Place, CacheDamaged | None]:
         try:
@@ -134,7 +134,7 @@ def check_shard(reader: ChunkReader, array: ArrayRecord, view: int, shard: int) 
 
 
 def _metadata_problems(storage: Storage, manifest: Manifest) -> list[str]:
-    """Where the arrays' zarr.json differ from the manifest: kdcache reads by the manifest, other readers do not."""
+    """Differences between the arrays' zarr.json, which other Zarr readers use, and the manifest."""
     import zarr
     from zarr.core.buffer import default_buffer_prototype
     from zarr.storage import MemoryStore

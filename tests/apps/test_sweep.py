@@ -23,6 +23,7 @@ from kdcache.core.system import core_count
 from kdcache.distill.objective import distillation_objective
 from kdcache.distill.student.train_student import train_student
 from kdcache.distill.trainer import train
+from kdcache.distill.training_data import training_data
 from kdcache.store.manifest import Preprocess
 from tests.dying import die
 from tests.helpers import answer, kdcache, live_targets, refused, synthetic, tree
@@ -335,7 +336,7 @@ def test_a_live_teacher_shares_the_students_inputs_and_is_walked_once_an_epoch()
 
     config = TrainConfig(epochs=2, batch_size=8, device="cpu")
     student = nn.Sequential(nn.Flatten(), nn.Linear(16, 4))
-    train(student, dataset, objective=objective, preprocess=Preprocess(), config=config, join=live)
+    train(student, training_data(dataset, Preprocess(), config, join=live), objective=objective, config=config)
     assert walks == [0, 1]
     assert len(shared) == 10
     assert all(shared)

@@ -24,6 +24,7 @@ from kdcache.distill.objective import label_objective
 from kdcache.distill.student.train_student import train_student
 from kdcache.distill.teacher.dump import dump_teacher
 from kdcache.distill.trainer import train
+from kdcache.distill.training_data import training_data
 from kdcache.models.evaluate import evaluate_model
 from kdcache.models.registry import build_model, count_parameters
 from kdcache.store.layout import predicted_bytes
@@ -138,9 +139,8 @@ class _Scene:
         teacher = build_model(
             "cnn", num_classes=10, input_shape=dataset.input_shape, seed=0, default=self.preprocess
         ).module
-        teacher = train(
-            teacher, dataset, objective=label_objective(0.0), preprocess=self.preprocess, config=TEACHER
-        ).module
+        data = training_data(dataset, self.preprocess, TEACHER)
+        teacher = train(teacher, data, objective=label_objective(0.0), config=TEACHER).module
         print(f"teacher, cnn: {self.accuracy(teacher):.2%}, {count_parameters(teacher):,} parameters", flush=True)
         self.cache = folder / "mnist.zarr"
         config = DumpConfig(device="cpu", features=(VECTOR, MAPS), pool="none")

@@ -64,8 +64,7 @@ def run(*, rounds: int, device: str) -> None:
 def measure(folder: str, way: str) -> None:
     """Print rows/s, CPU µs a row and memory over baseline of one way, as JSON."""
     if way.startswith("kdcache"):
-        pass
-
+        from kdcache.store import cache, row_source  # noqa: F401  # their import is not memory of reading
     baseline = _memory_mb()
     batches, read = _open(Path(folder), way)
     highest = 0.0
@@ -130,13 +129,15 @@ def _open(folder: Path, way: str) -> tuple[Callable[[int], Iterator[np.ndarray]]
 
 def _open_ours(folder: Path, way: str) -> tuple[Callable[[int], Iterator[np.ndarray]], Reader]:
     from kdcache.store.cache import open_cache
-    from kdcache.store.row_source import ReadOptions
-    from kdcache.store.sampler import batches_of
-    from tests.helpers import logit_source
+    from kdcache.store.row_source import ReadOptions, plan_reading
+    from kdcache.store.sampler import always, batches_of
 
     kind, _, compression = way.removeprefix("kdcache ").partition(", ")
     cache = open_cache(folder / (f"{compression or 'plain'}.zarr"))
-    source, sampler, _ = logit_source(cache, options=ReadOptions(row_source=kind))
+    part = cache.reader, cache.logit_arrays
+    plan = plan_reading([part], ReadOptions(row_source=kind))
+    sampler = plan.sampler(cache.samples(), 0)
+    source = plan.source(part, always(0), sampler)
 
     def batches(epoch: int) -> Iterator[np.ndarray]:
         source.start_epoch(epoch)

@@ -14,6 +14,7 @@ from kdcache.distill.objective import Join, distillation_objective
 from kdcache.distill.student.soft_targets import CachedTargets
 from kdcache.distill.teacher.dump import dump_teacher
 from kdcache.distill.trainer import train
+from kdcache.distill.training_data import training_data
 from kdcache.models.device import resolve_device
 from kdcache.models.registry import count_parameters
 from kdcache.store.cache import open_cache
@@ -39,11 +40,9 @@ def run(*, rounds: int, device: str) -> None:
             return [
                 train(
                     network(name),
-                    dataset,
+                    training_data(dataset, IMAGE, config, join=join),
                     objective=distillation_objective(config),
-                    preprocess=IMAGE,
                     config=config,
-                    join=join,
                 ).module
                 for config in configs
             ]

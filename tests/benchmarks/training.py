@@ -10,6 +10,7 @@ from kdcache.distill.objective import distillation_objective, label_objective
 from kdcache.distill.student.soft_targets import CachedTargets
 from kdcache.distill.teacher.dump import dump_teacher
 from kdcache.distill.trainer import train
+from kdcache.distill.training_data import training_data
 from kdcache.models.device import resolve_device
 from kdcache.store.cache import open_cache
 from tests.benchmarks.data import IMAGE, images, network
@@ -34,7 +35,8 @@ def run(*, rounds: int, device: str) -> None:
             student = network(name)
 
             def epoch(objective, join, student=student):
-                result = train(student, dataset, objective=objective, preprocess=IMAGE, config=config, join=join)
+                data = training_data(dataset, IMAGE, config, join=join)
+                result = train(student, data, objective=objective, config=config)
                 return result.epoch_seconds[0]
 
             side_by_side(

@@ -15,7 +15,6 @@ from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from kdcache.core.config import DumpConfig, StudentConfig, TrainConfig
@@ -30,12 +29,13 @@ from kdcache.distill.objective import distillation_objective, label_objective
 from kdcache.distill.student.soft_targets import CachedTargets
 from kdcache.distill.teacher.dump import dump_teacher
 from kdcache.distill.trainer import train
+from kdcache.distill.training_data import training_data
 from kdcache.models.checkpoints import load_weights
 from kdcache.models.evaluate import evaluate_model
 from kdcache.models.registry import build_model
 from kdcache.store.cache import Cache, open_cache
 from kdcache.store.manifest import Preprocess, ViewRecipe
-from kdcache.store.sampler import ExactSampler, Schedule, always, view_schedule
+from kdcache.store.sampler import Schedule, always, view_schedule
 from tests.helpers import logit_source
 
 VIEWS, EPOCHS, SEEDS, TEACHER_EPOCHS = 8, 40, 3, 12
@@ -105,13 +105,11 @@ class _Scene:
         module = self.build("mlp", seed)
         train(
             module,
-            self.views if augmented else self.data["train"],
+            training_data(
+                self.views if augmented else self.data["train"], self.preprocess, config, schedule=schedule, join=join
+            ),
             objective=distillation_objective(config) if taught else label_objective(0.0),
-            preprocess=self.preprocess,
             config=config,
-            sampler=ExactSampler(np.arange(len(self.data["train"])), seed),
-            schedule=schedule,
-            join=join,
         )
         return self.accuracy(module)
 
@@ -126,11 +124,14 @@ class _Scene:
         if not (run / "best.pt").exists():
             train(
                 module,
-                Views(self.data["train"], ViewRecipe(augment="affine", seed=1)),
+                training_data(
+                    Views(self.data["train"], ViewRecipe(augment="affine", seed=1)),
+                    self.preprocess,
+                    TEACHER,
+                    schedule=lambda epoch: epoch,
+                ),
                 objective=label_objective(0.0),
-                preprocess=self.preprocess,
                 config=TEACHER,
-                schedule=lambda epoch: epoch,
                 run=RunFolder(run, {}, resume=(run / "config.json").exists()),
             )
         load_weights(module, run / "best.pt")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -39,6 +40,29 @@ print([name for name in ("torch._dynamo", "sympy", "torch._inductor") if name in
 def test_a_training_step_does_not_import_torchs_compiler():
     done = subprocess.run([sys.executable, "-c", USE], capture_output=True, text=True, check=True, timeout=120)
     assert done.stdout == "[]\n"
+
+
+RUN = """
+import atexit, sys
+heavy = ("torchvision", "torch._dynamo", "torch._inductor", "sympy", "matplotlib", "transformers", "timm")
+atexit.register(lambda: print([name for name in heavy if name in sys.modules]))
+from kdcache.cli.app import main
+main()
+"""
+
+
+def test_a_student_of_our_own_is_trained_without_torchvision_and_torchs_compiler(tmp_path):
+    cache = Path(__file__).parents[1] / "fixtures" / "run-1" / "cache.zarr"
+    arguments = ["--cache", cache, "--student", "mlp", "--epochs", "1", "--device", "cpu", "--out", tmp_path / "run"]
+    done = subprocess.run(
+        [sys.executable, "-c", RUN, "train-student", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+    )
+    assert (tmp_path / "run" / "best.pt").exists()
+    assert done.stdout.splitlines()[-1] == "[]"
 
 
 def steps(optimizer, module):

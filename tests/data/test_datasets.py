@@ -4,7 +4,6 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import google_crc32c
 import numpy as np
@@ -444,12 +443,6 @@ def test_a_worker_that_dies_is_a_dataset_error():
     with pytest.raises(DatasetError, match="died") as caught:
         list(loader(indexed, [np.array([0])], workers=1))
     assert "--workers 0" in caught.value.remedy
-
-
-def test_cuda_batches_are_pinned():
-    dataset = open_dataset("digits", split="test")
-    made = batch_loader(dataset, [], preprocessor=Preprocessor(Preprocess()), device=SimpleNamespace(type="cuda"))
-    assert made.pin_memory
 
 
 def test_labels_of_several_lengths_are_looked_at_sample_by_sample():

@@ -13,6 +13,7 @@ from kdcache.data.dataset import ArrayDataset, as_indexed
 from kdcache.data.loader import Batch, BatchRequest, batch_loader
 from kdcache.data.mixup import WHOLE, Draw, Mix, parse_mix
 from kdcache.data.preprocess import Preprocessor
+from kdcache.data.soft_targets import SoftTargets
 from kdcache.distill.objective import distillation_objective, label_objective
 from kdcache.store.manifest import Preprocess, ViewRecipe
 from tests.helpers import generator_states, probed_views, synthetic
@@ -251,7 +252,8 @@ def test_the_mixed_loss_with_a_whole_share_is_the_cross_entropy(smoothing):
 def test_the_objectives_mix_the_label_loss():
     logits = torch.randn(3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     labels, partners, mix_lambda = torch.tensor([0, 1, 2]), torch.tensor([3, 3, 3]), torch.tensor([0.25, 0.5, 1.0])
-    batch = Batch(torch.zeros(3), labels, torch.arange(3), None, partners, mix_lambda, soft_targets=logits.flip(0))
+    teacher = SoftTargets.of(logits.flip(0))
+    batch = Batch(torch.zeros(3), labels, torch.arange(3), None, partners, mix_lambda, soft_targets=teacher)
     mixed_loss = losses.mixed_cross_entropy(logits, labels, partners, mix_lambda, label_smoothing=0.1)
     assert label_objective(0.1)(logits, batch)["loss"] == mixed_loss
     parts = distillation_objective(StudentConfig(alpha=0.3, temperature=2.0, label_smoothing=0.1))(logits, batch)

@@ -25,9 +25,11 @@ from kdcache.data.dataset import as_indexed
 from kdcache.data.loader import BatchRequest, batch_loader
 from kdcache.data.preprocess import Preprocessor
 from kdcache.data.registry import open_dataset
+from kdcache.data.soft_targets import SoftTargets
 from kdcache.data.tokenizer import Tokenizer, build_vocabulary, read_tokenizer
 from kdcache.distill.objective import distillation_objective
 from kdcache.distill.trainer import train
+from kdcache.distill.training_data import training_data
 from kdcache.models.build import build, dataset_preprocess
 from kdcache.models.checkpoints import load_weights, read_checkpoint, save_checkpoint
 from kdcache.models.device import evaluation_mode
@@ -450,7 +452,7 @@ class LiveReader:
         (seen,) = batches(self.dataset, self.preprocessor, [batch.indices.numpy()])
         with evaluation_mode(self.teacher):
             answers = self.teacher(seen.inputs.long())
-        return batch._replace(soft_targets=answers.clone())
+        return batch._replace(soft_targets=SoftTargets.of(answers.clone()))
 
 
 @pytest.mark.parametrize(
@@ -487,11 +489,9 @@ def test_training_from_a_cache_of_texts_is_training_with_the_teacher(tmp_path, d
     )
     train(
         modules["online"],
-        dataset,
+        training_data(dataset, students, settings, join=LiveReader(teacher, dataset, teachers)),
         objective=distillation_objective(settings),
-        preprocess=students,
         config=settings,
-        join=LiveReader(teacher, dataset, teachers),
         on_step=on_step("online"),
     )
     assert len(losses["cached"]) == 36

@@ -29,6 +29,7 @@ from kdcache.data.views import generators_kept, seed_generators
 from kdcache.distill.objective import distillation_objective
 from kdcache.distill.student.join_checks import SAMPLED_INPUTS
 from kdcache.distill.trainer import train
+from kdcache.distill.training_data import training_data
 from kdcache.store.manifest import Preprocess, ViewRecipe
 from kdcache.store.sampler import ExactSampler, view_schedule
 from tests.helpers import Items, Network, generator_states, live_targets, probed_views, synthetic
@@ -894,12 +895,15 @@ def test_training_from_views_in_a_cache_is_training_with_the_teacher_beside_it(t
     live, other = (Network(36, 4, seed=2, dtype=torch.float64) for _ in range(2))
     train(
         live,
-        probed_views(dataset, ViewRecipe(augment="affine", mix=mix)),
+        training_data(
+            probed_views(dataset, ViewRecipe(augment="affine", mix=mix)),
+            preprocess,
+            settings,
+            schedule=view_schedule("cycle", (), available=3, seed=0),
+            join=live_targets(teacher, preprocess, classes=len(dataset.classes)),
+        ),
         objective=distillation_objective(settings),
-        preprocess=preprocess,
         config=settings,
-        schedule=view_schedule("cycle", (), available=3, seed=0),
-        join=live_targets(teacher, preprocess, classes=len(dataset.classes)),
         on_step=lambda step, parts: online.append(float(parts["loss"])),
     )
     result = train_student(

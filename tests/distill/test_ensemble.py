@@ -57,7 +57,7 @@ def watched(caches, **settings):
 
         def __call__(self, batch):
             joined = super().__call__(batch)
-            seen.append((self.now, batch.indices.numpy().copy(), joined.soft_targets))
+            seen.append((self.now, batch.indices.numpy().copy(), joined.soft_targets.logits()))
             return joined
 
     with mock.patch.object(kdcache.distill.student.train_student, "CachedTargets", Watched):

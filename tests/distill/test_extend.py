@@ -828,7 +828,7 @@ def watched(cache, **settings):
         def __call__(self, batch):
             joined = super().__call__(batch)
             epochs[-1].samples += batch.indices.tolist()
-            epochs[-1].targets.append(joined.soft_targets.double().numpy())
+            epochs[-1].targets.append(joined.soft_targets.logits().double().numpy())
             pixels = torch.stack(list(batch.inputs)).double() / 255
             epochs[-1].expected.append(teacher(pixels).detach().numpy())
             return joined

@@ -19,6 +19,7 @@ from kdcache.core.errors import CacheBusy, ModelError, TargetExists, TrainingDiv
 from kdcache.core.json_records import to_json
 from kdcache.core.run_dir import RunFolder, read_metrics
 from kdcache.distill.trainer import train
+from kdcache.distill.training_data import training_data
 from kdcache.models.checkpoints import read_checkpoint, save_checkpoint
 from kdcache.models.feature_hooks import FeatureHooks, copy_module
 from tests.distill.test_trainer import (
@@ -149,7 +150,8 @@ def test_fewer_epochs_and_other_settings_are_refused_and_a_finished_run_says_so(
     assert caught.value.found.endswith("with other settings: learning_rate was 0.001 and is 0.5")
     capsys.readouterr()
     folder = run_folder(tmp_path / "run", settings, resume=True)
-    train(Network(16, 4), synthetic(70), objective=OBJECTIVE, preprocess=PLAIN, config=settings, run=folder)
+    data = training_data(synthetic(70), PLAIN, settings)
+    train(Network(16, 4), data, objective=OBJECTIVE, config=settings, run=folder)
     said = capsys.readouterr().err
     assert "all 3 epochs are finished" in said
     assert "continuing" not in said

@@ -12,11 +12,13 @@ from kdcache.core.errors import CacheMismatch, UsageError
 from kdcache.data.loader import Batch
 from kdcache.data.raw_input import input_crc32c
 from kdcache.data.registry import open_dataset
+from kdcache.data.soft_targets import SoftTargets
 from kdcache.data.views import as_views
 from kdcache.distill.objective import distillation_objective
 from kdcache.distill.student.join_checks import check_join
 from kdcache.distill.student.soft_targets import CachedTargets, DeviceSource
 from kdcache.distill.trainer import train
+from kdcache.distill.training_data import training_data
 from kdcache.models.checkpoints import read_checkpoint
 from kdcache.models.registry import build_model
 from kdcache.store.manifest import Preprocess
@@ -76,11 +78,11 @@ def drifts(scene, folder, *, dtype, encodings):
     online_losses = losses_of(
         lambda on_step: train(
             online,
-            dataset,
+            training_data(
+                dataset, preprocess, settings, join=live_targets(teacher, preprocess, classes=len(dataset.classes))
+            ),
             objective=distillation_objective(settings),
-            preprocess=preprocess,
             config=settings,
-            join=live_targets(teacher, preprocess, classes=len(dataset.classes)),
             on_step=on_step,
         )
     )
@@ -127,14 +129,14 @@ def test_soft_targets_are_joined_by_index_and_nothing_else(tmp_path, kind, on_de
     for indices in (np.array([99, 0, 64, 63, 0]), np.arange(99, -1, -1)):
         inputs, labels = dataset.fetch(indices)
         joined = join(Batch(inputs, labels, torch.from_numpy(indices), None))
-        np.testing.assert_array_equal(joined.soft_targets.numpy(), cache.rows(indices))
-        assert joined.soft_targets.dtype == torch.float32
+        np.testing.assert_array_equal(joined.soft_targets.logits().numpy(), cache.rows(indices))
+        assert joined.soft_targets.logits().dtype == torch.float32
 
 
 def test_the_objective_weighs_the_teacher_with_alpha():
     student, teacher = torch.randn(2, 5, 4, generator=torch.Generator().manual_seed(0)).double()
     labels = torch.tensor([0, 1, 2, 3, 0])
-    batch = Batch(torch.zeros(5), labels, torch.arange(5), soft_targets=teacher)
+    batch = Batch(torch.zeros(5), labels, torch.arange(5), soft_targets=SoftTargets.of(teacher))
     settings = config(temperature=4.0, alpha=0.3, label_smoothing=0.1)
     parts = distillation_objective(settings)(student, batch)
     soft = losses.kd(student, teacher, temperature=4.0)
@@ -349,7 +351,7 @@ def test_streamed_in_windows_each_sample_meets_its_own_teacher_row_once_an_epoch
 
     def spy(self, batch):
         joined = join(self, batch)
-        np.testing.assert_array_equal(joined.soft_targets.numpy(), cache.rows(batch.indices.numpy()))
+        np.testing.assert_array_equal(joined.soft_targets.logits().numpy(), cache.rows(batch.indices.numpy()))
         met.extend(batch.indices.tolist())
         return joined
 

@@ -17,6 +17,7 @@ from kdcache.data.dataset import ArrayDataset
 from kdcache.distill.objective import label_objective
 from kdcache.distill.optim import learning_rate_factor
 from kdcache.distill.trainer import train
+from kdcache.distill.training_data import training_data
 from kdcache.models.checkpoints import read_checkpoint
 from kdcache.models.evaluate import Evaluation
 from kdcache.store.manifest import Preprocess
@@ -35,13 +36,13 @@ def run_folder(path, settings, *, resume=False):
     return RunFolder(path, to_json(settings), resume=resume)
 
 
-def fit(settings, *, module=None, dataset=None, **options):
+def fit(settings, *, module=None, dataset=None, join=None, **options):
     """Train and return (result, the loss of every step)."""
     seen = []
     result = train(
         Network(16, 4) if module is None else module,
-        synthetic(70) if dataset is None else dataset,
-        **{"objective": OBJECTIVE, "preprocess": PLAIN, "config": settings}
+        training_data(synthetic(70) if dataset is None else dataset, PLAIN, settings, join=join),
+        **{"objective": OBJECTIVE, "config": settings}
         | {"on_step": lambda step, parts: seen.append((step, float(parts["loss"])))}
         | options,
     )
@@ -169,7 +170,11 @@ def test_a_finished_run_resumed_does_nothing_more(tmp_path):
     first, _ = fit(settings, run=run_folder(tmp_path / "run", settings))
     folder = run_folder(tmp_path / "run", settings, resume=True)
     again = train(
-        Network(16, 4, seed=9), synthetic(70), objective=OBJECTIVE, preprocess=PLAIN, config=settings, run=folder
+        Network(16, 4, seed=9),
+        training_data(synthetic(70), PLAIN, settings),
+        objective=OBJECTIVE,
+        config=settings,
+        run=folder,
     )
     assert again.epochs == first.epochs
     assert_equal_weights(again.module.state_dict(), first.module.state_dict())
@@ -262,9 +267,8 @@ def test_clipping_bounds_the_gradient_and_the_average_is_what_best_holds(tmp_pat
     module = Single()
     result = train(
         module,
-        synthetic(16),
+        training_data(synthetic(16), PLAIN, settings),
         objective=lambda logits, batch, epochs_done: {"loss": logits.mean()},
-        preprocess=PLAIN,
         config=settings,
         run=run_folder(tmp_path / "run", settings),
     )

@@ -8,6 +8,7 @@ from kdcache import DumpConfig, StudentConfig, TrainConfig, dump_teacher, open_c
 from kdcache.core.errors import KdcacheError
 from kdcache.distill.objective import label_objective
 from kdcache.distill.trainer import train
+from kdcache.distill.training_data import training_data
 from kdcache.models.device import memory_errors, move_to, resolve_device, to_host
 from kdcache.store.manifest import Preprocess
 from tests.helpers import Network, synthetic
@@ -68,7 +69,8 @@ def test_training_learns_as_on_the_cpu(amp, workers):
         config = TrainConfig(batch_size=32, epochs=4, clip_norm=1.0, ema=0.9, **settings)
         network = Network(16, 4)
         network.layers[4].p = 0.0  # draws other numbers on each device
-        result = train(network, synthetic(256), objective=label_objective(0.0), preprocess=PLAIN, config=config)
+        data = training_data(synthetic(256), PLAIN, config)
+        result = train(network, data, objective=label_objective(0.0), config=config)
         return [entry["loss"] for entry in result.epochs]
 
     np.testing.assert_allclose(fit(device="cuda:0", amp=amp, workers=workers), fit(device="cpu"), rtol=0.1)

@@ -10,11 +10,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from kdcache import StudentConfig, TrainConfig, losses
 from kdcache.core.errors import KdcacheError
-from kdcache.data.loader import Batch
+from kdcache.data.loader import Batch, BatchRequest, batch_loader
+from kdcache.data.preprocess import Preprocessor
+from kdcache.data.soft_targets import SoftTargets
 from kdcache.distill.objective import distillation_objective, label_objective
 from kdcache.distill.optim import AveragedWeights
+from kdcache.distill.run_state import RunState
+from kdcache.distill.trainer import _Loop
+from kdcache.distill.training_data import training_data
 from kdcache.models import device
-from tests.helpers import Network
+from kdcache.store.manifest import Preprocess
+from tests.helpers import Network, synthetic
 
 
 class Waits(TorchDispatchMode):
@@ -84,24 +90,14 @@ def test_what_waits_is_noticed():
 @pytest.mark.parametrize("distilled", [False, True])
 def test_no_step_waits_for_the_device(monkeypatch, settings, distilled):
     """All of `_step` but what optimisers do with their counters, which are on the host."""
-    from kdcache.data.batch_sampler import EpochBatches
-    from kdcache.data.preprocess import Preprocessor
-    from kdcache.data.views import as_views
-    from kdcache.distill.run_state import RunState
-    from kdcache.distill.trainer import Feed, _Loop
-    from kdcache.store.manifest import Preprocess
-    from kdcache.store.sampler import ExactSampler
-    from tests.helpers import synthetic
-
     config = TrainConfig(device="cpu", batch_size=16, **settings)
     objective = distillation_objective(StudentConfig(device="cpu")) if distilled else label_objective(0.1)
-    batches = EpochBatches(ExactSampler(np.arange(64), 0), 16)
-    dataset = as_views(synthetic(64))
-    network, preprocessor = Network(16, 4), Preprocessor(Preprocess())
-    feed = Feed(dataset, batches, None, preprocessor, np.empty(0, np.int64))
-    loop = _Loop(network, feed, objective, config, RunState(None, lambda _: {}, config))
-    inputs, labels = dataset.dataset.fetch(np.arange(16))
-    batch = Batch(inputs, labels, torch.arange(16), soft_targets=torch.randn(16, 4) if distilled else None)
+    dataset = synthetic(64)
+    data = training_data(dataset, Preprocess(), config)
+    loop = _Loop(Network(16, 4), data, objective, config, RunState(None, lambda _: {}, config))
+    inputs, labels = dataset.fetch(np.arange(16))
+    teacher = SoftTargets.of(torch.randn(16, 4)) if distilled else None
+    batch = Batch(inputs, labels, torch.arange(16), soft_targets=teacher)
     loop._step(batch, 0, 0)
     monkeypatch.setattr(loop.optimizer, "step", lambda: None)
     # The counter of the average stays on the host: on a device it would be waited for.
@@ -188,23 +184,51 @@ def test_a_numbered_gpu_becomes_the_current_one(monkeypatch, name, made_current)
     assert seen == made_current
 
 
-def test_what_is_joined_after_the_pinning_loader_is_pinned_too(monkeypatch):
-    class Value:
-        device = torch.device("cpu")
+class Recorded(torch.Tensor):
+    """A tensor that says how it was moved."""
 
-        def __init__(self, pinned=False):
-            self.pinned = pinned
+    moves: tuple = ()
 
-        def pin_memory(self):
-            return Value(pinned=True)
+    def _moved(self, move):
+        other = torch.zeros(2).as_subclass(Recorded)
+        other.moves = (*self.moves, move)
+        return other
 
-        def to(self, device, non_blocking):
-            return str(device), self.pinned, non_blocking
+    def pin_memory(self):
+        return self._moved("pinned")
 
-    batch = Batch(Value(), Value(), "indices", soft_targets=Value(), features={"f": Value()}, negatives={"f": Value()})
-    on_gpu = batch.to(torch.device("cuda:1"))
-    assert on_gpu.soft_targets == on_gpu.features["f"] == on_gpu.negatives["f"] == ("cuda:1", True, True)
-    assert batch.to(torch.device("cpu")).soft_targets == ("cpu", False, True)
+    def to(self, device, non_blocking):
+        return self._moved((str(device), non_blocking))
+
+
+def test_what_is_joined_is_pinned_with_the_batch_and_copied_without_waiting(monkeypatch):
+    def value():
+        return torch.zeros(2).as_subclass(Recorded)
+
+    def join(batch):
+        rows = SoftTargets([(None, {"logits": value()})])
+        return batch._replace(
+            inputs=value(), labels=value(), soft_targets=rows, features={"f": value()}, negatives={"f": value()}
+        )
+
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    for workers in (0, 1):
+        requests = [BatchRequest(np.arange(2))] * 3
+        loader = batch_loader(
+            synthetic(4),
+            requests,
+            preprocessor=Preprocessor(Preprocess()),
+            workers=workers,
+            device=torch.device("cuda:1"),
+            join=join,
+        )
+        batches = list(loader)
+        assert len(batches) == 3
+        for batch in batches:
+            on_gpu = batch.to(torch.device("cuda:1"))
+            (rows,) = (rows for _, rows in on_gpu.soft_targets._parts)
+            for tensor in (on_gpu.inputs, rows["logits"], on_gpu.features["f"], on_gpu.negatives["f"]):
+                assert tensor.moves == ("pinned", ("cuda:1", True))
 
 
 def test_a_device_that_has_no_room_for_the_weights_is_named():

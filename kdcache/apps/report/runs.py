@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 from kdcache.core.errors import CacheMismatch, UsageError
 from kdcache.core.run_dir import read_config, read_metrics, read_result
 from kdcache.data.dataset import IndexedDataset
+from kdcache.data.soft_targets import mean_logits
 from kdcache.data.views import Views
 from kdcache.distill.student.join_checks import check_ensemble, check_join
-from kdcache.distill.student.soft_targets import mean_logits
 from kdcache.models.from_run import TrainedNetwork, load_trained
 from kdcache.store.cache import Cache, cache_splits, open_cache
 from kdcache.store.manifest import TeacherRecord

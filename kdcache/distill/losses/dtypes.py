@@ -1,4 +1,4 @@
-"""In which precision losses are computed."""
+"""Precision of losses."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def precise(tensor: Tensor) -> Tensor:
 
 
 def pair(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    """Both in one precision: the student's, or float32 where that is a half.
+    """Student and teacher in one dtype: the student's, or float32 where that is a half.
 
     Raises:
         ValueError: the shapes differ.
@@ -28,7 +28,7 @@ def pair(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def check_per_sample(logits_bc: Tensor, **values: Tensor) -> None:
-    """Refuse what is not one value a sample, which torch would spread over the batch.
+    """Refuse values that are not one per sample, which torch would broadcast.
 
     Raises:
         ValueError: a shape is not (batch,).

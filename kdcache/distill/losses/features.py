@@ -28,7 +28,7 @@ def feature_mse(student_features: Tensor, teacher_features: Tensor) -> Tensor:
 
 
 def attention_transfer(student_maps_bchw: Tensor, teacher_maps_bchw: Tensor) -> Tensor:
-    """Where a network looks: the mean over channels of squares, as one vector a sample, L2-normalised; the mean squared
+    """Attention maps: the mean over channels of squares, one vector per sample, L2-normalised; the mean squared
     difference of these (Zagoruyko and Komodakis, 2017, arXiv 1612.03928).
 
     Args:
@@ -46,7 +46,7 @@ def attention_transfer(student_maps_bchw: Tensor, teacher_maps_bchw: Tensor) -> 
 
 
 def similarity_preserving(student_maps: Tensor, teacher_maps: Tensor) -> Tensor:
-    """Which samples of the batch are alike: Gram matrices (batch, batch) of the flattened features, their rows
+    """Similarity of the samples of a batch: Gram matrices (batch, batch) of the flattened features, their rows
     L2-normalised; the squared Frobenius norm of their difference, divided by batch² (Tung and Mori, 2019, arXiv
     1907.09682).
 

@@ -1,4 +1,4 @@
-"""The weighted sum of several objectives, on logits, labels, and features of layers inside the student."""
+"""Weighted sum of several objectives, on logits, labels and features of the student's layers."""
 
 from __future__ import annotations
 
@@ -124,9 +124,12 @@ class CompositeObjective(nn.Module):
         caught: Mapping[str, Tensor] = self._taps.take() if self._features else {}
         values: dict[str, Tensor] = {}
         total = torch.zeros((), dtype=logits_bc.dtype, device=logits_bc.device)
+        teacher_bc = batch.soft_targets.logits() if batch.soft_targets is not None else None
         for at, spec in enumerate(self._specs):
-            arguments = self._feature_arguments(at, batch, caught) if at in self._features else {STUDENT: logits_bc}
-            arguments = {TEACHER: batch.soft_targets, LABELS: batch.labels, BATCH: batch} | arguments
+            if at in self._features:
+                arguments = self._feature_arguments(at, batch, caught)
+            else:
+                arguments = {STUDENT: logits_bc, TEACHER: teacher_bc, LABELS: batch.labels, BATCH: batch}
             value = spec.loss.function(*(arguments[name] for name in spec.loss.arguments), **spec.settings)
             values[spec.name if spec.name not in values else f"{spec.name}_{at + 1}"] = value
             warmup = min(epochs_done / spec.warmup, 1.0) if spec.warmup else 1.0

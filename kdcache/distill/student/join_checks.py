@@ -1,4 +1,4 @@
-"""Whether a cache is of the samples and views that a student is given; refused by name where it is not."""
+"""Checks that a cache holds the samples and views of a student's dataset."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from kdcache.data.versions import package_versions
 from kdcache.data.views import Views
 from kdcache.store.cache import Cache
 
-# Content sources: their name is a place, and their identity is what is read there.
+# Datasets whose name is a place: they are identified by their content.
 _NAMED_BY_PLACE = ("folder:", "text-folder:", "py:")
 
-# Where a dataset lies; it may move.
+# Location of a dataset, which may change.
 _PLACES = frozenset({"data_root"})
 
-# Of a dataset that is not in memory, how many inputs are read before the first step.
+# Number of inputs that are compared before the first step, where a dataset is not in memory.
 SAMPLED_INPUTS = 64
 INPUTS_AT_ONCE = 4096
 
@@ -38,7 +38,7 @@ def known_column(cache: Cache, name: str, view: int = 0) -> NDArray[np.int64]:
 
 
 def check_join(cache: Cache, views: Views, *, used: Sequence[int] = (0,), verify_inputs: str = "sample") -> None:
-    """Refuse a cache whose rows are not the teacher's answers to these views of this dataset.
+    """Refuse a cache whose rows are not of these views of this dataset.
 
     Args:
         used: the views that will be used, the first of which is looked at before the first step.
@@ -61,7 +61,7 @@ def check_join(cache: Cache, views: Views, *, used: Sequence[int] = (0,), verify
 
 
 def check_recorded(cache: Cache, views: Views) -> None:
-    """Compare what the manifest records of dataset and augmentation, without looking at one input.
+    """Compare dataset and augmentation with the manifest, without reading an input.
 
     Raises:
         CacheMismatch: something differs; the message shows both values.
@@ -101,12 +101,12 @@ def _check_recipe(cache: Cache, views: Views, *, ignore: frozenset[str] = frozen
 
 
 def inputs_all_checked(views: Views) -> bool:
-    """Whether `check_join` compares every input that there is, so that none need be compared while training."""
+    """Whether `check_join` compares every input, so that training need not."""
     return views.dataset.in_memory and views.recipe.is_plain(1)
 
 
 def _check_inputs(cache: Cache, views: Views, view: int) -> None:
-    """Compare inputs with what the teacher saw: all that are in memory and plain, else a keyed sample."""
+    """Compare checksums of inputs: of all where they are plain and in memory, else of a keyed sample."""
     samples = cache.samples(view)
     if not inputs_all_checked(views):
         samples = np.intersect1d(samples, keyed_sample(len(views), SAMPLED_INPUTS, 0, "join"))
@@ -177,7 +177,7 @@ def label_mismatch(
 def check_crcs(
     cache: Cache, view: int, indices: NDArray[np.int64], found: NDArray[np.int64], crcs_n: NDArray[np.int64]
 ) -> None:
-    """Compare the checksums of some samples' shared inputs with those of what the teacher saw.
+    """Compare checksums of some samples' shared inputs with those in the cache.
 
     Args:
         indices: of the samples, (n,).
@@ -207,7 +207,7 @@ def check_crcs(
 
 
 def _versions_apart(cache: Cache) -> str:
-    """Where the versions recorded in a cache differ from those that are here, for a message."""
+    """Differences between recorded and installed versions, for a message."""
     here = package_versions()
     apart = [
         f"{name} {version} there and {here[name]} here"
@@ -218,7 +218,7 @@ def _versions_apart(cache: Cache) -> str:
 
 
 def _show(value: Any, other: Any) -> str:
-    """A value for a message; of two long tuples, where they part."""
+    """A value for a message; of two long tuples, the first difference."""
     if isinstance(value, tuple) and isinstance(other, tuple) and len(value) > 12:
         at = next(
             (i for i, (a, b) in enumerate(zip(value, other, strict=False)) if a != b), min(len(value), len(other))

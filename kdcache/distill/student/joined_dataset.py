@@ -1,4 +1,4 @@
-"""A dataset joined with a cache, for training loops that are not ours."""
+"""A dataset joined with a cache, for other training loops."""
 
 from __future__ import annotations
 
@@ -36,27 +36,26 @@ def join(
     augment: Transform | None = None,
     seed: int = 0,
 ) -> JoinedDataset:
-    """Put the teacher's logits to each item of a dataset, by view and sample index.
+    """Join each item of a dataset with the teacher's logits, by view and sample index.
 
     Args:
-        dataset: the map-style dataset of (input, label) pairs that the teacher was dumped over.
-        cache: a finished split.
-        transform: makes of each input what the student takes: resizes, normalises, tokenises. It is given the input
-            that the item would have without it, which was compared with the cache before.
-        view_schedule: which view an epoch uses: `cycle`, `shuffle` or `fixed:K`; for `JoinedDataset.set_epoch`.
-        augment: the transform that the views were made with, where it was given to the dump as an object.
-        seed: of `shuffle`.
+        dataset: Map-style dataset of (input, label) pairs that the teacher was dumped over.
+        cache: A finished split.
+        transform: Preprocessing of the student, applied to each input after it was compared with the cache.
+        view_schedule: View of each epoch: `cycle`, `shuffle` or `fixed:K`; for `JoinedDataset.set_epoch`.
+        augment: Transform of the views, where it was given to the dump as an object.
+        seed: Seed of `shuffle`.
 
     Returns:
         A map-style dataset of (input, label, logits), the logits a tensor (classes,) in the stored dtype, for any
-        DataLoader, with forked or spawned workers. Of a cache without augmentation, inputs and labels are the
-        dataset's own items; else the input is what the teacher saw of the epoch's view, before any scaling and
-        normalising, as a tensor (C, H, W). Either goes through `transform` where it is given.
+        DataLoader, with forked or spawned workers. Without augmentation, inputs and labels are the dataset's own
+        items; else the input is the teacher's of the epoch's view, a tensor (C, H, W) before any scaling and
+        normalisation. `transform` is applied to both.
 
     Raises:
-        CacheMismatch: the cache is of other samples or views; the message shows both values.
-        DatasetError: the dataset gives other inputs at each read, or, of an item, the transform fails.
-        UsageError: inputs are mixed, which these triples cannot say, or there is no such schedule.
+        CacheMismatch: the cache holds other samples or views; the message shows both values.
+        DatasetError: two reads of the dataset differ, or the transform fails on an item.
+        UsageError: inputs are mixed, and have two labels each, or there is no such schedule.
     """
     record, recipe = cache.manifest.dataset, cache.manifest.recipe
     if recipe.mix != NONE:
@@ -72,7 +71,7 @@ def join(
 
 
 class JoinedDataset(Dataset[tuple[Any, Any, torch.Tensor]]):
-    """What `join` returns; it does not check again."""
+    """The dataset that `join` returns."""
 
     def __init__(
         self,
@@ -84,13 +83,13 @@ class JoinedDataset(Dataset[tuple[Any, Any, torch.Tensor]]):
     ) -> None:
         self._dataset, self._cache, self._views, self._schedule = dataset, cache, views, schedule
         self._logits = _SharedView(cache)
-        # Shared, because workers that live on from epoch to epoch must learn of a new view too.
+        # In shared memory, because persistent workers must see a new view too.
         self._transform = transform
         self._view = torch.tensor(schedule(0)).share_memory_()
         self._logits.load(schedule(0))
 
     def set_epoch(self, epoch: int) -> None:
-        """Use the view that the schedule gives to an epoch, counted from 0, in all workers. Epoch 0 at first."""
+        """Use the view of an epoch, counted from 0, in all workers. Epoch 0 is set at the start."""
         view = self._schedule(epoch)
         self._logits.load(view)
         self._view.fill_(view)
@@ -102,7 +101,7 @@ class JoinedDataset(Dataset[tuple[Any, Any, torch.Tensor]]):
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: Sequence[int]) -> list[tuple[Any, Any, torch.Tensor]]:
-        """Several items at once, which is how a DataLoader asks: one lookup in the cache for a batch."""
+        """Several items at once, as a DataLoader requests them: one lookup in the cache per batch."""
         view, wanted = int(self._view), np.asarray(indices, np.int64)
         rows = torch.from_numpy(self._logits.rows(view, wanted))
         if self._views.recipe.is_plain(1):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -13,6 +12,7 @@ from torch import Tensor
 from kdcache.core.errors import UsageError
 from kdcache.core.rng import key
 from kdcache.data.loader import Batch
+from kdcache.data.soft_targets import SoftTargets
 from kdcache.distill.student.join_checks import check_crcs, known_column, label_mismatch
 from kdcache.models.device import memory_errors
 from kdcache.store.cache import Cache
@@ -57,8 +57,6 @@ class DeviceSource:
 class CachedTargets:
     """Joins each batch with soft targets by view and sample index, from one cache or as the weighted mean of several.
 
-    The mean is one of logits: the teachers' distributions are averaged geometrically (Hinton et al., 2015, section 1).
-
     Args:
         caches: Caches that were checked to hold the views that batches come from, and one another's.
         sources: Row source of each cache's logits.
@@ -97,7 +95,7 @@ class CachedTargets:
             self._view, self._crcs_n = view, None
 
     def __call__(self, batch: Batch) -> Batch:
-        """A batch on the host, joined with the teachers' logits, (batch, classes); of one teacher in the stored dtype.
+        """A batch on the host, joined with the stored rows of the teachers' logits.
 
         Raises:
             CacheMismatch: a label or an input of the batch is not the one that the teacher had.
@@ -115,11 +113,11 @@ class CachedTargets:
         if self._features is not None:
             features = _tensors(self._features.rows(wanted))
             batch = batch._replace(features=features, negatives=self._draw_negatives(wanted))
-        logits = [
-            cache.encoding.decode(_tensors(source.rows(wanted)))
+        parts = [
+            (cache.encoding, _tensors(source.rows(wanted)))
             for cache, source in zip(self._caches, self._sources, strict=True)
         ]
-        return batch._replace(soft_targets=mean_logits(logits, self._weights))
+        return batch._replace(soft_targets=SoftTargets(parts, self._weights))
 
     def _draw_negatives(self, wanted: NDArray[np.int64]) -> dict[str, Tensor] | None:
         """Features of samples drawn from the whole cache, without those of the batch."""
@@ -142,18 +140,3 @@ class CachedTargets:
 
 def _tensors(rows: Rows) -> dict[str, Tensor]:
     return {name: torch.as_tensor(values) for name, values in rows.items()}
-
-
-def mean_logits(logits: Sequence[Tensor], weights: Sequence[float] = ()) -> Tensor:
-    """Weighted mean of teachers' logits, (n, classes), in float32 or wider; one teacher's logits keep their dtype.
-
-    Args:
-        logits: Logits of each teacher for the same samples, (n, classes).
-        weights: Weight of each teacher, of which only the proportions count; empty for equal ones.
-    """
-    if len(logits) == 1:
-        return logits[0]
-    weights = weights or [1.0] * len(logits)
-    dtype = functools.reduce(torch.promote_types, (each.dtype for each in logits), torch.float32)
-    parts = [weight / sum(weights) * each.to(dtype) for weight, each in zip(weights, logits, strict=True)]
-    return torch.stack(parts).sum(dim=0)

@@ -1,4 +1,4 @@
-"""Stage two: a student learns from the cache. The join of inputs and soft targets, and what is minimised."""
+"""Stage two: training of a student from a cache."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import reduce
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import nn
 
 from kdcache.core.config import StudentConfig
 from kdcache.core.errors import CacheIncomplete, UsageError
@@ -32,7 +32,8 @@ from kdcache.distill.objective import distillation_objective, label_objective, p
 from kdcache.distill.student.composite_objective import CompositeObjective
 from kdcache.distill.student.join_checks import check_ensemble, check_join, inputs_all_checked
 from kdcache.distill.student.soft_targets import CachedTargets, DeviceSource
-from kdcache.distill.trainer import TrainResult, train
+from kdcache.distill.trainer import OnStep, TrainResult, train
+from kdcache.distill.training_data import TrainingData
 from kdcache.models.device import floating_dtype, memory_errors, move_to, resolve_device
 from kdcache.store.cache import Cache, open_cache
 from kdcache.store.manifest import Preprocess
@@ -54,26 +55,26 @@ def train_student(
     resume: bool = False,
     run: RunFolder | None = None,
     description: dict[str, Any] | None = None,
-    on_step: Callable[[int, dict[str, Tensor]], None] | None = None,
+    on_step: OnStep | None = None,
 ) -> TrainResult:
     """Train a student in place from a cache. No teacher is needed or looked for.
 
     Args:
-        student: takes (batch, …) and returns logits (batch, classes).
-        dataset: the samples that the cache is of: an indexed dataset, or any map-style dataset of (input, label) pairs.
-        cache: a finished split, or the path of a cache whose `train` split is used; or several of these, whose logits
+        student: Network from inputs (batch, …) to logits (batch, classes).
+        dataset: The dataset of the cache: an indexed dataset, or any map-style dataset of (input, label) pairs.
+        cache: A finished split, or the path of a cache whose `train` split is used; or several of these, whose logits
             are averaged.
-        preprocess: from the shared inputs to what the student takes; None takes the teacher's.
-        augment: the transform that the views were made with, where it was given to the dump as an object.
-        out: a folder for `config.json`, `metrics.jsonl`, `last.pt` and `best.pt`; None keeps nothing.
-        resume: continue the run in `out`.
-        run: an open run folder, instead of `out`.
-        description: plain values put into every checkpoint.
-        on_step: called after each step with its number, from 0, and the loss and its parts.
+        preprocess: Preprocessing from the shared inputs to those of the student; None takes the teacher's.
+        augment: Transform of the views, where it was given to the dump as an object.
+        out: Folder for `config.json`, `metrics.jsonl`, `last.pt` and `best.pt`; None keeps nothing.
+        resume: Whether to continue the run in `out`.
+        run: An open run folder, instead of `out`.
+        description: Plain values put into every checkpoint.
+        on_step: Called after each step with its number, from 0, and the loss and its parts.
 
     Raises:
         CacheNotFound, CacheIncomplete, CacheDamaged: the cache cannot be read.
-        CacheMismatch: the cache is of another dataset, split, length, order, class list or augmentation.
+        CacheMismatch: the cache holds another dataset, split, length, order, class list or augmentation.
         TrainingDiverged: a loss is not finite.
     """
     config = config or StudentConfig()
@@ -115,23 +116,23 @@ def train_student(
             sampler: Sampler = ExactSampler(train_indices, config.seed)
         else:
             sampler, join = _open_targets(caches, train_indices, schedule, config, composed)
-        return train(
-            student,
-            views,
-            objective=objective,
-            preprocess=preprocessor,
-            config=config,
+        data = TrainingData(
+            views=views,
+            preprocessor=preprocessor,
             sampler=sampler,
             validation_indices=validation_indices,
             schedule=schedule,
             join=join,
             verify_inputs="off" if join is None or inputs_all_checked(views) else config.verify_inputs,
+            record=samples_record(samples),
+        )
+        return train(
+            student,
+            data,
+            objective=objective,
+            config=config,
             run=run,
-            description=lambda epochs: {
-                **(description or {}),
-                **_taught_by(caches, used_in(epochs)),
-                "samples": samples_record(samples),
-            },
+            description=lambda epochs: {**(description or {}), **_taught_by(caches, used_in(epochs))},
             on_step=on_step,
         )
 
@@ -144,7 +145,7 @@ def _compose(
     view: int,
     config: StudentConfig,
 ) -> CompositeObjective:
-    """What `config.objective` names, listening to the student.
+    """The objective of `config.objective`, with hooks on the student.
 
     Raises:
         CacheMismatch: the cache does not hold what an objective needs.
@@ -164,9 +165,9 @@ def _compose(
 
 
 def _taught_by(caches: Sequence[Cache], used: Sequence[int]) -> dict[str, Any]:
-    """What a run must be continued with: the views in their order, and of each cache the identity and those rows.
+    """Identity of the soft targets, compared when a run is continued: views in their order, caches and their rows.
 
-    Views that are added to a cache meanwhile change nothing, unless the run would use them.
+    Views that are added to a cache meanwhile change nothing, unless the run uses them.
     """
     digests = [
         hashlib.sha256(canonical_json(to_json(replace(cache.manifest, views=1, view_sha256=())))).hexdigest()

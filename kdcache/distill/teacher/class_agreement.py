@@ -1,4 +1,4 @@
-"""Accuracy of a teacher's first rows, and the permutation of classes that would explain a bad one: numpy only."""
+"""Accuracy of a teacher's first rows, and the class order that would explain the labels better. Numpy only."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _SHOWN = 8
 
 
 def accuracy_lines(labels_n: NDArray[np.int64], predicted_n: NDArray[np.int64], classes: Sequence[str]) -> list[str]:
-    """What there is to say of a teacher's first answers: its accuracy, and a warning where that is no better than
+    """Lines on a teacher's first predictions: its accuracy, and a warning where that is no better than
     chance or where its outputs look like the dataset's classes in another order.
 
     Args:
@@ -25,7 +25,7 @@ def accuracy_lines(labels_n: NDArray[np.int64], predicted_n: NDArray[np.int64], 
         return lines
     chance = 1 / len(classes)
     permutation, explained = best_permutation(labels_n, predicted_n)
-    # Half of the way from chance to certainty: a teacher that has learnt nothing comes nowhere near it.
+    # Half of the way from chance to 1, which an untrained teacher does not reach.
     permuted = explained >= (1 + chance) / 2 and accuracy < explained / 2
     if accuracy > chance and not permuted:
         return lines
@@ -47,7 +47,7 @@ def accuracy_lines(labels_n: NDArray[np.int64], predicted_n: NDArray[np.int64], 
 
 
 def best_permutation(labels_n: NDArray[np.int64], predicted_n: NDArray[np.int64]) -> tuple[dict[int, int], float]:
-    """An output for each true class that most answers agree with, and the accuracy that it would give.
+    """The output of each class that most predictions agree with, and the accuracy of that assignment.
 
     Pairs of true class and answer are taken by their count, the largest first, each class and each output once. Memory
     grows with the samples, not with the square of the classes.

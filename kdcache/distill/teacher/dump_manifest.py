@@ -1,4 +1,4 @@
-"""What a dump is of: the manifest of a teacher, a dataset and the settings that join them."""
+"""The manifest of a dump: teacher, dataset and settings."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def build_manifest(
 
 
 def compute_facts(device: torch.device) -> dict[str, str]:
-    """The device that computes, and its settings that change the last bits of a result."""
+    """The device, and its settings that change the last bits of a result."""
     backends: Any = torch.backends  # whose stubs lack what torch sets at run time
     if device.type == "cpu":
         return {
@@ -107,7 +107,7 @@ def compute_facts(device: torch.device) -> dict[str, str]:
 
 
 def _processor_name() -> str:
-    """Such as `AMD EPYC 7763 64-Core Processor`; of systems that do not tell, the kind of processor."""
+    """Name of the processor, such as `AMD EPYC 7763 64-Core Processor`, or its kind where the name is unknown."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             name, _, value = line.partition(":")

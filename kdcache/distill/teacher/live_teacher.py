@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from kdcache.data.loader import Batch, BatchRequest, Fetcher
+from kdcache.data.soft_targets import SoftTargets
 from kdcache.models.forward import ForwardPass
 from kdcache.store.sampler import Schedule, always
 
@@ -40,4 +41,4 @@ class LiveTargets:
             batch = batch._replace(inputs=inputs)
         # Not inference mode: what is made there cannot be saved for a backward pass.
         with torch.no_grad():
-            return batch._replace(soft_targets=self._teacher(inputs, batch.indices))
+            return batch._replace(soft_targets=SoftTargets.of(self._teacher(inputs, batch.indices)))

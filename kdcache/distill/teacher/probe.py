@@ -1,4 +1,4 @@
-"""Small batches before a dump, so that a wrong teacher is refused before anything is written."""
+"""Check of a teacher on a few samples, before anything is written."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _PROBED_SAMPLES = 2  # batch norm refuses a single one where it computes on a ba
 
 
 class TeacherProbe:
-    """Runs a teacher on a few samples and checks what it gives.
+    """Runs a teacher on a few samples and checks its outputs.
 
     Args:
         teacher: Entered already.
@@ -74,7 +74,7 @@ class TeacherProbe:
         return {name: values.shape[1:] for name, values in rows.items()}
 
     def _check_beside_another(self, rows: Rows) -> None:
-        """Refuse a teacher whose output for a sample depends on what is beside it in the batch."""
+        """Refuse a teacher whose output for a sample depends on the other samples of the batch."""
         last = len(self._views) - 1
         (batch,) = self._batches([BatchRequest(np.array([0, last if last > 1 else 0]))])
         beside = self._teacher.rows(batch)()[LOGITS]

@@ -1,4 +1,4 @@
-"""Letting a teacher answer again for rows that a cache holds, to see whether it is the cache of this teacher."""
+"""Recomputation of a sample of rows, to check that a cache was made by a teacher."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from kdcache.store.encodings.floats import LOGITS
 
 @dataclass(frozen=True, kw_only=True)
 class Recomputed:
-    """How a teacher's answers compare with the stored ones.
+    """Comparison of recomputed logits with the stored ones.
 
     Attributes:
         largest_difference: of all logits and features x, as a part of 1 + |x|.
@@ -53,7 +53,7 @@ def recompute_rows(
     execution: RuntimeConfig,
     tokenizer: Tokenizer | None = None,
 ) -> Recomputed:
-    """Let the teacher answer for a keyed sample of a cache's rows, as it did for the dump.
+    """Recompute a keyed sample of a cache's rows with the teacher, as in the dump.
 
     Args:
         teacher: with its weights.
@@ -109,7 +109,7 @@ def recompute_rows(
 
 
 def _differences(output: Tensor, stored: NDArray[Any], array: str) -> NDArray[np.float64]:
-    """The largest of each row, as a part of 1 + |x|."""
+    """Largest difference of each row, relative to 1 + |x|."""
     if output.shape != stored.shape:
         raise TeacherOutputError(
             f"the teacher gives {array} of shape {tuple(output.shape)}",

@@ -1,0 +1,82 @@
+"""The data of a training run: views, their order, the part held out, and the join with soft targets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kdcache.core.config import TrainConfig
+from kdcache.core.errors import UsageError
+from kdcache.data.batch_sampler import EpochBatches, samples_record, split_validation
+from kdcache.data.dataset import IndexedDataset
+from kdcache.data.preprocess import Preprocessor, as_preprocessor
+from kdcache.data.views import Views, as_views
+from kdcache.distill.objective import Join
+from kdcache.store.manifest import NONE, Preprocess
+from kdcache.store.sampler import ExactSampler, Sampler, Schedule, always
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingData:
+    """Where the batches of a run come from.
+
+    Attributes:
+        views: Views of the dataset.
+        preprocessor: From the shared inputs to what the network takes.
+        sampler: Order of the training samples in each epoch.
+        validation_indices: Samples that choose the best epoch, (n,) int64; empty where the last one is the result.
+        record: Number and digest of the samples, held-out ones included; a run is continued with the same only.
+        schedule: View of each epoch.
+        join: Adds soft targets to each batch.
+        verify_inputs: Batches that reach the join with checksums of their inputs: `all`, `sample` or `off`.
+
+    Raises:
+        UsageError: a part is held out, and inputs are mixed with any sample.
+    """
+
+    views: Views
+    preprocessor: Preprocessor
+    sampler: Sampler
+    validation_indices: NDArray[np.int64]
+    record: dict[str, Any]
+    schedule: Schedule = field(default_factory=lambda: always(0))
+    join: Join | None = None
+    verify_inputs: str = "off"
+
+    def __post_init__(self) -> None:
+        if self.views.recipe.mix != NONE and len(self.validation_indices):
+            raise UsageError(
+                f"{len(self.validation_indices)} samples are held out by --val-fraction, and inputs are mixed "
+                f"({self.views.recipe.mix}) with any sample, also with those",
+                "--val-fraction 0 with mixed inputs",
+                "leave out --val-fraction; the last epoch is then the result",
+            )
+
+    def batches(self, batch_size: int) -> EpochBatches:
+        """The batches of each epoch, in its order."""
+        return EpochBatches(self.sampler, batch_size, schedule=self.schedule, verify_inputs=self.verify_inputs)
+
+
+def training_data(
+    dataset: IndexedDataset | Views,
+    preprocess: Preprocess | Preprocessor,
+    config: TrainConfig,
+    *,
+    schedule: Schedule | None = None,
+    join: Join | None = None,
+) -> TrainingData:
+    """All samples of a dataset, those aside that `config.val_fraction` holds out, shuffled anew in each epoch."""
+    samples = np.arange(len(dataset))
+    train_indices, validation_indices = split_validation(samples, config.val_fraction, config.seed)
+    return TrainingData(
+        views=as_views(dataset),
+        preprocessor=as_preprocessor(preprocess),
+        sampler=ExactSampler(train_indices, config.seed),
+        validation_indices=validation_indices,
+        schedule=schedule or always(0),
+        join=join,
+        record=samples_record(samples),
+    )
