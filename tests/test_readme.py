@@ -65,9 +65,8 @@ def pipeline(tmp_path_factory, s3_server):
     urllib.request.urlopen(bucket, timeout=60).close()
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        for name, value in zip(
-            ("ENDPOINT_URL", "REGION", "ACCESS_KEY_ID", "SECRET_ACCESS_KEY"), (s3_server, "us-east-1", "k", "s")
-        ):
+        patch.setenv("AWS_ENDPOINT_URL", s3_server)
+        for name, value in (("REGION", "us-east-1"), ("ACCESS_KEY_ID", "k"), ("SECRET_ACCESS_KEY", "s")):
             patch.setenv(f"AWS_{name}", value)
         patch.delitem(sys.modules, "mine", raising=False)  # another test's
         for written in commands():
