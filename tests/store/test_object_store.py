@@ -189,14 +189,19 @@ def test_options_are_taken_from_python_too(s3, s3_server, monkeypatch):
 
 
 def test_plain_zarr_opens_a_cache(s3, s3_server):
+    from obstore.fsspec import FsspecStore as FileSystem
     from obstore.store import S3Store
-    from zarr.storage import ObjectStore
+    from zarr.storage import FsspecStore, ObjectStore
 
     dump(f"{s3}/c.zarr")
     wanted = open_cache(f"{s3}/c.zarr").column("logits")
-    store = S3Store.from_url(f"{s3}/c.zarr", client_options={"allow_http": True})
-    found = zarr.open_group(ObjectStore(store, read_only=True), mode="r")["train/logits"][0]
-    assert np.array_equal(found, wanted)
+    client = {"allow_http": True}
+    files = FileSystem("s3", client_options=client, asynchronous=True)
+    for store in (
+        ObjectStore(S3Store.from_url(f"{s3}/c.zarr", client_options=client), read_only=True),
+        FsspecStore(files, read_only=True, path=f"{s3.removeprefix('s3://')}/c.zarr"),
+    ):
+        assert np.array_equal(zarr.open_group(store, mode="r")["train/logits"][0], wanted)
 
 
 def test_a_cache_is_read_over_http(s3, s3_server):
