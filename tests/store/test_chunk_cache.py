@@ -126,7 +126,8 @@ def test_the_limit_holds_and_the_least_recently_used_go_first(tmp_path):
     def write(cache, offset):
         for number in range(15):
             cache.write(cache.path_of("more", offset, number), bytes(90))
-            sizes.append(sum(path.stat().st_size for path in tmp_path.glob("*.chunk") if path.exists()))
+            with cache._locked():  # else files come and go during the count
+                sizes.append(sum(path.stat().st_size for path in tmp_path.glob("*.chunk")))
 
     threads = [threading.Thread(target=write, args=(cache, at)) for at, cache in enumerate(others)]
     for thread in threads:
