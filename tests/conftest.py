@@ -1,5 +1,11 @@
 """Fixtures that several test files share. Append only; what one file needs stays in that file."""
 
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+import uuid
 from dataclasses import replace
 
 import hypothesis
@@ -103,3 +109,45 @@ def write_split(commit_shard):
         return writer
 
     return write
+
+
+@pytest.fixture(scope="session")
+def s3_server():
+    """URL of an S3 server on this machine, without a bucket."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    url = f"http://127.0.0.1:{port}"
+    server = subprocess.Popen(
+        [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        for _ in range(600):
+            try:
+                with urllib.request.urlopen(f"{url}/moto-api/", timeout=10):
+                    break
+            except OSError:
+                assert server.poll() is None, "the S3 server ended"
+                time.sleep(0.1)
+        yield url
+    finally:
+        server.kill()
+        server.wait()
+
+
+@pytest.fixture
+def s3(s3_server, monkeypatch):
+    """URL of an empty bucket. Endpoint and credentials are in the environment, as for any S3 client."""
+    bucket = f"bucket-{uuid.uuid4().hex[:12]}"
+    for name, value in {
+        "AWS_ENDPOINT_URL": s3_server,
+        "AWS_REGION": "us-east-1",
+        "AWS_ACCESS_KEY_ID": "key-of-the-tests",
+        "AWS_SECRET_ACCESS_KEY": "secret-of-the-tests",
+    }.items():
+        monkeypatch.setenv(name, value)
+    with urllib.request.urlopen(urllib.request.Request(f"{s3_server}/{bucket}", method="PUT"), timeout=60):
+        pass
+    return f"s3://{bucket}"

@@ -22,7 +22,7 @@ CLASSES = 4
 WRITES = ((os, "fsync"), (os, "replace"), (pathlib.Path, "replace"), (pathlib.Path, "unlink"), (pathlib.Path, "mkdir"))
 
 
-def dump(out: Path, samples: int = 300, shard_rows: int = 16) -> None:
+def dump(out: Path | str, samples: int = 300, shard_rows: int = 16) -> None:
     """A small dump of many shards."""
     torch.set_num_threads(1)
     teacher = Network(16, CLASSES)
@@ -126,4 +126,37 @@ def random_kills(folder: Path, kills: int, seed: int = 0) -> dict[str, int]:
         found = contents(out)
         different = [name for name in {**found, **expected} if found.get(name) != expected.get(name)]
         assert not different, f"{out} is not the uninterrupted store: {different}"
+    return counts
+
+
+def random_kills_at(url: str, kills: int, seed: int = 0) -> dict[str, int]:
+    """Like `random_kills`, for an object store. Only for a process that has used none: each dump is a fork of it.
+
+    Returns:
+        Number of kills, of dumps that had ended before, and of stores that were compared.
+    """
+    from kdcache.store.storage.registry import open_storage
+
+    def expect(out: str) -> None:
+        found, wanted = (
+            {key: storage.read(key) for key, _ in storage.objects()}
+            for storage in (open_storage(out), open_storage(f"{url}/reference.zarr"))
+        )
+        assert found == wanted
+
+    began = time.perf_counter()
+    assert in_child(lambda: dump(f"{url}/reference.zarr")) == 0
+    length_s = time.perf_counter() - began
+    instants, counts = random.Random(seed), {"killed": 0, "had ended": 0, "stores": 0}
+    while counts["killed"] < kills:
+        out = f"{url}/{counts['stores']}.zarr"
+        while True:
+            status = in_child(lambda out=out: dump(out), kill_after_s=instants.uniform(0.1 * length_s, length_s))
+            counts["had ended" if status == 0 else "killed"] += 1
+            assert status in (0, -signal.SIGKILL), status
+            if status == 0 or instants.random() < 0.3:
+                break
+        assert in_child(lambda out=out: dump(out)) == 0
+        assert in_child(lambda out=out: expect(out)) == 0, f"{out} is not the uninterrupted store"
+        counts["stores"] += 1
     return counts

@@ -6,6 +6,7 @@ import json
 import re
 import shlex
 import sys
+import urllib.request
 from pathlib import Path
 
 import numpy as np
@@ -55,13 +56,18 @@ def python_block(part):
 
 
 @pytest.fixture(scope="module")
-def pipeline(tmp_path_factory):
+def pipeline(tmp_path_factory, s3_server):
     """A folder in which the README's commands ran one after the other, beside the files that they name."""
     folder = tmp_path_factory.mktemp("readme")
     make_files(folder)
     assert len(commands()) >= 20
+    bucket = urllib.request.Request(f"{s3_server}/my-bucket", method="PUT")
+    urllib.request.urlopen(bucket, timeout=60).close()
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
+        patch.setenv("AWS_ENDPOINT_URL", s3_server)
+        for name, value in (("REGION", "us-east-1"), ("ACCESS_KEY_ID", "k"), ("SECRET_ACCESS_KEY", "s")):
+            patch.setenv(f"AWS_{name}", value)
         patch.delitem(sys.modules, "mine", raising=False)  # another test's
         for written in commands():
             command = written.replace("mnist --download", "digits").replace("mnist", "digits")

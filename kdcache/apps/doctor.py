@@ -19,6 +19,7 @@ from kdcache.core.system import core_count
 
 # Extra, and the modules that it brings.
 EXTRAS = {
+    "cloud": ("obstore",),
     "demo": ("sklearn",),
     "hf": ("transformers", "tokenizers"),
     "onnx": ("onnx", "onnxruntime", "onnxscript"),

@@ -254,7 +254,16 @@ def verify_with_teacher(settings: VerifyArgs) -> Report:
 def train_student(settings: TrainStudentArgs) -> Report:
     """Train a student from a cache's training split; dataset, classes and preprocessing come from its manifest."""
     _check_plots(settings.plots)
-    caches = [open_cache(path, "train", allow_partial=settings.allow_partial) for path in settings.cache]
+    caches = [
+        open_cache(
+            path,
+            "train",
+            allow_partial=settings.allow_partial,
+            cache_dir=settings.cache_dir,
+            cache_disk=settings.cache_disk,
+        )
+        for path in settings.cache
+    ]
     manifest = caches[0].manifest
     local = caches[0].local
     spec = settings.dataset or local.dataset

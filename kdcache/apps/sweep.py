@@ -194,7 +194,12 @@ def _live_cost(settings: SweepArgs, *, threads: int) -> dict[str, Any]:
     """What an epoch costs with the live teacher, as a ratio to one from the cache: measured in turn."""
     import torch
 
-    cache = open_cache(settings.cache[0], allow_partial=settings.allow_partial)
+    cache = open_cache(
+        settings.cache[0],
+        allow_partial=settings.allow_partial,
+        cache_dir=settings.cache_dir,
+        cache_disk=settings.cache_disk,
+    )
     manifest, local = cache.manifest, cache.local
     spec = settings.dataset or local.dataset
     dataset = open_data(settings, spec, manifest.dataset.split, hint=local.data_root)

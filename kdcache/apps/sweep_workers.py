@@ -25,6 +25,7 @@ from kdcache.core.plugins import describe
 from kdcache.core.progress import Progress, log
 from kdcache.core.run_dir import CONFIG, RESULT, RunFolder, read_metrics, read_result
 from kdcache.models.device import device_count
+from kdcache.store.storage.registry import StorageOptions, process_options, set_process_options
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +137,14 @@ def run_all(jobs: Sequence[Job], out: Path, slots: Sequence[Slot]) -> dict[str, 
 
 def _pool(alive: Connection) -> ProcessPoolExecutor:
     # Spawned: a forked process that inherits CUDA or running threads does not work.
-    return ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=_end_with, initargs=(alive,))
+    return ProcessPoolExecutor(
+        1, mp_context=get_context("spawn"), initializer=_begin, initargs=(alive, process_options())
+    )
+
+
+def _begin(alive: Connection, options: StorageOptions) -> None:
+    set_process_options(options)
+    _end_with(alive)
 
 
 def _end_with(alive: Connection) -> None:

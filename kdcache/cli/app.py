@@ -86,6 +86,22 @@ def verify(settings: config.VerifyArgs) -> Report:
     return verify_cache(settings.cache, settings.split)
 
 
+@_command(config.PackArgs, "pack", "kdcache pack runs/mnist.zarr --out mnist.zip")
+def pack(settings: config.PackArgs) -> Report:
+    """Pack a finished cache into one zip file, which every command reads as it is."""
+    from kdcache.store.pack import pack_cache
+
+    return pack_cache(settings.cache, settings.out)
+
+
+@_command(config.UnpackArgs, "unpack", "kdcache unpack mnist.zip --out runs/mnist.zarr")
+def unpack(settings: config.UnpackArgs) -> Report:
+    """Unpack a packed cache into a folder."""
+    from kdcache.store.pack import unpack_cache
+
+    return unpack_cache(settings.archive, settings.out)
+
+
 @_command(config.CompareArgs, "compare", "kdcache compare runs/teacher runs/alone runs/student")
 def compare(settings: config.CompareArgs) -> Report:
     """Compare finished runs: accuracy, parameters, seconds per epoch."""

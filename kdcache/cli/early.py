@@ -33,7 +33,7 @@ def _check_names(given: dict[str, Any]) -> None:
     device = given.get("device", "auto")
     if not re.fullmatch(r"auto|(cpu|cuda|mps|xpu|hpu|mtia)(:\d+)?", device):
         raise UsageError(f"--device is {device!r}", "auto, cpu, cuda, cuda:N or mps")
-    for name in ("cache_memory", "input_memory"):
+    for name in ("cache_memory", "cache_disk", "input_memory"):
         parse_bytes(given.get(name, "0"))
     if "encoding" in given:
         from kdcache.store.encodings.registry import encoding_named

@@ -5,6 +5,7 @@ A default or a help text is thus written once, in the dataclass.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
 import itertools
@@ -60,6 +61,7 @@ PANELS = {
     ),
     "Reading the cache": (
         *("verify_inputs", "allow_partial", "cache_weights", "cache_memory", "cache_on_device", "input_memory"),
+        *("cache_dir", "cache_disk"),
         *("row_source", "shuffle"),
     ),
 }
@@ -75,9 +77,11 @@ def command_of(app: typer.Typer, settings_class: type[Settings], name: str, exam
             as_json, debug, file = given.pop("as_json"), given.pop("debug"), given.pop("config", None)
             settings: Any = None
             try:
+                options = _storage_options(given.pop("storage_option", None) or [])
                 settings = _settings(settings_class, given, file)
-                check_early(settings)
-                report = function(settings)
+                with options:
+                    check_early(settings)
+                    report = function(settings)
             except KdcacheError as problem:
                 _show(f"error: {problem}", problem if debug else None)
                 raise typer.Exit(problem.exit_code) from problem
@@ -106,6 +110,20 @@ def command_of(app: typer.Typer, settings_class: type[Settings], name: str, exam
                     ),
                 )
             )
+        if any(each.metadata["url"] for each in dataclasses.fields(settings_class)):
+            # No setting: settings are written to a run's config.json, and a value may be a secret.
+            parameters.append(
+                _keyword(
+                    "storage_option",
+                    list[str] | None,
+                    typer.Option(
+                        "--storage-option",
+                        metavar="KEY=VALUE",
+                        help="Option of the object store, such as endpoint=URL; repeat for several. Never recorded.",
+                        rich_help_panel=GENERAL,
+                    ),
+                )
+            )
         for key, flag, text in (
             ("as_json", "--json", "Print one JSON object on stdout."),
             ("debug", "--debug", "Print the traceback of an error."),
@@ -118,6 +136,23 @@ def command_of(app: typer.Typer, settings_class: type[Settings], name: str, exam
         return function
 
     return register
+
+
+def _storage_options(given: list[str]) -> contextlib.AbstractContextManager[None]:
+    """Options of object stores, from KEY=VALUE, as a context.
+
+    Raises:
+        UsageError: an option has no key or no value; its text is not repeated, as it may be a secret.
+    """
+    if not given:
+        return contextlib.nullcontext()
+    from kdcache.store.storage.registry import storage_options
+
+    for number, text in enumerate(given, 1):
+        key, equals, _ = text.partition("=")
+        if not key.strip() or not equals:
+            raise UsageError(f"--storage-option number {number} is not KEY=VALUE", "such as region=eu-west-1")
+    return storage_options({key.strip(): value for key, _, value in (text.partition("=") for text in given)})
 
 
 def _show(message: str, problem: BaseException | None) -> None:

@@ -38,6 +38,8 @@ class RuntimeConfig(InferenceConfig):
 
 # Host-memory budget for the rows of a cache, and the ways to read and shuffle them.
 CACHE_MEMORY = "4GiB"
+# Local disk for the chunks of remote caches.
+CACHE_DISK = "100GiB"
 ROW_SOURCES = ("auto", "memory", "streamed")
 SHUFFLES = ("auto", "exact", "window")
 
@@ -251,6 +253,14 @@ class CacheReadConfig(TrainConfig):
         choices=SHUFFLES,
         not_with=("distill",),
     )
+    cache_dir: str | None = option(
+        None, "Local folder in which chunks of a remote cache are kept across epochs and runs.", not_with=("distill",)
+    )
+    cache_disk: str = option(
+        CACHE_DISK,
+        "Size of all chunks in --cache-dir; the least recently used are removed.",
+        only_with=("cache_dir",),
+    )
     allow_partial: bool = option(False, "Train on the committed samples of a cache whose dump has not finished.")
 
 
@@ -305,7 +315,13 @@ class DumpTeacherArgs(DumpConfig, TeacherOutputConfig, DatasetConfig, InputConfi
     checkpoint: str | None = option(None, "The teacher's weights: .pt, .pth or .safetensors.")
     checkpoint_key: str | None = option(None, CHECKPOINT_KEY_HELP)
     split: tuple[str, ...] = option(("train",), "Split to dump; repeat for several.")
-    out: str = option("", "Folder of the cache, such as runs/mnist.zarr.", required=True, unless="list_layers")
+    out: str = option(
+        "",
+        "Folder or URL of the cache, such as runs/mnist.zarr or s3://bucket/mnist.zarr.",
+        required=True,
+        unless="list_layers",
+        url=True,
+    )
     list_layers: bool = option(False, "Only list the teacher's layers and the shapes of their outputs.")
     dry_run: bool = option(False, "Print rows, bytes and shards, and write nothing.", not_with=("list_layers",))
     add_views: int = option(
@@ -334,7 +350,10 @@ class TrainStudentArgs(StudentConfig, DatasetConfig, InputConfig):
     """`kdcache train-student`."""
 
     cache: tuple[str, ...] = option(
-        (), "Folder of a cache; repeat for several teachers, whose logits are averaged.", required=True
+        (),
+        "Folder, URL or .zip of a cache; repeat for several teachers, whose logits are averaged.",
+        required=True,
+        url=True,
     )
     student: str = option("mlp", MODEL_HELP)
     init: str | None = option(None, "Initial weights of the student: .pt, .pth or .safetensors.")
@@ -356,7 +375,7 @@ class EvaluateArgs(InferenceConfig, DatasetConfig):
 class InspectArgs(Settings):
     """`kdcache inspect`."""
 
-    cache: str = option("", "Folder of a cache.", argument=True, required=True)
+    cache: str = option("", "Folder, URL or .zip of a cache.", argument=True, required=True, url=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -365,7 +384,7 @@ class VerifyArgs(DatasetConfig, InputConfig, LoadingConfig):
 
     inherited_only_with = ("teacher",)
 
-    cache: str = option("", "Folder of a cache.", argument=True, required=True)
+    cache: str = option("", "Folder, URL or .zip of a cache.", argument=True, required=True, url=True)
     split: tuple[str, ...] = option((), "Split to check; repeat for several. [default: all]")
     teacher: str | None = option(None, f"Recompute some rows with this teacher: {MODEL_HELP}")
     checkpoint: str | None = option(None, "The teacher's weights.", only_with=("teacher",))
@@ -381,6 +400,22 @@ class VerifyArgs(DatasetConfig, InputConfig, LoadingConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class PackArgs(Settings):
+    """`kdcache pack`."""
+
+    cache: str = option("", "Folder or URL of a finished cache.", argument=True, required=True, url=True)
+    out: str = option("", "Path or URL of the file, which must end with .zip.", required=True, url=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnpackArgs(Settings):
+    """`kdcache unpack`."""
+
+    archive: str = option("", "Path or URL of a packed cache.", argument=True, required=True, url=True)
+    out: str = option("", "Folder or URL for the cache.", required=True, url=True)
+
+
+@dataclass(frozen=True, kw_only=True)
 class CompareArgs(Settings):
     """`kdcache compare`."""
 
@@ -393,7 +428,7 @@ class ReportArgs(RuntimeConfig, DatasetConfig):
 
     runs: tuple[str, ...] = option((), "Folders of finished runs.", argument=True, required=True)
     out: str = option("", "The page, such as report.html; its figures are written next to it too.", required=True)
-    cache: str | None = option(None, "Folder of the students' cache, if it is no longer at its recorded place.")
+    cache: str | None = option(None, "The students' cache, if it is no longer at its recorded place.", url=True)
     train_samples: int = option(5000, "Number of training samples for the agreement with the teacher.", minimum=1)
     shown: int = option(24, "Number of test samples to show, worst disagreements first.", minimum=1, maximum=400)
 
@@ -402,7 +437,7 @@ class ReportArgs(RuntimeConfig, DatasetConfig):
 class PlotTemperatureArgs(Settings):
     """`kdcache plot-temperature`."""
 
-    cache: str = option("", "Folder of a cache.", argument=True, required=True)
+    cache: str = option("", "Folder, URL or .zip of a cache.", argument=True, required=True, url=True)
     out: str = option("", "The picture, such as temperature.png.", required=True)
     split: str = option("train", "Split whose logits are plotted.")
     temperatures: tuple[float, ...] = option((0.5, 1.0, 2.0, 4.0, 8.0, 16.0), "Temperatures of the panels.", above=0)
@@ -415,7 +450,9 @@ class PlotTemperatureArgs(Settings):
 class SweepArgs(CacheReadConfig, DatasetConfig, InputConfig):
     """`kdcache sweep`."""
 
-    cache: tuple[str, ...] = option((), "Folder of a cache; repeat for several teachers.", required=True)
+    cache: tuple[str, ...] = option(
+        (), "Folder, URL or .zip of a cache; repeat for several teachers.", required=True, url=True
+    )
     student: str = option("mlp", MODEL_HELP)
     temperature: tuple[float, ...] = option((2.0,), "Temperatures to try, as 1,2,4,8.", above=0)
     alpha: tuple[float, ...] = option((0.5,), "Weights of the teacher to try, as 0.5,0.9.", minimum=0, maximum=1)

@@ -8,19 +8,24 @@ import math
 import os
 import tomllib
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 from kdcache.core.errors import UsageError
 from kdcache.core.json_records import from_json
-from kdcache.core.paths import local_path, local_spec
+from kdcache.core.paths import cache_location, local_path, local_spec
 
 T = TypeVar("T", bound="Settings")
 
 # Options whose values are paths in every command, and options whose values may contain one.
-PATHS = frozenset({"out", "cache", "run", "runs", "data_root", "checkpoint", "tokenizer", "inputs", "path"})
+PATHS = frozenset(
+    {
+        *("out", "cache", "cache_dir", "archive", "run", "runs", "data_root", "checkpoint", "tokenizer", "inputs"),
+        "path",
+    }
+)
 SPECS = frozenset({"dataset", "model", "teacher", "student"})
 
 
@@ -37,6 +42,7 @@ def option(
     only_with: tuple[str, ...] = (),
     not_with: tuple[str, ...] = (),
     unless: str = "",
+    url: bool = False,
 ) -> Any:
     """Field of a settings class, with its help text and its bounds.
 
@@ -51,6 +57,7 @@ def option(
             `VALUE:…`, or `NAME` for any value but its default.
         not_with: Other settings that leave this one without effect, in the same form.
         unless: Flag that makes a required value optional.
+        url: The place of a cache, which may be a URL.
     """
     metadata = {
         "help": help,
@@ -63,6 +70,7 @@ def option(
         "only_with": only_with,
         "not_with": not_with,
         "unless": unless,
+        "url": url,
     }
     return field(default=default, metadata=metadata)
 
@@ -85,7 +93,8 @@ class Settings:
             rule = each.metadata
             flag = each.name.upper() if rule.get("argument") else flag_of(each.name)
             if each.name in PATHS | SPECS:
-                object.__setattr__(self, each.name, _expanded(getattr(self, each.name), each.name, flag))
+                expand = cache_location if rule.get("url") else local_path if each.name in PATHS else local_spec
+                object.__setattr__(self, each.name, _expanded(getattr(self, each.name), expand, flag))
             value = getattr(self, each.name)
             if value is None or not rule:
                 continue
@@ -165,8 +174,7 @@ def _spelled(rules: Mapping[str, Field[Any]], condition: str) -> str:
     return f"{flag_of(name, off=name in rules and rules[name].default is True)} {value}".rstrip()
 
 
-def _expanded(value: Any, name: str, flag: str) -> Any:
-    expand = local_path if name in PATHS else local_spec
+def _expanded(value: Any, expand: Callable[[str, str], str], flag: str) -> Any:
     if isinstance(value, tuple):
         return tuple(expand(each, flag) for each in value)
     return expand(value, flag) if isinstance(value, str) else value

@@ -8,6 +8,8 @@ import re
 from kdcache.core.errors import UsageError
 
 NAME_BYTES, PATH_BYTES = 255, 4095
+# Object stores of caches, and servers that they are read from.
+REMOTE_SCHEMES = ("s3", "gs", "az", "https", "http")
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 # Specs with the path of a folder behind a kind, as `folder:~/pets`.
 _SPEC_WITH_HOME = re.compile(r"([a-z:-]+:)(~.*)", re.DOTALL)
@@ -24,7 +26,9 @@ def local_path(text: str, what: str) -> str:
     """
     if _URL.match(text):
         raise UsageError(
-            f"{what} is {text}, a URL", "a path on this machine: URLs are not supported yet", "copy it here first"
+            f"{what} is {text}, a URL",
+            "a path on this machine; caches may also be at s3://, gs:// or az://, and be read from https://",
+            "copy it here first",
         )
     path = os.path.expanduser(text) if text.startswith("~") else text
     if path.startswith("~"):
@@ -41,6 +45,16 @@ def local_path(text: str, what: str) -> str:
             "choose a shorter one",
         )
     return path
+
+
+def cache_location(text: str, what: str) -> str:
+    """The URL of a cache, as it is, or a path on this machine with `~` expanded.
+
+    Raises:
+        UsageError: it is neither.
+    """
+    scheme, separator, _ = text.partition("://")
+    return text if separator and scheme in REMOTE_SCHEMES else local_path(text, what)
 
 
 def local_spec(text: str, what: str) -> str:

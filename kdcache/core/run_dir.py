@@ -20,7 +20,9 @@ CONFIG, METRICS, LAST, BEST, RESULT = "config.json", "metrics.jsonl", "last.pt",
 TOKENIZER, BOARD = "tokenizer.json", "tensorboard"
 
 # Settings that change how a run is carried out or where things lie, not what comes out of it.
-FREE_ON_RESUME = frozenset({"out", "device", "workers", "data_root", "download", "cache", "plots", "tensorboard"})
+FREE_ON_RESUME = frozenset(
+    {"out", "device", "workers", "data_root", "download", "cache", "plots", "tensorboard", "cache_dir", "cache_disk"}
+)
 
 # Settings that older versions recorded under other names, and a source of rows that is no more.
 _RENAMED = {"feed": "row_source"}

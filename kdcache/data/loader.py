@@ -24,6 +24,7 @@ from kdcache.data.raw_input import batch_crc32c
 from kdcache.data.soft_targets import SoftTargets
 from kdcache.data.token_cache import Sequences
 from kdcache.data.views import Views, as_views
+from kdcache.store.storage.object_store import has_done_io
 
 # Batches that are joined and pinned while the device computes.
 BATCHES_AHEAD = 2
@@ -142,6 +143,8 @@ def batch_loader(
         device=device,
         join=join,
         persistent_workers=workers > 0,
+        # What a process that used an object store has open does not survive a fork.
+        multiprocessing_context="forkserver" if workers and has_done_io() else None,
         # Without one, each epoch draws a number from the global generator.
         generator=torch.Generator().manual_seed(0),
     )

@@ -5,13 +5,18 @@ Nothing is returned unchecked: manifest against its sha256, ledger against manif
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from kdcache.core.config import CACHE_DISK
 from kdcache.core.errors import CacheDamaged, CacheIncomplete, CacheNotFound
+from kdcache.core.specs import parse_bytes
+from kdcache.store.chunk_cache import ChunkCache
 from kdcache.store.chunk_reader import REPAIR, ChunkReader, sample_indices
 from kdcache.store.constants import open_encoding
 from kdcache.store.encodings.base import LOGITS
@@ -21,19 +26,20 @@ from kdcache.store.manifest import Manifest, enclosing_cache, is_cache, read_man
 from kdcache.store.row_source import ReadOptions, plan_reading
 from kdcache.store.sampler import always, batches_of
 from kdcache.store.storage.base import Storage
-from kdcache.store.storage.registry import Location, open_storage
+from kdcache.store.storage.registry import Location, StorageOptions, open_storage
 
 
-def cache_splits(location: Location) -> list[str]:
+def cache_splits(location: Location, *, storage_options: StorageOptions | None = None) -> list[str]:
     """Names of the splits in a cache, sorted.
 
     Args:
-        location: A path, or an open storage.
+        location: A path, a URL, or an open storage.
+        storage_options: Options of an object store, such as `endpoint` or `region`.
 
     Raises:
         CacheNotFound: there is no cache at the location.
     """
-    root = open_storage(location)
+    root = open_storage(location, storage_options)
     if (cache := enclosing_cache(root)) is not None:
         raise CacheNotFound(
             f"no cache at {root.url}: it lies inside the cache {cache}", "the cache itself", f"give {cache}"
@@ -48,19 +54,30 @@ def cache_splits(location: Location) -> list[str]:
     return [name for name in root.folders() if not name.startswith(".")]
 
 
-def open_cache(location: Location, split: str = "train", *, allow_partial: bool = False) -> Cache:
+def open_cache(
+    location: Location,
+    split: str = "train",
+    *,
+    allow_partial: bool = False,
+    storage_options: StorageOptions | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    cache_disk: str = CACHE_DISK,
+) -> Cache:
     """Open one split of a cache for reading.
 
     Args:
-        location: A path, or an open storage.
+        location: A path, a URL, or an open storage.
         allow_partial: Open a split whose dump has not finished, too; only its committed samples can be read.
+        storage_options: Options of an object store, such as `endpoint` or `region`; never recorded.
+        cache_dir: Local folder in which verified chunks are kept across epochs and runs; None keeps none.
+        cache_disk: Size of all chunks in `cache_dir`, such as `100GiB`; the least recently used ones are removed.
 
     Raises:
         CacheNotFound: no cache there, or not this split.
         CacheIncomplete: its dump has not finished.
         CacheDamaged: manifest or ledger fail their checksums.
     """
-    root = open_storage(location)
+    root = open_storage(location, storage_options)
     splits = cache_splits(root)
     if split not in splits:
         raise CacheNotFound(
@@ -68,7 +85,8 @@ def open_cache(location: Location, split: str = "train", *, allow_partial: bool 
             f"one of {', '.join(splits) or '(none yet)'}",
             f"add it: the dump-teacher command that made the cache, with --split {split}",
         )
-    return Cache(root, split, allow_partial=allow_partial)
+    kept = None if cache_dir is None else ChunkCache(Path(cache_dir).expanduser(), parse_bytes(cache_disk))
+    return Cache(root, split, allow_partial=allow_partial, chunk_cache=kept)
 
 
 class Cache:
@@ -85,7 +103,9 @@ class Cache:
         logit_arrays: Names of the arrays that hold its logits.
     """
 
-    def __init__(self, root: Storage, split: str, *, allow_partial: bool = False) -> None:
+    def __init__(
+        self, root: Storage, split: str, *, allow_partial: bool = False, chunk_cache: ChunkCache | None = None
+    ) -> None:
         storage = root.below(split)
         self._root, self.url, self.place = root, root.url, storage.url
         self.manifest: Manifest = read_manifest(root, split)
@@ -94,12 +114,12 @@ class Cache:
         ledger = Ledger(storage, self.manifest, views=self.manifest.readable_views)
         if not self._partial:
             check_complete(self.place, self.manifest, ledger)
-        self.reader = ChunkReader(storage, self.manifest, ledger)
+        self.reader = ChunkReader(storage, self.manifest, ledger, chunk_cache)
         self.encoding = open_encoding(storage, self.manifest)
         self.logit_arrays = tuple(array.name for array in self.encoding.arrays())
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _reopen, (self._root, self.manifest.dataset.split, self._partial)
+        return _reopen, (self._root, self.manifest.dataset.split, self._partial, self.reader.chunk_cache)
 
     def __len__(self) -> int:
         """Number of samples."""
@@ -207,8 +227,8 @@ class Cache:
         return logits
 
 
-def _reopen(root: Storage, split: str, allow_partial: bool) -> Cache:
-    return Cache(root, split, allow_partial=allow_partial)
+def _reopen(root: Storage, split: str, allow_partial: bool, chunk_cache: ChunkCache | None) -> Cache:
+    return Cache(root, split, allow_partial=allow_partial, chunk_cache=chunk_cache)
 
 
 def check_complete(place: str, manifest: Manifest, ledger: Ledger) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ from numcodecs.blosc import decompress  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 
 from kdcache.core.errors import CacheDamaged, CacheIncomplete
+from kdcache.store.chunk_cache import ChunkCache
 from kdcache.store.layout import shard_key
 from kdcache.store.ledger import Ledger
 from kdcache.store.manifest import ArrayRecord, Manifest
@@ -34,12 +36,15 @@ class ChunkReader:
 
     Args:
         storage: The split's part of the storage.
+        chunk_cache: Where verified chunks are kept on the local disk; None for nowhere.
 
     Holds no open file and no state, so it may be used from several threads, and in forked and spawned processes.
     """
 
-    def __init__(self, storage: Storage, manifest: Manifest, ledger: Ledger) -> None:
-        self.storage, self.manifest, self.ledger = storage, manifest, ledger
+    def __init__(
+        self, storage: Storage, manifest: Manifest, ledger: Ledger, chunk_cache: ChunkCache | None = None
+    ) -> None:
+        self.storage, self.manifest, self.ledger, self.chunk_cache = storage, manifest, ledger, chunk_cache
 
     def rows(self, name: str, view: int, indices: NDArray[np.int64]) -> NDArray[Any]:
         """Some rows of an array, (n, *row_shape), in the order of `indices`.
@@ -65,7 +70,8 @@ class ChunkReader:
         """
         array = self.manifest.array(name)
         result = np.empty((len(rows), *array.row_shape), stored_dtype(array))
-        for chunk in range(rows.start // array.chunk_rows, -(-rows.stop // array.chunk_rows)):
+
+        def read(chunk: int) -> None:
             first = chunk * array.chunk_rows
             start, stop = max(rows.start, first), min(rows.stop, first + array.chunk_rows)
             into = result[start - rows.start : stop - rows.start]
@@ -73,6 +79,15 @@ class ChunkReader:
                 self.read_into(array, view, chunk, into)
             else:
                 into[:] = self.chunk(array, view, chunk)[start - first : stop - first]
+
+        chunks = range(rows.start // array.chunk_rows, -(-rows.stop // array.chunk_rows))
+        if self.storage.in_flight == 1 or len(chunks) < 2:
+            for chunk in chunks:
+                read(chunk)
+        else:
+            with ThreadPoolExecutor(self.storage.in_flight, thread_name_prefix="kdcache-reader") as pool:
+                for _ in pool.map(read, chunks):
+                    pass
         return result
 
     def chunk(self, array: ArrayRecord, view: int, chunk: int) -> NDArray[Any]:
@@ -104,20 +119,48 @@ class ChunkReader:
                 "run the same dump-teacher command again; it continues",
             )
         place, committed = (array, view, shard), int(crcs[position])
+        target = out.reshape(-1).view(np.uint8)
+        kept = None
+        if self.chunk_cache is not None:
+            kept = self.chunk_cache.path_of(self.storage.url, array, view, chunk, length, committed)
+            if (data := self.chunk_cache.read(kept)) is not None:
+                try:
+                    self._decode(array, data, committed, target)
+                except BadChunk:
+                    self.chunk_cache.discard(kept)  # damaged on the local disk: fetched again
+                else:
+                    return
         try:
             if array.compression == "none":
-                payload, stored = out.reshape(-1).view(np.uint8), bytearray(CRC_BYTES)
-                self.shard_range(place, position * chunk_stride(array), payload.data, memoryview(stored))
-                check_crc(payload, bytes(stored), committed)
+                stored = bytearray(CRC_BYTES)
+                self.shard_range(place, position * chunk_stride(array), target.data, memoryview(stored))
+                check_crc(target, bytes(stored), committed)
+                parts: tuple[memoryview | bytes, ...] = (target.data, bytes(stored))
             else:
                 offset, size = self._find(place, position)
-                data = bytearray(size)
-                self.shard_range(place, offset, memoryview(data))
-                payload = np.frombuffer(data, np.uint8, max(size - CRC_BYTES, 0))
-                check_crc(payload, bytes(data[-CRC_BYTES:]), committed)
-                decompress(payload, out.reshape(-1).view(np.uint8))
+                whole = bytearray(size)
+                self.shard_range(place, offset, memoryview(whole))
+                self._decode(array, whole, committed, target)
+                parts = (memoryview(whole),)
         except BadChunk as problem:
             raise self.damage(array, view, shard, problem) from problem
+        if self.chunk_cache is not None and kept is not None:
+            self.chunk_cache.write(kept, *parts)
+
+    def _decode(self, array: ArrayRecord, data: bytes | bytearray, committed: int, target: NDArray[np.uint8]) -> None:
+        """Check a stored chunk, which ends with its crc32c, and decode it into `target`, (bytes,).
+
+        Raises:
+            BadChunk: its bytes are not the committed ones.
+        """
+        payload = np.frombuffer(data, np.uint8, max(len(data) - CRC_BYTES, 0))
+        check_crc(payload, bytes(data[-CRC_BYTES:]), committed)
+        if array.compression == "none":
+            if payload.size != target.size:
+                raise BadChunk(f"it has {payload.size} bytes")
+            target[:] = payload
+        else:
+            decompress(payload, target)
 
     def shard_range(self, place: Place, start: int, *outs: memoryview) -> None:
         """Fill buffers from a position in a shard that has the length that the ledger says.

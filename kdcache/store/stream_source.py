@@ -56,8 +56,9 @@ class StreamedSource:
         Raises:
             CacheDamaged: a chunk of the first window fails its checksum.
         """
+        readers = max(READERS, self._reader.storage.in_flight)
         # Made at first use, because threads do not survive a fork.
-        self._pool = self._pool or ThreadPoolExecutor(READERS, thread_name_prefix="kdcache-reader")
+        self._pool = self._pool or ThreadPoolExecutor(readers, thread_name_prefix="kdcache-reader")
         while self._held:
             self._drop()
         self._view = self._schedule(epoch)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 
-from tests.benchmarks import crashes, dump, memory, objectives, reading, sweep, training, views
+from tests.benchmarks import crashes, dump, memory, objectives, reading, remote, sweep, training, views
 
 BENCHMARKS = {
     "training": training.run,
     "dump": dump.run,
     "reading": reading.run,
+    "remote": remote.run,
     "memory": memory.run,
     "crashes": crashes.run,
     "views": views.run,

@@ -35,16 +35,22 @@ def test_a_path_inside_a_cache_is_told_the_cache(tmp_path, below):
     assert f"--out {tmp_path / 'c.zarr'} --split" in refusal.value.remedy
 
 
-@pytest.mark.parametrize("url", ["s3://bucket/c.zarr", "https://example.org/c.zarr", "gs://b/c"])
-def test_a_url_is_shown_as_it_is_and_said_to_be_unsupported(url):
+@pytest.mark.parametrize("url", ["ftp://bucket/c.zarr", "hdfs://b/c"])
+def test_a_url_of_an_unknown_kind_is_shown_as_it_is_and_refused(url):
     for command in (["inspect", url], ["train-student", "--cache", url, "--out", "x"], ["train-teacher", "--out", url]):
         message = refused(2, *command)
         assert url in message
-        assert "URLs are not supported yet" in message
+        assert "s3://, gs:// or az://" in message
     with pytest.raises(UsageError, match=url):
         open_cache(url)
     with pytest.raises(UsageError, match=url):
         dump_teacher(Network(16, 4), synthetic(8), out=url)
+
+
+def test_a_run_is_kept_on_this_machine():
+    message = refused(2, "train-teacher", "--out", "s3://bucket/run")
+    assert "--out is s3://bucket/run, a URL" in message
+    assert "a path on this machine" in message
 
 
 def test_home_is_expanded_in_every_path_option(monkeypatch, tmp_path):

@@ -37,6 +37,8 @@ RUNS = {
     "evaluate": ["--run {}/t --device cpu"],
     "inspect": ["{}/c.zarr"],
     "verify": ["{0}/c.zarr --teacher cnn --checkpoint {0}/t/best.pt --device cpu --rows 8"],
+    "pack": ["{0}/c.zarr --out {0}/c.zip"],
+    "unpack": ["{0}/packed.zip --out {0}/unpacked"],
     "compare": ["{}/t"],
     "report": ["{0}/t {0}/s --out {0}/report.html --device cpu --train-samples 64"],
     "plot-temperature": ["{0}/c.zarr --out {0}/t.png --samples 64"],
@@ -61,6 +63,7 @@ def folder(tmp_path_factory):
         *("dump-teacher", "--checkpoint", root / "t" / "best.pt", "--out", root / "c.zarr", "--device", "cpu"),
         *("--features", "penultimate"),
     )
+    answer("pack", root / "c.zarr", "--out", root / "packed.zip")
     answer("train-student", "--cache", root / "c.zarr", "--out", root / "s", "--epochs", "1", "--device", "cpu")
     Image.fromarray(np.full((8, 8), 9, np.uint8)).save(root / "seven.png")
     return root

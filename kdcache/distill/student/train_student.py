@@ -186,7 +186,12 @@ def _open_caches(given: CachePath | Sequence[CachePath], config: StudentConfig) 
     if not len(several):
         raise UsageError("there is no cache", "at least one", "name the folder that dump-teacher wrote")
     caches = [
-        each if isinstance(each, Cache) else open_cache(each, allow_partial=config.allow_partial) for each in several
+        each
+        if isinstance(each, Cache)
+        else open_cache(
+            each, allow_partial=config.allow_partial, cache_dir=config.cache_dir, cache_disk=config.cache_disk
+        )
+        for each in several
     ]
     if config.cache_weights and len(config.cache_weights) != len(caches):
         raise UsageError(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import io
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from typing import IO
 
 Bytes = bytes | bytearray | memoryview
 
@@ -28,9 +30,11 @@ class Storage(ABC):
 
     Attributes:
         url: Where the root is, for messages and for opening it again.
+        in_flight: Number of reads to have under way at once.
     """
 
     url: str
+    in_flight = 1
 
     @abstractmethod
     def read(self, key: str) -> bytes:
@@ -76,6 +80,21 @@ class Storage(ABC):
     @abstractmethod
     def folders(self) -> list[str]:
         """First names of the keys that have several, sorted."""
+
+    def size(self, key: str) -> int:
+        """Size of an object in bytes.
+
+        Raises:
+            MissingKey: there is none.
+        """
+        return len(self.read(key))
+
+    @contextlib.contextmanager
+    def writing(self, key: str) -> Iterator[IO[bytes]]:
+        """A file whose bytes become an object when it is closed without an error; else nothing is stored."""
+        buffer = io.BytesIO()
+        yield buffer
+        self.write(key, buffer.getvalue())
 
     def place(self, key: str) -> str:
         """Full name of an object, for messages."""
@@ -123,7 +142,7 @@ class Storage(ABC):
 class _Below(Storage):
     def __init__(self, parent: Storage, prefix: str) -> None:
         self._parent, self._prefix = parent, prefix
-        self.url = parent.place(prefix)
+        self.url, self.in_flight = parent.place(prefix), parent.in_flight
 
     def _key(self, key: str) -> str:
         return f"{self._prefix}/{key}"
@@ -142,6 +161,9 @@ class _Below(Storage):
 
     def delete(self, key: str) -> None:
         self._parent.delete(self._key(key))
+
+    def size(self, key: str) -> int:
+        return self._parent.size(self._key(key))
 
     def objects(self, prefix: str = "") -> Iterator[tuple[str, int]]:
         wanted = self._key(prefix) if prefix else self._prefix

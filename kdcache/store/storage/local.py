@@ -6,10 +6,12 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 from kdcache.core.atomic_files import (
     TEMPORARY,
     check_folder,
+    durable_file,
     make_folder,
     storage_errors,
     sync_folder,
@@ -82,6 +84,18 @@ class LocalStorage(Storage):
         path = self._root / key
         with storage_errors("delete", path):
             path.unlink(missing_ok=True)
+
+    def size(self, key: str) -> int:
+        with storage_errors("read", self._root / key):
+            try:
+                return (self._root / key).stat().st_size
+            except (FileNotFoundError, NotADirectoryError) as problem:
+                raise MissingKey(key) from problem
+
+    @contextmanager
+    def writing(self, key: str) -> Iterator[IO[bytes]]:
+        with durable_file(self._root / key) as file:
+            yield file
 
     def objects(self, prefix: str = "") -> Iterator[tuple[str, int]]:
         with storage_errors("read", self._root / prefix):
