@@ -232,21 +232,22 @@ def verify_with_teacher(settings: VerifyArgs) -> Report:
         )
         data["splits"][split]["recomputed"] = dataclasses.asdict(found)
         recorded = {f"{each.temperature:g}": each.max_kl for each in cache.manifest.fidelity}
-        lossy = [
-            f"KL at T = {name} up to {value:.3g}, {recorded.get(name, math.nan):.3g} in the manifest"
-            for name, value in found.max_kl.items()
-        ]
         # A recomputed logit may differ in its last bits, and the loss with it.
         within = all(value <= 1.01 * recorded.get(name, math.inf) + 1e-6 for name, value in found.max_kl.items())
         same = found.same_weights and within and found.largest_difference <= settings.tolerance
         exit_code = exit_code if same else CacheDamaged.exit_code
-        lines.append(
-            f"{split}: {counted(found.rows, 'row')} recomputed; difference up to "
-            f"{found.largest_difference:.2g} of 1 + |x| in {found.array} "
-            f"at sample {found.sample} in view {found.view}, tolerance {settings.tolerance:g}"
-            + "".join(f"; {line}" for line in lossy)
-            + ("" if found.same_weights else "; the teacher's weights are not those of the manifest")
-        )
+        compared = [
+            f"KL at T = {name} up to {value:.2g}, {recorded.get(name, math.nan):.2g} in the manifest"
+            for name, value in found.max_kl.items()
+        ]
+        if not found.max_kl or found.largest_difference > 0:
+            compared.append(
+                f"difference up to {found.largest_difference:.2g} of 1 + |x| in {found.array} "
+                f"at sample {found.sample} in view {found.view}, tolerance {settings.tolerance:g}"
+            )
+        if not found.same_weights:
+            compared.append("the teacher's weights are not those of the manifest")
+        lines.append(f"{split}: {counted(found.rows, 'row')} recomputed; {'; '.join(compared)}")
     data["whole"] = exit_code == 0
     return Report(data, "\n".join(lines), exit_code)
 

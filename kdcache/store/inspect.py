@@ -137,6 +137,10 @@ def _describe(place: str, manifest: Manifest, data: dict[str, Any], local: Local
         "features": features or "none",
         "rows": f"{dataset.length * manifest.readable_views:,}",
         "encoding": f"{encoding_of(manifest).spec}, compression {logits.compression}, amp {manifest.amp}",
+        "fidelity": _fidelity(manifest),
+        "converted from": "nothing: dumped by the teacher"
+        if manifest.converted_from is None
+        else f"{manifest.converted_from.encoding}, sha256 of its manifest {manifest.converted_from.manifest_sha256}",
         "layout": f"chunks of {logits.chunk_rows} rows in shards of {manifest.shard_rows}, "
         f"{counted(data['bytes'], 'byte')} in all",
         "made with": ", ".join(f"{name} {version}" for name, version in manifest.versions.items())
@@ -149,6 +153,17 @@ def _describe(place: str, manifest: Manifest, data: dict[str, Any], local: Local
     below = "\n" + " " * (width + 4)
     described = (f"  {name:<{width}}  {value}".replace("\n", below) for name, value in lines.items())
     return "\n".join([place, *described])
+
+
+def _fidelity(manifest: Manifest) -> str:
+    """Loss of the encoding, for a person."""
+    if not manifest.fidelity:
+        return "not known yet" if manifest.facts and not manifest.complete else "not measured"
+    losses = ", ".join(
+        f"{each.mean_kl:.1e} at T = {each.temperature:g} (at most {each.max_kl:.1e})" for each in manifest.fidelity
+    )
+    changed = counted(manifest.changed_predictions or 0, "predicted class", "predicted classes")
+    return f"{changed} changed, mean KL in nats {losses}"
 
 
 def _describe_views(manifest: Manifest) -> str:

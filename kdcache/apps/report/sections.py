@@ -193,7 +193,12 @@ def _facts(split: dict[str, Any]) -> dict[str, str]:
         "teacher": f"{teacher['spec']}, {teacher['parameters']:,} parameters",
         "teacher's accuracy": percent(teacher["accuracy"], 2),
         "views": f"{split['views']}: {views}",
-        "encoding": f"{logits['dtype']}, compression {logits['compression']}, amp {manifest['amp']}",
+        "encoding": f"{manifest.get('encoding') or logits['dtype']}, compression {logits['compression']}, "
+        f"amp {manifest['amp']}",
+        "fidelity": "; ".join(
+            f"mean KL {each['mean_kl']:.1e} at T = {each['temperature']:g}" for each in manifest.get("fidelity", ())
+        )
+        or "not measured",
         "bytes": f"{split['bytes']:,} for {split['rows']:,} rows",
         "made with": ", ".join(f"{name} {version}" for name, version in manifest["versions"].items()),
         "sha256 of the weights": teacher["weights_sha256"],
