@@ -29,7 +29,7 @@ from kdcache.core.config import (
 )
 from kdcache.core.errors import CacheDamaged
 from kdcache.core.json_records import counted, to_json
-from kdcache.core.options import narrow
+from kdcache.core.options import default_values, narrow
 from kdcache.core.plugins import require_extra
 from kdcache.core.progress import log
 from kdcache.core.run_dir import LAST, RunFolder
@@ -337,6 +337,7 @@ def _run_folder(command: str, settings: TrainTeacherArgs | TrainStudentArgs, bui
         Path(settings.out),
         {"command": command, **to_json(settings)},
         resume=settings.resume,
+        defaults=default_values(type(settings)),
         tokenizer=None if tokenizer is None else tokenizer.document,
     )
 

@@ -20,7 +20,9 @@ from typing import Any
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from kdcache.core.atomic_files import storage_errors
+from kdcache.core.config import TrainStudentArgs
 from kdcache.core.errors import KdcacheError
+from kdcache.core.options import default_values
 from kdcache.core.plugins import describe
 from kdcache.core.progress import Progress, log
 from kdcache.core.run_dir import CONFIG, RESULT, RunFolder, read_metrics, read_result
@@ -168,7 +170,8 @@ def _finished(job: Job) -> Outcome | None:
     folder = Path(job.settings["out"])
     if not (folder / CONFIG).exists():
         return None
-    RunFolder(folder, {"command": "train-student", **job.settings}, resume=True)
+    settings = {"command": "train-student", **job.settings}
+    RunFolder(folder, settings, resume=True, defaults=default_values(TrainStudentArgs))
     # A run that is to have more epochs than before has a result, but not that of these settings.
     finished = (folder / RESULT).exists() and len(read_metrics(folder)) >= job.settings["epochs"]
     return _outcome(folder) if finished else None
@@ -195,7 +198,6 @@ def _train(settings: dict[str, Any], slot: Slot, log_path: str) -> Outcome:
             import torch
 
             from kdcache.apps import pipeline
-            from kdcache.core.config import TrainStudentArgs
             from kdcache.core.options import merge
 
             torch.set_num_threads(slot.threads)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 from kdcache.core.errors import UsageError
-from kdcache.core.json_records import from_json
+from kdcache.core.json_records import from_json, to_json
 from kdcache.core.paths import cache_location, local_path, local_spec
 
 T = TypeVar("T", bound="Settings")
@@ -273,6 +273,11 @@ def suggestion(name: str, config_class: type[Settings]) -> str:
     roles = [each for each in ("model", "student", "teacher") if each in names] if name in ("arch", "model") else []
     close = [ALIASES[name]] if ALIASES.get(name) in names else roles[:1] or difflib.get_close_matches(name, names, n=3)
     return f"did you mean {' or '.join(map(flag_of, close))}?" if close else ""
+
+
+def default_values(settings_class: type[Settings]) -> dict[str, Any]:
+    """Defaults of all settings, as plain values: what a run of a version without a setting was made with."""
+    return {each.name: to_json(each.default) for each in fields(settings_class)}
 
 
 def narrow(config_class: type[T], settings: Settings) -> T:

@@ -36,13 +36,23 @@ class RunFolder:
 
     Args:
         tokenizer: JSON of the network's tokenizer, if it has one.
+        defaults: Defaults of the settings, for a run of a version that did not have all of them.
 
     Raises:
         TargetExists: a new run meets the files of another one, or a file that is no folder.
         UsageError: a run to resume is not there, has lost its state, or has other settings; only `epochs` may grow.
     """
 
-    def __init__(self, path: Path, settings: dict[str, Any], *, resume: bool, tokenizer: str | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        settings: dict[str, Any],
+        *,
+        resume: bool,
+        tokenizer: str | None = None,
+        defaults: dict[str, Any] | None = None,
+    ) -> None:
+        self._defaults = defaults or {}
         self.path, self._tokenizer, self._resume = path, tokenizer, resume
         self._settings = {name: value for name, value in settings.items() if name != "resume"}
         check_folder(path)
@@ -143,6 +153,8 @@ class RunFolder:
 
     def _check_same(self, recorded: dict[str, Any]) -> None:
         settings = self._settings
+        # An older version knew fewer settings, and trained as with their defaults.
+        recorded = {name: value for name, value in self._defaults.items() if name in settings} | recorded
         changed = [
             f"{name} was {recorded.get(name)!r} and is {settings.get(name)!r}"
             for name in dict.fromkeys([*recorded, *settings])

@@ -375,6 +375,8 @@ FLAGS = {
     "evaluate": SHARED - {"--seed"} | {"--run", "--split", "--plots"},
     "verify": SHARED - {"--amp"} | {"--split", "--teacher", "--checkpoint", "--rows", "--tolerance"},
     "inspect": set(),
+    "pack": {"--out"},
+    "unpack": {"--out"},
     "compare": set(),
     "report": {"--out", "--cache", "--device"},
     "plot-temperature": {"--out", "--split", "--temperatures", "--sample"},

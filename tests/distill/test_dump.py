@@ -279,7 +279,7 @@ def test_a_dry_run_writes_nothing_and_knows_the_bytes(tmp_path, count, classes, 
     dump_teacher(Network(16, classes), **arguments)
     stored = sum(
         file.stat().st_size
-        for name in ("logits", "labels", "input_crc32c")
+        for name in ("logits", "labels", "input_crc32c", "facts")
         for file in (tmp_path / "c" / "train" / name / "c").rglob("*")
         if file.is_file()
     )

@@ -51,6 +51,9 @@ LOSSES = {
     "hard_cross_entropy": lambda: losses.hard_cross_entropy(numbers(6, 4), LABELS, label_smoothing=0.1),
     "mixed_cross_entropy": lambda: losses.mixed_cross_entropy(numbers(6, 4), LABELS, LABELS, torch.rand(6)),
     "kd": lambda: losses.kd(numbers(6, 4), numbers(6, 4), temperature=2.0),
+    "topk_kd": lambda: losses.topk_kd(
+        numbers(6, 4), numbers(6, 2), torch.tensor([[0, 3]] * 6), torch.zeros(6), temperature=2.0
+    ),
     "soft_cross_entropy": lambda: losses.soft_cross_entropy(numbers(6, 4), numbers(6, 4)),
     "logit_mse": lambda: losses.logit_mse(numbers(6, 4), numbers(6, 4)),
     "decoupled_kd": lambda: losses.decoupled_kd(numbers(6, 4), numbers(6, 4), LABELS, temperature=2.0),

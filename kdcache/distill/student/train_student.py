@@ -19,6 +19,7 @@ from torch import nn
 from kdcache.core.config import StudentConfig
 from kdcache.core.errors import CacheIncomplete, UsageError
 from kdcache.core.json_records import canonical_json, to_json
+from kdcache.core.options import default_values
 from kdcache.core.progress import log
 from kdcache.core.run_dir import RunFolder
 from kdcache.core.specs import parse_bytes
@@ -84,7 +85,8 @@ def train_student(
     indexed = as_indexed(dataset, name=manifest.dataset.name, split=manifest.dataset.split)
     if out is not None:
         paths = [each.url for each in caches]
-        run = RunFolder(Path(out), {"cache": paths, **to_json(config)}, resume=resume)
+        settings = {"cache": paths, **to_json(config)}
+        run = RunFolder(Path(out), settings, resume=resume, defaults=default_values(type(config)))
     available = min(each.views for each in caches)
     named = view_schedule(config.view_schedule, config.views, available=available, seed=config.seed)
     last = config.epochs - 1
