@@ -74,8 +74,10 @@ class Quantizer:
             codes = self._unpacked(codes, width)
         top_n1, second_n1, step_n1 = grid[:, 0:1], grid[:, 1:2], grid[:, 2:3]
         values = as_float32(codes)
+        # In this order, because the second largest is then exact, and nothing is rounded onto the maximum.
+        values -= 1
         values *= -step_n1
-        values += second_n1 + step_n1
+        values += second_n1
         if isinstance(values, np.ndarray):
             # Faster than a choice for each number, because few are the largest.
             places = np.flatnonzero(codes.reshape(-1) == 0)

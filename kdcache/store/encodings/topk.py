@@ -114,10 +114,14 @@ def _largest(logits: NDArray[np.float64], count: int) -> NDArray[np.int64]:
 def _keep_top(
     stored: NDArray[np.float16], values: NDArray[np.float64], tail_top: NDArray[np.float64]
 ) -> NDArray[np.float16]:
-    """Rounded values whose first is larger than the others, and than the tail, wherever it was before rounding."""
+    """Rounded values whose first is larger than the others, and than the tail, wherever it was before rounding.
+
+    Nor is it below the tail where they were equal, because the tail's mass could not be decoded then.
+    """
     second = np.maximum(values[:, 1], tail_top) if values.shape[1] > 1 else tail_top
     wider = second + 1e-6 * (1 + np.abs(second))
-    raised = (values[:, 0] > second) & (stored[:, 0].astype(np.float64) <= wider)
+    rounded = stored[:, 0].astype(np.float64)
+    raised = ((values[:, 0] > second) & (rounded <= wider)) | (rounded < tail_top)
     with np.errstate(over="ignore"):
         higher = np.nextafter(stored[:, 0], np.float16(np.inf))
         lower = np.nextafter(stored[:, :1], np.float16(-np.inf))
