@@ -86,6 +86,15 @@ def verify(settings: config.VerifyArgs) -> Report:
     return verify_cache(settings.cache, settings.split)
 
 
+@_command(config.ConvertArgs, "convert", "kdcache convert runs/mnist.zarr --encoding quantized:8 --out small.zarr")
+def convert(settings: config.ConvertArgs) -> Report:
+    """Convert a finished cache to another encoding, compression or layout, without the teacher."""
+    from kdcache.core.options import narrow
+    from kdcache.store.convert import convert_cache
+
+    return convert_cache(settings.cache, settings.out, narrow(config.ConvertConfig, settings), splits=settings.split)
+
+
 @_command(config.PackArgs, "pack", "kdcache pack runs/mnist.zarr --out mnist.zip")
 def pack(settings: config.PackArgs) -> Report:
     """Pack a finished cache into one zip file, which every command reads as it is."""

@@ -400,6 +400,32 @@ class VerifyArgs(DatasetConfig, InputConfig, LoadingConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ConvertConfig(Settings):
+    """How a cache is converted."""
+
+    encoding: str | None = option(None, "Encoding of the new cache, as for dump-teacher. [default: that of the cache]")
+    temperatures: tuple[float, ...] = option(
+        (), "Temperatures of topk:K. [default: 1,2,4,8]", above=0, only_with=("encoding=topk",)
+    )
+    max_kl: float | None = option(
+        None, "Stop if the encoding loses more than this mean KL divergence, in nats, in a shard.", above=0
+    )
+    compression: str = option("auto", "none, zstd:LEVEL, or auto: zstd:5 for quantized logits, and none for others.")
+    shard_rows: int | None = option(None, "Rows per shard, a power of two. [default: 16384, fewer if rows are large]")
+    views: int | None = option(None, "Number of views to keep, from the first. [default: all]", minimum=1)
+    drop_features: bool = option(False, "Leave out the features.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertArgs(ConvertConfig):
+    """`kdcache convert`."""
+
+    cache: str = option("", "Folder or URL of a finished cache.", argument=True, required=True, url=True)
+    out: str = option("", "Folder or URL for the new cache.", required=True, url=True)
+    split: tuple[str, ...] = option((), "Split to convert; repeat for several. [default: all]")
+
+
+@dataclass(frozen=True, kw_only=True)
 class PackArgs(Settings):
     """`kdcache pack`."""
 

@@ -137,7 +137,7 @@ def _describe(place: str, manifest: Manifest, data: dict[str, Any], local: Local
         "features": features or "none",
         "rows": f"{dataset.length * manifest.readable_views:,}",
         "encoding": f"{encoding_of(manifest).spec}, compression {logits.compression}, amp {manifest.amp}",
-        "fidelity": _fidelity(manifest),
+        "fidelity": describe_fidelity(manifest),
         "converted from": "nothing: dumped by the teacher"
         if manifest.converted_from is None
         else f"{manifest.converted_from.encoding}, sha256 of its manifest {manifest.converted_from.manifest_sha256}",
@@ -155,7 +155,7 @@ def _describe(place: str, manifest: Manifest, data: dict[str, Any], local: Local
     return "\n".join([place, *described])
 
 
-def _fidelity(manifest: Manifest) -> str:
+def describe_fidelity(manifest: Manifest) -> str:
     """Loss of the encoding, for a person."""
     if not manifest.fidelity:
         return "not known yet" if manifest.facts and not manifest.complete else "not measured"

@@ -57,6 +57,7 @@ def build_arrays(
     length: int,
     encoding: Encoding,
     features: Mapping[str, tuple[int, ...]] | None = None,
+    feature_dtype: str | None = None,
     compression: str = "auto",
     shard_rows: int | None = None,
 ) -> tuple[int, tuple[ArrayRecord, ...]]:
@@ -64,6 +65,7 @@ def build_arrays(
 
     Args:
         features: Shapes of one row, by name of the array.
+        feature_dtype: Dtype of features; None takes the encoding's.
         compression: `none`, `zstd:LEVEL`, or `auto`, which is the encoding's own and none for features.
 
     Raises:
@@ -73,7 +75,9 @@ def build_arrays(
     by_name = {array.name: encoding.compression for array in stored}
     for name, shape in (features or {}).items():
         names = tuple(f"feature {axis}" for axis in range(len(shape)))
-        stored.append(StoredArray(name=name, dtype=encoding.feature_dtype, row_shape=shape, row_names=names))
+        stored.append(
+            StoredArray(name=name, dtype=feature_dtype or encoding.feature_dtype, row_shape=shape, row_names=names)
+        )
     zstd_level(encoding.compression if compression == "auto" else compression)
     shard_rows = choose_shard_rows(length, max(array.bytes_per_row for array in stored), shard_rows)
     rows = [

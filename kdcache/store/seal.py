@@ -48,7 +48,9 @@ def commit_outputs(
     first = manifest.rows_of(shard).start
     rows = encoding.encode(outputs[encoding.source], first_sample=first)
     features = {
-        feature.array: as_floats(outputs[feature.array], encoding.feature_dtype, first_sample=first, name=feature.array)
+        feature.array: as_floats(
+            outputs[feature.array], manifest.array(feature.array).dtype, first_sample=first, name=feature.array
+        )
         for feature in manifest.features
         if feature.array not in rows
     }
@@ -108,8 +110,10 @@ def seal(writer: SplitWriter, encoding: Encoding) -> Manifest:
         ),
         teacher=replace(manifest.teacher, accuracy=accuracy),
         view_sha256=tuple(writer.ledger.digest(view) for view in range(manifest.views)),
-        fidelity=() if facts is None else fidelity_of(facts, encoding),
-        changed_predictions=None if facts is None else int(facts[:, :, COUNTS.index("changed")].sum()),
+        fidelity=manifest.fidelity if facts is None else fidelity_of(facts, encoding),
+        changed_predictions=manifest.changed_predictions
+        if facts is None
+        else int(facts[:, :, COUNTS.index("changed")].sum()),
         history=(*manifest.history, *_new_bytes(writer)),
     )
     writer.finish(finished)

@@ -375,6 +375,7 @@ FLAGS = {
     "evaluate": SHARED - {"--seed"} | {"--run", "--split", "--plots"},
     "verify": SHARED - {"--amp"} | {"--split", "--teacher", "--checkpoint", "--rows", "--tolerance"},
     "inspect": set(),
+    "convert": {"--out", "--encoding"},
     "pack": {"--out"},
     "unpack": {"--out"},
     "compare": set(),

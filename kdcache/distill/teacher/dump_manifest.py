@@ -13,10 +13,12 @@ from kdcache.core.config import DumpConfig
 from kdcache.data.registry import fingerprint_labels, fingerprint_samples
 from kdcache.data.versions import package_versions
 from kdcache.data.views import Views
+from kdcache.models.feature_hooks import PENULTIMATE
 from kdcache.models.forward import ForwardPass
 from kdcache.models.registry import count_parameters, weights_sha256
 from kdcache.store.constants import constant_records
 from kdcache.store.encodings.base import Encoding
+from kdcache.store.encodings.head import FEATURES
 from kdcache.store.facts import fact_names
 from kdcache.store.layout import build_arrays
 from kdcache.store.local_paths import portable_spec
@@ -70,7 +72,7 @@ def build_manifest(
         temperatures=encoding.temperatures,
         constants=constant_records(encoding),
         facts=fact_names(encoding),
-        features=tuple(features),
+        features=(*features, *_head_features(encoding)),
         shard_rows=shard_rows,
         seed=config.seed,
         amp=config.amp,
@@ -81,6 +83,12 @@ def build_manifest(
         license=config.license,
         citation=config.citation,
     )
+
+
+def _head_features(encoding: Encoding) -> tuple[FeatureRecord, ...]:
+    """The features that the encoding `head` stores as they are."""
+    names = [array.name for array in encoding.arrays()]
+    return tuple(FeatureRecord(layer=PENULTIMATE, pool="none", array=name) for name in names if name == FEATURES)
 
 
 def compute_facts(device: torch.device) -> dict[str, str]:
