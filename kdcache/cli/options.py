@@ -56,7 +56,7 @@ PANELS = {
     "Text": ("max_tokens", "vocabulary_size", "tokenizer"),
     "Execution": ("device", "batch_size", "workers", "amp", "seed"),
     "Storage": (
-        *("features", "pool", "encoding", "temperatures", "max_kl", "compression", "shard_rows"),
+        *("features", "drop_features", "pool", "encoding", "temperatures", "max_kl", "compression", "shard_rows"),
         *("license", "citation"),
     ),
     "Reading the cache": (

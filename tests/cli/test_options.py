@@ -37,6 +37,7 @@ RUNS = {
     "evaluate": ["--run {}/t --device cpu"],
     "inspect": ["{}/c.zarr"],
     "verify": ["{0}/c.zarr --teacher cnn --checkpoint {0}/t/best.pt --device cpu --rows 8"],
+    "convert": ["{0}/c.zarr --encoding topk:3 --out {0}/converted"],
     "pack": ["{0}/c.zarr --out {0}/c.zip"],
     "unpack": ["{0}/packed.zip --out {0}/unpacked"],
     "compare": ["{}/t"],
