@@ -226,6 +226,5 @@ def test_every_shared_setting_has_a_panel():
             vars(settings_class)["__annotations__"]
         )
         assert inherited - {"tensorboard"} <= set(placed)
-    assert set(placed) <= set(typing.get_type_hints(config.DumpTeacherArgs)) | set(
-        typing.get_type_hints(config.TrainStudentArgs)
-    )
+    shown = (config.DumpTeacherArgs, config.TrainStudentArgs, config.ConvertArgs)
+    assert set(placed) <= {name for settings_class in shown for name in typing.get_type_hints(settings_class)}
