@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 
-from tests.benchmarks import crashes, dump, memory, objectives, reading, remote, sweep, training, views
+from tests.benchmarks import crashes, dump, encodings, memory, objectives, reading, remote, sweep, training, views
 
 BENCHMARKS = {
     "training": training.run,
     "dump": dump.run,
     "reading": reading.run,
     "remote": remote.run,
+    "encodings": encodings.run,
     "memory": memory.run,
     "crashes": crashes.run,
     "views": views.run,
