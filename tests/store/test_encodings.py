@@ -79,6 +79,12 @@ def test_top_k_keeps_the_predicted_class_and_the_mass_of_the_tail(logits, data):
     assert (np.abs(np.logaddexp.reduce(tail / temperature, axis=1) - exact) <= rounding).all()
 
 
+def test_a_lower_class_that_shares_the_tail_with_a_tie_does_not_come_first():
+    logits = np.array([[-1e-28, 0.0, 0.0], [1.0, 3.0, 3.0], [128.5625, 128.5625, 1.0]], np.float32)
+    _, found = decoded(encoding_named("topk:1", 3), logits)
+    np.testing.assert_array_equal(found.argmax(axis=1), [1, 1, 0])
+
+
 @pytest.mark.parametrize(("classes", "dtype"), [(3000, "uint16"), (65536, "uint16"), (70000, "uint32")])
 def test_classes_are_stored_as_integers(classes, dtype):
     logits = np.zeros((2, classes))

@@ -116,18 +116,23 @@ def _keep_top(
 ) -> NDArray[np.float16]:
     """Rounded values whose first is larger than the others, and than the tail, wherever it was before rounding.
 
-    Nor is it below the tail where they were equal, because the tail's mass could not be decoded then.
+    It is above the tail also where they were equal: all classes of the tail are decoded to one logit, and one that was
+    lower would else come first.
     """
     second = np.maximum(values[:, 1], tail_top) if values.shape[1] > 1 else tail_top
-    wider = second + 1e-6 * (1 + np.abs(second))
     rounded = stored[:, 0].astype(np.float64)
-    raised = ((values[:, 0] > second) & (rounded <= wider)) | (rounded < tail_top)
+    raised = ((values[:, 0] > second) & (rounded <= _just_above(second))) | (rounded <= _just_above(tail_top))
     with np.errstate(over="ignore"):
         higher = np.nextafter(stored[:, 0], np.float16(np.inf))
         lower = np.nextafter(stored[:, :1], np.float16(-np.inf))
     stored[:, 0] = np.where(raised & np.isfinite(higher), higher, stored[:, 0])
     tied = (stored >= stored[:, :1]) & (values < values[:, :1])
     return np.where(tied, lower, stored)
+
+
+def _just_above(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Values beyond what rounding to float32 can reach."""
+    return values + 1e-6 * (1 + np.abs(values))
 
 
 def _log_sum_exp(values: NDArray[np.float64]) -> NDArray[np.float64]:
