@@ -327,7 +327,7 @@ def evaluate(settings: EvaluateArgs) -> Report:
     }
     if settings.plots:
         data |= _plot(evaluation, dataset, folder)
-    text = _judgement(evaluation, dataset)
+    text = _evaluation_text(evaluation, dataset)
     return Report(data, f"{text}\n{worst}" if (worst := _worst(data["classes"])) else text)
 
 
@@ -366,7 +366,7 @@ def _conclude(
         load_weights(built.module, run.best)
         evaluation = evaluate_model(built.module, test, preprocess=built.preprocessor, config=config)
         data |= _measured(evaluation, test)
-        text = f"{text}\n{_judgement(evaluation, test)}"
+        text = f"{text}\n{_evaluation_text(evaluation, test)}"
         if plots:
             data |= _plot(evaluation, test, run.path)
     run.save_result(data)
@@ -419,7 +419,7 @@ def _worst(classes: list[dict[str, Any]]) -> str:
     return f"lowest accuracy by class: {', '.join(listed)}" if listed else ""
 
 
-def _judgement(evaluation: Evaluation, dataset: IndexedDataset) -> str:
+def _evaluation_text(evaluation: Evaluation, dataset: IndexedDataset) -> str:
     data = _measured(evaluation, dataset)
     names = dataset.classes
     shown = [f"{names[each['true']]} → {names[each['predicted']]}" for each in data["examples"]]

@@ -171,8 +171,8 @@ def _rows(grid: Sequence[Setting], seeds: Sequence[int], outcomes: dict[str, Out
     for setting in grid:
         runs = [f"{setting.folder}-seed{seed}" for seed in seeds]
         done = [outcomes[run] for run in runs if outcomes[run].result]
-        judged = [each.result["test_accuracy"] for each in done if each.result]
-        tests = [accuracy for accuracy in judged if accuracy is not None]
+        measured = [each.result["test_accuracy"] for each in done if each.result]
+        tests = [accuracy for accuracy in measured if accuracy is not None]
         validations = [each.val_accuracy for each in done if each.val_accuracy is not None]
         rows.append(
             {

@@ -217,7 +217,7 @@ def probe_model(built: BuiltModel, views: Views, seed: int) -> None:
     """Let a network answer for two samples, so that one that does not suit the dataset is refused at once."""
     preprocessor, device = built.preprocessor, torch.device("cpu")
     indices = np.arange(min(2, len(views)))
-    # The plain sample too, because networks are judged on it.
+    # The plain sample too, because networks are evaluated on it.
     looks = [(as_views(views.dataset), 0)] + ([] if views.recipe.is_plain(1) else [(views, 1)])
     network = ForwardPass(built.module, preprocessor, device, classes=len(views.dataset.classes), outputs=built.outputs)
     with torch.random.fork_rng(devices=[]), evaluation_mode(built.module):

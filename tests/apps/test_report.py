@@ -22,7 +22,7 @@ from kdcache.analysis.figures import confusion
 from kdcache.apps import pipeline
 from kdcache.apps.report.build import make_report
 from kdcache.apps.report.cost import multiply_adds
-from kdcache.apps.report.metrics import judge
+from kdcache.apps.report.metrics import evaluate_logits
 from kdcache.apps.report.samples import as_png, cards, excerpt
 from kdcache.cli.app import app
 from kdcache.core.config import DumpTeacherArgs, ReportArgs, TrainStudentArgs, TrainTeacherArgs
@@ -118,13 +118,13 @@ def test_scaling_is_evaluated_on_samples_that_it_was_not_fitted_on():
 
 def test_accuracy_its_error_and_classes_without_samples():
     logits = np.array([[2.0, 1, 0], [2, 1, 0], [0, 3, 0], [0, 3, 0]])
-    found = judge("who", logits, np.array([0, 1, 1, 1]), 0)
+    found = evaluate_logits("who", logits, np.array([0, 1, 1, 1]), 0)
     assert found.confusion_cc.tolist() == [[1, 0, 0], [1, 2, 0], [0, 0, 0]]
     assert found.accuracy == 0.75
     assert found.standard_error == pytest.approx(math.sqrt(0.75 * 0.25 / 4))
     assert found.class_accuracy_c[:2].tolist() == [1, pytest.approx(2 / 3)]
     assert np.isnan(found.class_accuracy_c[2])
-    assert judge("who", logits[:1], np.array([0]), 0).calibration is None
+    assert evaluate_logits("who", logits[:1], np.array([0]), 0).calibration is None
 
 
 class Bilinear(nn.Module):
@@ -318,7 +318,7 @@ def test_every_part_is_there_with_its_numbers(study):
     assert page.headings == [
         "Summary",
         "Training",
-        "What is taken for what",
+        "Confusion",
         "Calibration",
         "Agreement with the teacher",
         "Largest disagreements",
@@ -376,7 +376,7 @@ def test_a_student_by_itself_brings_its_teacher_from_the_cache(study):
 
 def test_a_teacher_by_itself(study):
     _, page = report(study, "teacher")
-    assert page.headings == ["Summary", "Training", "What is taken for what", "Calibration", "Largest losses"]
+    assert page.headings == ["Summary", "Training", "Confusion", "Calibration", "Largest losses"]
     assert "largest loss of teacher" in page.text
 
 

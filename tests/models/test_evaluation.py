@@ -11,7 +11,7 @@ from kdcache.analysis.calibration import reliability
 from kdcache.analysis.confusion import confusion_matrix
 from kdcache.analysis.distributions import negative_log_likelihood, softmax
 from kdcache.apps.pipeline import _measured, _per_class, _plot, _worst
-from kdcache.apps.report.metrics import judge
+from kdcache.apps.report.metrics import evaluate_logits
 from kdcache.apps.report.sections import errors
 from kdcache.core.config import RuntimeConfig
 from kdcache.data.dataset import ArrayDataset
@@ -29,7 +29,7 @@ def test_memory_grows_with_classes_and_not_with_their_square(tmp_path, capfd):
     network = nn.Sequential(nn.Flatten(), nn.Linear(4, MANY))
     tracemalloc.start()
     found = evaluate_model(network, dataset, preprocess=Preprocess(), config=RuntimeConfig(device="cpu"))
-    answers = judge("a", np.zeros((4, MANY), np.float32), labels, 0)
+    answers = evaluate_logits("a", np.zeros((4, MANY), np.float32), labels, 0)
     assert tracemalloc.get_traced_memory()[1] < 200e6  # a matrix takes 28.8e9
     tracemalloc.stop()
     section = errors([answers], classes)

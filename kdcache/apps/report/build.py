@@ -11,7 +11,7 @@ import torch
 
 from kdcache.apps.report import overview, sections
 from kdcache.apps.report.html import Page, Section, percent, render
-from kdcache.apps.report.metrics import Answers, MeasuredRun, shown_run
+from kdcache.apps.report.metrics import MeasuredRun, Predictions, shown_run
 from kdcache.apps.report.samples import cards
 from kdcache.apps.report.study import Study
 from kdcache.core.atomic_files import write_durable
@@ -113,7 +113,7 @@ def _run_data(each: MeasuredRun) -> dict[str, Any]:
     }
 
 
-def _answers_data(answers: Answers | None) -> dict[str, Any]:
+def _answers_data(answers: Predictions | None) -> dict[str, Any]:
     found = None if answers is None else answers.calibration
     confusion = None if answers is None else answers.confusion_cc
     return {

@@ -18,8 +18,8 @@ from kdcache.apps.report.runs import ALONE, DISTILLED, CachedTeacher, Run
 
 
 @dataclass(frozen=True, kw_only=True)
-class Answers:
-    """Somebody's answers to all test samples, judged.
+class Predictions:
+    """Predictions of one network for all test samples, with their metrics.
 
     Attributes:
         logits_nc: (samples, classes).
@@ -63,8 +63,8 @@ class Answers:
         return confusion_matrix(self.labels_n, self.predicted_n, classes)
 
 
-def judge(name: str, logits_nc: NDArray[Any], labels_n: NDArray[np.int64], seed: int) -> Answers:
-    """Answers against the true labels.
+def evaluate_logits(name: str, logits_nc: NDArray[Any], labels_n: NDArray[np.int64], seed: int) -> Predictions:
+    """Predictions against the true labels.
 
     Args:
         labels_n: true classes, (n,).
@@ -72,7 +72,9 @@ def judge(name: str, logits_nc: NDArray[Any], labels_n: NDArray[np.int64], seed:
     """
     calibration = calibrate(logits_nc, labels_n, seed) if len(labels_n) > 1 else None
     predicted_n = logits_nc.argmax(axis=1)
-    return Answers(name=name, logits_nc=logits_nc, labels_n=labels_n, predicted_n=predicted_n, calibration=calibration)
+    return Predictions(
+        name=name, logits_nc=logits_nc, labels_n=labels_n, predicted_n=predicted_n, calibration=calibration
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +115,7 @@ class MeasuredRun:
     run: Run
     teacher: CachedTeacher | None
     cost: Cost | None
-    answers: Answers | None
+    answers: Predictions | None
     agreements: Sequence[Agreement]
 
     @property

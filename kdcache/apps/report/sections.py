@@ -11,13 +11,13 @@ from kdcache.analysis import figures
 from kdcache.analysis.calibration import BINS, HIGHEST, LOWEST
 from kdcache.analysis.confusion import MATRIX_CLASSES
 from kdcache.apps.report.html import UNKNOWN, Card, Figure, Section, Table, percent
-from kdcache.apps.report.metrics import Answers, MeasuredRun
+from kdcache.apps.report.metrics import MeasuredRun, Predictions
 
 # Largest number of classes for which accuracy is listed by class.
 LISTED_CLASSES = 100
 
 
-def errors(answers: Sequence[Answers], classes: Sequence[str]) -> Section:
+def errors(answers: Sequence[Predictions], classes: Sequence[str]) -> Section:
     """Where the answers are wrong."""
     accuracies = {each.name: each.class_accuracy_c for each in answers}
     matrices = [each.confusion_cc for each in answers if each.confusion_cc is not None]
@@ -54,7 +54,7 @@ def errors(answers: Sequence[Answers], classes: Sequence[str]) -> Section:
     pictures.insert(0, figures.class_accuracy(accuracies, classes))
     return Section(
         anchor="errors",
-        title="What is taken for what",
+        title="Confusion",
         tables=tables,
         figures=[Figure(pictures=pictures, caption=f"{per_class} {how_to_read}")],
     )
@@ -64,7 +64,7 @@ def _known(value: float) -> str:
     return UNKNOWN if np.isnan(value) else f"{value:.1%}"
 
 
-def calibration(answers: Sequence[Answers]) -> Section:
+def calibration(answers: Sequence[Predictions]) -> Section:
     """Calibration of each network, before and after temperature scaling."""
     known = [(each, each.calibration) for each in answers if each.calibration is not None]
     first = known[0][1]

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdcache.apps.report.cost import logits_of, measure_cost
-from kdcache.apps.report.metrics import Agreement, Answers, MeasuredRun, agree, judge
+from kdcache.apps.report.metrics import Agreement, MeasuredRun, Predictions, agree, evaluate_logits
 from kdcache.apps.report.runs import CachedTeacher, Run, open_runs, teacher_of
 from kdcache.core.config import ReportArgs
 from kdcache.core.errors import CacheNotFound, DatasetError
@@ -136,7 +136,7 @@ class Study:
     def _measure(self, run: Run, what: str) -> MeasuredRun:
         log(f"measuring run {what}")
         settings, trained, teacher = self._settings, run.trained, self._teachers[run.name]
-        answers: Answers | None = None
+        answers: Predictions | None = None
         agreements: list[Agreement] = []
         for split, dataset in self._data.items():
             cached = self.cached_logits(teacher, split)
@@ -145,7 +145,7 @@ class Study:
             logits, labels = logits_of(trained, dataset, self._indices[split], settings, f"{run.name} {split}")
             if split == TEST:
                 self.labels_n = labels
-                answers = judge(run.name, logits, labels, settings.seed)
+                answers = evaluate_logits(run.name, logits, labels, settings.seed)
                 self._check_recorded(run, answers.accuracy)
             if cached is not None:
                 agreements.append(agree(split, logits, cached))
@@ -167,11 +167,11 @@ class Study:
             teacher for teacher in self._distinct if not {record.weights_sha256 for record in teacher.records} <= hashes
         ]
 
-    def _evaluate_cached(self) -> dict[Any, Answers]:
+    def _evaluate_cached(self) -> dict[Any, Predictions]:
         several = len(self.unseen) > 1
         found = {}
         for teacher in self.unseen:
             if (logits := self.cached_logits(teacher)) is not None:
                 name = f"{teacher.name}, {' and '.join(teacher.paths)}" if several else teacher.name
-                found[teacher.key] = judge(name, logits, self.labels_n, self._settings.seed)
+                found[teacher.key] = evaluate_logits(name, logits, self.labels_n, self._settings.seed)
         return found
