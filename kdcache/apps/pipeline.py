@@ -34,6 +34,7 @@ from kdcache.core.plugins import require_extra
 from kdcache.core.progress import log
 from kdcache.core.run_dir import LAST, RunFolder
 from kdcache.core.text_table import text_table
+from kdcache.core.workers import Worker, worker_of
 from kdcache.data.dataset import IndexedDataset
 from kdcache.data.loader import BatchRequest, batch_loader
 from kdcache.data.views import Views
@@ -49,7 +50,7 @@ from kdcache.distill.trainer import TrainResult, train
 from kdcache.distill.training_data import training_data
 from kdcache.models.build import build, check_classes, dataset_preprocess, describe, open_data, open_test
 from kdcache.models.checkpoints import fit_weights, load_weights, read_checkpoint
-from kdcache.models.device import evaluation_mode, floating_dtype
+from kdcache.models.device import evaluation_mode, floating_dtype, worker_device
 from kdcache.models.evaluate import Evaluation, evaluate_model
 from kdcache.models.feature_hooks import list_layers
 from kdcache.models.from_run import load_trained
@@ -92,7 +93,8 @@ def dump_teacher(settings: DumpTeacherArgs) -> Report:
     """Run a teacher over one or more splits and keep its logits."""
     if settings.list_layers:
         return _list_layers(settings)
-    reports = [_dump_split(settings, split) for split in dict.fromkeys(settings.split)]
+    worker = worker_of(settings.worker)
+    reports = [_dump_split(settings, split, worker) for split in dict.fromkeys(settings.split)]
     splits = {report.data["split"]: report.data for report in reports}
     data = {"cache": settings.out, "dry_run": settings.dry_run, "splits": splits}
     return Report(data, "\n".join(report.text for report in reports))
@@ -124,16 +126,17 @@ def _list_layers(settings: DumpTeacherArgs) -> Report:
     return Report(data, "\n".join([*lines, "penultimate is the input of the last linear layer"]))
 
 
-def _dump_split(settings: DumpTeacherArgs, split: str) -> Report:
+def _dump_split(settings: DumpTeacherArgs, split: str, worker: Worker) -> Report:
     dataset = open_data(settings, settings.dataset, split)
     recipe = ViewRecipe(augment=settings.augment, mix=settings.mix, seed=settings.view_seed)
     built = _load_teacher(settings, dataset, recipe)
+    device = worker_device(settings.device, worker.local_index)
     arguments: dict[str, Any] = {
         "out": settings.out,
         "split": split,
         "teacher_name": settings.teacher,
         "preprocess": built.preprocessor,
-        "config": narrow(DumpConfig, settings),
+        "config": dataclasses.replace(narrow(DumpConfig, settings), device=device),
         "add_views": settings.add_views,
         "outputs": built.outputs,
         "allow_device_change": settings.allow_device_change,
@@ -161,7 +164,13 @@ def _dump_split(settings: DumpTeacherArgs, split: str) -> Report:
         ]
         return Report(data, "\n".join(lines))
     result = dump(
-        built.module, dataset, **arguments, repair=settings.repair, accept_new_bytes=settings.accept_new_bytes
+        built.module,
+        dataset,
+        **arguments,
+        repair=settings.repair,
+        accept_new_bytes=settings.accept_new_bytes,
+        worker=worker,
+        steal=settings.steal,
     )
     accuracy = result.manifest.teacher.accuracy
     data = {
@@ -172,12 +181,18 @@ def _dump_split(settings: DumpTeacherArgs, split: str) -> Report:
         "bytes": predicted_bytes(result.manifest),
         "teacher_accuracy": accuracy,
         "complete": result.manifest.complete,
+        "pending_shards": result.pending_shards,
     }
+    known = "not known: view 0 is mixed" if accuracy is None else f"{accuracy:.2%}"
+    state = (
+        f"{counted(result.pending_shards, 'shard')} left to other workers"
+        if result.pending_shards
+        else f"teacher accuracy {known}"
+    )
     return Report(
         data,
         f"{settings.out}/{split}: {counted(result.rows, 'row')} ({result.computed_rows:,} now, "
-        f"{result.seconds:.1f} s), "
-        f"teacher accuracy {'not known: view 0 is mixed' if accuracy is None else f'{accuracy:.2%}'}",
+        f"{result.seconds:.1f} s), {state}",
     )
 
 

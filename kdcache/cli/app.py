@@ -74,6 +74,22 @@ def inspect_cache(settings: config.InspectArgs) -> Report:
     return inspect_one(settings.cache)
 
 
+@_command(config.StatusArgs, "status", "kdcache status runs/imagenet.zarr")
+def status(settings: config.StatusArgs) -> Report:
+    """Print the progress of a dump and of each of its workers."""
+    from kdcache.store.status import cache_status
+
+    return cache_status(settings.cache)
+
+
+@_command(config.SealArgs, "seal", "kdcache seal runs/imagenet.zarr")
+def seal(settings: config.SealArgs) -> Report:
+    """Seal a dump whose shards are all committed, if its last worker was stopped before it did so."""
+    from kdcache.store.seal import seal_splits
+
+    return seal_splits(settings.cache, settings.split)
+
+
 @_command(config.VerifyArgs, "verify", "kdcache verify runs/mnist.zarr")
 def verify(settings: config.VerifyArgs) -> Report:
     """Verify the checksums of a cache; with --teacher, also recompute a sample of its rows."""

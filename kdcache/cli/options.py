@@ -55,6 +55,7 @@ PANELS = {
     "Views": ("augment", "mix", "views", "view_seed", "plain_view", "view_schedule", "add_views"),
     "Text": ("max_tokens", "vocabulary_size", "tokenizer"),
     "Execution": ("device", "batch_size", "workers", "amp", "seed"),
+    "Workers": ("worker", "steal"),
     "Storage": (
         *("features", "drop_features", "pool", "encoding", "temperatures", "max_kl", "compression", "shard_rows"),
         *("license", "citation"),

@@ -92,26 +92,30 @@ def make_folder(path: Path) -> None:
         sync_folder(folder.parent)
 
 
-def write_durable(path: Path, data: bytes | bytearray | memoryview) -> None:
+def write_durable(path: Path, data: bytes | bytearray | memoryview, *, suffix: str = TEMPORARY) -> None:
     """Put `data` at `path` so that a crash leaves the old bytes or all the new ones, never a part.
+
+    Args:
+        suffix: End of the name of the file that is written beside; several processes that may write one path at the
+            same time need one each.
 
     Raises:
         StorageError: the disk is full, read-only or closed to us; nothing is left behind.
     """
-    with durable_file(path) as file:
+    with durable_file(path, suffix=suffix) as file:
         file.write(data)
 
 
 @contextmanager
-def durable_file(path: Path) -> Iterator[BinaryIO]:
-    """A file to write that takes its place at `path` once it is whole and on disk.
+def durable_file(path: Path, *, suffix: str = TEMPORARY) -> Iterator[BinaryIO]:
+    """A file to write that takes its place at `path` once it is whole and on disk. Arguments as for `write_durable`.
 
     Raises:
         StorageError: the disk is full, read-only or closed to us; nothing is left behind, an old file stays.
     """
     with storage_errors("write", path):
         make_folder(path.parent)
-        temporary = path.with_name(path.name + TEMPORARY)
+        temporary = path.with_name(path.name + suffix)
         try:
             with open(temporary, "wb") as file:
                 yield file

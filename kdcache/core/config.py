@@ -343,6 +343,16 @@ class DumpTeacherArgs(DumpConfig, TeacherOutputConfig, DatasetConfig, InputConfi
     allow_device_change: bool = option(
         False, "Continue a dump on another device or with other device settings; recorded in the manifest."
     )
+    worker: str | None = option(
+        None,
+        "Number of this worker, from 0, and of all, as 3/32. [default: as torchrun or SLURM say]",
+        not_with=("list_layers", "dry_run"),
+    )
+    steal: bool = option(
+        True,
+        "Once a worker's own shards are done, compute those that nobody has begun, and those of workers that are gone.",
+        not_with=("list_layers", "dry_run"),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -376,6 +386,21 @@ class InspectArgs(Settings):
     """`kdcache inspect`."""
 
     cache: str = option("", "Folder, URL or .zip of a cache.", argument=True, required=True, url=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StatusArgs(Settings):
+    """`kdcache status`."""
+
+    cache: str = option("", "Folder or URL of a cache.", argument=True, required=True, url=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SealArgs(Settings):
+    """`kdcache seal`."""
+
+    cache: str = option("", "Folder or URL of a cache.", argument=True, required=True, url=True)
+    split: tuple[str, ...] = option((), "Split to seal; repeat for several. [default: all]")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -43,15 +43,25 @@ class Progress:
         what: Name of the work, such as `dump train`.
         unit: Plural of the counted unit, such as `rows`.
         done: Number of units finished earlier.
+        lines: Whether there are lines on a terminal too: the bars of several processes would overwrite each other.
     """
 
-    def __init__(self, what: str, total: int, unit: str, done: int = 0) -> None:
+    def __init__(self, what: str, total: int, unit: str, done: int = 0, *, lines: bool = False) -> None:
         self._what, self._total, self._unit = what, total, unit
         self._count, self._first = done, done
         self._began = self._last_line = time.monotonic()
         self._bar = (
-            tqdm(total=total, initial=done, desc=what, unit=f" {unit}", unit_scale=True) if _terminal() else None
+            tqdm(total=total, initial=done, desc=what, unit=f" {unit}", unit_scale=True)
+            if _terminal() and not lines
+            else None
         )
+
+    def extend(self, count: int) -> None:
+        """Raise the total."""
+        self._total += count
+        if self._bar is not None:
+            self._bar.total = self._total
+            self._bar.refresh()
 
     def advance(self, count: int) -> None:
         self._count += count

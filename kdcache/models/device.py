@@ -50,6 +50,24 @@ def _find_device(name: str) -> torch.device:
     return device
 
 
+def worker_device(name: str, local_index: int | None) -> str:
+    """The device of one of several processes on a machine: `auto` and `cuda` are spread over its GPUs.
+
+    Args:
+        local_index: Number of the process on its machine; None where it is not known.
+
+    Raises:
+        UsageError: as for `resolve_device`.
+    """
+    if local_index is None or name not in ("auto", "cuda"):
+        return name
+    device = _find_device(name)
+    if device.type != "cuda":
+        return name
+    # A launcher may show each process its own GPU only, as number 0.
+    return f"cuda:{local_index % torch.cuda.device_count()}"
+
+
 def device_count(name: str) -> tuple[str, int]:
     """What kind of device a name means, and how many runs at once suit it: one a GPU, or one a core.
 

@@ -3,12 +3,17 @@
 The ledger is a Zarr array of its own: `ledger`, (view, shard, column), uint64, little-endian, crc32c behind each chunk.
 The columns of one entry are, for each of the manifest's arrays in order, the length of the shard's file in bytes and
 the crc32c of each of its chunks. An entry whose first length is 0 is not committed. One chunk holds up to 256 entries
-of one view and is replaced as a whole, so a commit needs no append and no lock shared between views.
+of one view and is replaced as a whole.
+
+While a split is being written, its entries are objects of their own (`ledger_parts`), so that several workers commit
+without a lock; they are folded into the array when the split is sealed.
 """
 
 from __future__ import annotations
 
 import hashlib
+import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -18,16 +23,13 @@ from numpy.typing import NDArray
 from kdcache.core.errors import CacheDamaged
 from kdcache.store.facts import zarr_facts_options
 from kdcache.store.layout import chunks_per_shard, zarr_array_options, zarr_constant_options
+from kdcache.store.ledger_parts import Entry, Part, has_part, list_parts, read_part, write_part
 from kdcache.store.manifest import METADATA, ArrayRecord, Manifest
 from kdcache.store.shard_codec import CRC_BYTES
 from kdcache.store.storage.base import MissingKey, Storage
 
 NAME = "ledger"
 BLOCK_SHARDS = 256
-
-
-# For each array, the length of a shard's file and the crc32c of each of its chunks.
-Entry = dict[str, tuple[int, list[int]]]
 
 
 class Ledger:
@@ -43,6 +45,7 @@ class Ledger:
         suspended: entries of shards that are to be computed again, by (view, shard). They stay on disk until the shard
             is committed, because their checksums tell what must come out.
         unproved: views whose entries are not those of the manifest's digest; they are not saved by a commit.
+        parts: of the split while it is being written, by (view, shard).
 
     Raises:
         CacheDamaged: a ledger file fails its checksum or has the wrong length.
@@ -53,6 +56,8 @@ class Ledger:
     ) -> None:
         self._storage = storage
         self._manifest = manifest
+        self._salvage = salvage
+        self.parts: dict[tuple[int, int], Part] = {}
         self.damaged: list[tuple[int, int]] = []
         self.suspended: dict[tuple[int, int], NDArray[np.uint64]] = {}
         self.unproved: set[int] = set()
@@ -73,6 +78,33 @@ class Ledger:
                     if not salvage:
                         raise
                     self.damaged.append((view, block))
+        if views > len(manifest.view_sha256):
+            self.refresh()
+
+    def refresh(self) -> None:
+        """Read the entries that other workers have added since."""
+        new = [
+            unit
+            for unit in list_parts(self._storage)
+            if unit not in self.parts and unit[0] < len(self._entries) and unit[1] < self._manifest.shards
+        ]
+        with ThreadPoolExecutor(self._storage.in_flight) as pool:
+            for unit, part in zip(new, pool.map(self._read_part, new), strict=True):
+                if part is not None:
+                    self.parts[unit] = part
+                    if unit not in self.suspended:
+                        self.set(*unit, part.entry)
+
+    def _read_part(self, unit: tuple[int, int]) -> Part | None:
+        try:
+            return read_part(self._storage, unit)
+        except MissingKey:
+            return None  # the split is being sealed by another worker
+        except CacheDamaged:
+            if not self._salvage:
+                raise
+            self.damaged.append((unit[0], unit[1] // self._block))
+            return None
 
     @staticmethod
     def zarr_array_options(manifest: Manifest) -> dict[str, Any]:
@@ -109,12 +141,35 @@ class Ledger:
         """sha256 of a view's entries."""
         return hashlib.sha256(self.entries[view].tobytes()).hexdigest()
 
-    def commit(self, view: int, shard: int, entry: Entry) -> None:
-        """Record a shard whose data is already durable."""
+    def is_committed(self, view: int, shard: int) -> bool:
+        """Whether a shard is committed, by this process or meanwhile by another worker."""
+        return bool(self._entries[view, shard, 0]) or has_part(self._storage, (view, shard))
+
+    def commit(
+        self,
+        view: int,
+        shard: int,
+        entry: Entry,
+        *,
+        session: str = "",
+        worker: str = "",
+        compute: dict[str, str] | None = None,
+    ) -> None:
+        """Record a shard whose data is already durable.
+
+        Args:
+            session: Process that commits it.
+            worker: Its number and that of all workers.
+            compute: Device that computed it, and its settings.
+        """
         before, suspended = self._entries[view, shard].copy(), self.suspended.pop((view, shard), None)
         try:
             self.set(view, shard, entry)
-            if view not in self.unproved:
+            if view >= len(self._manifest.view_sha256):
+                part = Part(entry=entry, session=session, worker=worker, at=time.time(), compute=compute or {})
+                write_part(self._storage, (view, shard), part)
+                self.parts[view, shard] = part
+            elif view not in self.unproved:
                 self._save_block(view, shard // self._block)
         except BaseException:
             self._entries[view, shard] = before

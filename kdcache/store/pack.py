@@ -11,6 +11,7 @@ from kdcache.core.errors import CacheIncomplete, CacheNotFound, TargetExists, Us
 from kdcache.core.json_records import counted
 from kdcache.core.progress import Progress
 from kdcache.store.cache import cache_splits
+from kdcache.store.claims import WORK
 from kdcache.store.inspect import inspect_cache
 from kdcache.store.manifest import METADATA
 from kdcache.store.storage.base import MissingKey
@@ -47,7 +48,8 @@ def pack_cache(location: Location, out: str | os.PathLike[str]) -> Report:
     with contextlib.suppress(MissingKey):
         parent.size(name)
         raise TargetExists(f"{text} exists already", "a free path", "choose another --out; nothing was changed")
-    objects = list(root.objects())
+    # A worker that was killed at the very end may have left its record.
+    objects = [(key, size) for key, size in root.objects() if f"/{WORK}/" not in key]
     total = sum(size for _, size in objects)
     with (
         Progress("pack", total, "bytes") as progress,

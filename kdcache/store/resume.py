@@ -8,6 +8,7 @@ from typing import Any
 
 from kdcache.core.errors import CacheDamaged, CacheIncomplete, CacheNotFound, TargetExists, UsageError
 from kdcache.core.json_records import brief, counted, differences, from_json, to_json
+from kdcache.store.claims import is_worked_on
 from kdcache.store.ledger import NAME as LEDGER
 from kdcache.store.ledger import Ledger
 from kdcache.store.local_paths import portable, portable_spec
@@ -31,6 +32,9 @@ _RECORDED_IF_THERE = (
     *("encoding", "compute", "license", "citation", "history", "facts", "fidelity", "changed_predictions"),
 )
 
+# Key in the record of a change of device: how many shards were committed before.
+COMMITTED = "committed_shards"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ResumePolicy:
@@ -41,14 +45,20 @@ class ResumePolicy:
         add_views: Number of views to add to a finished split.
         allow_device_change: Let another device, or other settings of it, compute what is missing.
         accept_new_bytes: With `repair`, replace committed rows by recomputed ones that differ.
+        shared: Other workers write to the split too.
     """
 
     repair: bool = False
     add_views: int = 0
     allow_device_change: bool = False
     accept_new_bytes: bool = False
+    shared: bool = False
 
     def __post_init__(self) -> None:
+        if self.shared and self.repair:
+            raise UsageError(
+                "--repair is given to one of several workers", "one process", "repair without --worker and launcher"
+            )
         if self.accept_new_bytes and not self.repair:
             raise UsageError("accept_new_bytes is given without repair", "both, or neither", "give repair=True")
 
@@ -67,13 +77,13 @@ def find_dump(root: Storage, manifest: Manifest, policy: ResumePolicy) -> Manife
     """
     split = manifest.dataset.split
     place = root.place(split)
-    found = _same_dump(root, manifest, repair=policy.repair, exact_versions=policy.repair or policy.add_views > 0)
+    found = _same_dump(root, manifest, policy)
     target = _with_views(place, found, manifest, policy.add_views)
     if target is None or target is manifest:
         return target
     # A finished split is only read, and what repairs it must give the committed bytes.
     if not target.complete or (policy.add_views and target.extending):
-        target = _on_device(root, target, manifest, policy.allow_device_change)
+        target = _on_device(root, target, manifest, policy)
     return _with_terms(root, target, manifest)
 
 
@@ -122,8 +132,11 @@ def _with_room(split: str, found: Manifest | None, views: int, add_views: int) -
     return replace(found, views=wanted)
 
 
-def _on_device(root: Storage, found: Manifest, manifest: Manifest, allowed: bool) -> Manifest:
-    """The stored manifest, to be continued on the device of `manifest`; with the change recorded if it is another."""
+def _on_device(root: Storage, found: Manifest, manifest: Manifest, policy: ResumePolicy) -> Manifest:
+    """The stored manifest, to be continued on the device of `manifest`; with the change recorded if it is another.
+
+    Several workers do not change the manifest: their devices are in the parts of the ledger, and recorded by the seal.
+    """
     storage = root.below(found.dataset.split)
     old, new = found.compute, manifest.compute
     if not old:  # by an older version, which recorded the kind of device alone
@@ -134,18 +147,21 @@ def _on_device(root: Storage, found: Manifest, manifest: Manifest, allowed: bool
     ledger = Ledger(storage, replace(found, views=max(found.readable_views, 1)), salvage=True)
     shards = sum(int(ledger.committed(view).sum()) for view in range(found.readable_views))
     result = replace(found, compute=manifest.compute, device=manifest.device)
-    if not shards:
+    if not shards and not policy.shared and not is_worked_on(storage):
         return result  # no row of the other device is there
-    if not allowed:
+    if policy.allow_device_change and policy.shared:
+        return found
+    if not policy.allow_device_change:
+        begun = f"has {counted(shards, 'shard')} that another device or other settings computed"
         raise TargetExists(
-            f"{storage.url} has {counted(shards, 'shard')} that another device or other settings computed: "
+            f"{storage.url} {begun if shards else 'is being dumped on another device or with other settings'}: "
             + "; ".join(f"{name} is {old.get(name)!r} there and {new.get(name)!r} here" for name in changed),
             "one device with one set of settings for all rows: others give other last bits",
             "go on where it was begun, or give --allow-device-change, which the manifest records; nothing was changed",
         )
     change = ChangeRecord(
         what="device",
-        before={name: old[name] for name in changed if name in old} | {"committed_shards": str(shards)},
+        before={name: old[name] for name in changed if name in old} | {COMMITTED: str(shards)},
         after={name: new[name] for name in changed if name in new},
     )
     return replace(result, history=(*found.history, change))
@@ -193,6 +209,8 @@ def check_free(root: Storage) -> bool:
     if is_cache(root):
         return False
     if not root.is_empty():
+        if is_cache(root):
+            return False  # another worker made it just now
         raise TargetExists(
             f"{root.url} exists and is not a kdcache cache",
             "a free path, an empty folder, or a cache",
@@ -201,7 +219,7 @@ def check_free(root: Storage) -> bool:
     return True
 
 
-def _same_dump(root: Storage, manifest: Manifest, *, repair: bool, exact_versions: bool) -> Manifest | None:
+def _same_dump(root: Storage, manifest: Manifest, policy: ResumePolicy) -> Manifest | None:
     if check_free(root):
         return None
     split = manifest.dataset.split
@@ -210,11 +228,14 @@ def _same_dump(root: Storage, manifest: Manifest, *, repair: bool, exact_version
     try:
         found = read_manifest(root, split)
     except CacheDamaged:
-        if repair:
+        if policy.repair:
             return recorded_manifest(root.below(split), manifest) or manifest
         raise
     # A finished split is only read, so another version of a package cannot mix two kinds of rows in it.
-    ignore = NOT_IDENTITY | ({"versions"} if found.complete and not exact_versions else set())
+    exact_versions = policy.repair or policy.add_views > 0 or not found.complete
+    ignore = NOT_IDENTITY | (set() if exact_versions else {"versions"})
+    if policy.shared and not found.complete:
+        ignore -= {"batch_size"}  # on which the last bits depend
     if None in (found.dataset.labels_sha256, manifest.dataset.labels_sha256):
         ignore |= {"dataset.labels_sha256"}
     if changes := differences(portable(found), portable(manifest), ignore=ignore):

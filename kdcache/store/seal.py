@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kdcache.core.errors import TeacherOutputError
+from kdcache.core.command_result import Report
+from kdcache.core.errors import CacheIncomplete, CacheNotFound, TeacherOutputError
+from kdcache.store.cache import cache_splits
 from kdcache.store.chunk_reader import ChunkReader
+from kdcache.store.constants import open_encoding
 from kdcache.store.encodings.base import LOGITS, Encoding
 from kdcache.store.encodings.floats import as_floats
 from kdcache.store.encodings.registry import encoding_named
 from kdcache.store.facts import COUNTS, all_facts, fidelity_of, kl, measure_shard, temperatures_of
-from kdcache.store.manifest import NONE, ChangeRecord, Manifest, recorded_sha256
+from kdcache.store.ledger import Ledger
+from kdcache.store.manifest import NONE, ChangeRecord, Manifest, read_manifest, recorded_sha256
+from kdcache.store.resume import COMMITTED, ResumePolicy
+from kdcache.store.storage.registry import Location, open_storage
 from kdcache.store.writer import SplitWriter
 
 # From the smallest to the largest; what satisfies a bound is named from these.
@@ -114,10 +120,70 @@ def seal(writer: SplitWriter, encoding: Encoding) -> Manifest:
         changed_predictions=manifest.changed_predictions
         if facts is None
         else int(facts[:, :, COUNTS.index("changed")].sum()),
-        history=(*manifest.history, *_new_bytes(writer)),
+        history=(*manifest.history, *_other_devices(writer), *_new_bytes(writer)),
     )
     writer.finish(finished)
     return finished
+
+
+def seal_splits(location: Location, splits: Sequence[str] = ()) -> Report:
+    """Seal the splits of a cache whose shards are all committed, as the last worker of a dump does.
+
+    Args:
+        splits: Names of the splits; empty for all.
+
+    Raises:
+        CacheNotFound: no cache there, or not one of these splits.
+        CacheIncomplete: shards are not committed.
+    """
+    root = open_storage(location)
+    there = cache_splits(root)
+    if missing := [name for name in splits if name not in there]:
+        raise CacheNotFound(f"the cache {root.url} has no split {missing[0]!r}", f"one of {', '.join(there)}")
+    lines, data = [], {}
+    for name in splits or there:
+        manifest, storage = read_manifest(root, name), root.below(name)
+        already = manifest.complete and not manifest.extending
+        if not already:
+            ledger = Ledger(storage, manifest)
+            left = sum(int((~ledger.committed(view)).sum()) for view in range(manifest.views))
+            if left:
+                raise CacheIncomplete(
+                    f"{storage.url}: {left} of {manifest.shards * manifest.views} shards are not committed",
+                    "all of them",
+                    "run the dump-teacher command again; kdcache status shows its workers",
+                )
+        encoding = open_encoding(storage, manifest)
+        with SplitWriter(root, manifest, ResumePolicy(shared=True), encoding=encoding) as writer:
+            if already:
+                writer.clear()
+            else:
+                seal(writer, encoding)
+        lines.append(f"{storage.url}: {'was sealed already' if already else 'sealed'}")
+        data[name] = {"sealed_now": not already, "sha256": recorded_sha256(root, name)}
+    return Report({"cache": root.url, "splits": data}, "\n".join(lines))
+
+
+def _other_devices(writer: SplitWriter) -> list[ChangeRecord]:
+    """Entries in the history for devices that computed some shards, and that neither manifest nor history names."""
+    manifest = writer.manifest
+    if not manifest.compute:
+        return []  # of an older version, which recorded the kind of device alone
+    # The history has only the settings of a device that changed.
+    known = [manifest.compute]
+    for change in manifest.history:
+        if change.what == "device":
+            known += [{name: value for name, value in change.before.items() if name != COMMITTED}, change.after]
+    records = []
+    for unit in sorted(writer.ledger.parts):
+        compute = writer.ledger.parts[unit].compute
+        if not compute or any(each and each.items() <= compute.items() for each in known):
+            continue
+        apart = [name for name in {**manifest.compute, **compute} if manifest.compute.get(name) != compute.get(name)]
+        before, after = ({name: each[name] for name in apart if name in each} for each in (manifest.compute, compute))
+        records.append(ChangeRecord(what="device", before=before, after=after))
+        known.append(compute)
+    return records
 
 
 def _accuracy(

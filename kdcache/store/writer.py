@@ -1,5 +1,6 @@
 """Writing one split: create it or continue it, commit shard by shard, finish it.
 
+The manifest comes first and is created exclusively: of several workers one creates the split, and the others compare.
 The order within a commit is data, flush, ledger, here and nowhere else. Whatever is killed in between leaves a split
 that the next run with the same manifest continues.
 """
@@ -14,8 +15,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kdcache.core.errors import CacheDamaged
+from kdcache.core.errors import CacheBusy, CacheDamaged
 from kdcache.core.json_records import counted
+from kdcache.store.claims import WORK, is_worked_on
 from kdcache.store.constants import write_constants
 from kdcache.store.encodings.base import Encoding
 from kdcache.store.facts import write_facts
@@ -35,12 +37,12 @@ from kdcache.store.manifest import (
 )
 from kdcache.store.resume import ResumePolicy, check_proof, find_dump, recorded_manifest
 from kdcache.store.shard_codec import encode_shard
-from kdcache.store.storage.base import MissingKey
+from kdcache.store.storage.base import KeyExists, MissingKey
 from kdcache.store.storage.registry import Location, open_storage
 
 
 class SplitWriter:
-    """Writes the rows of one split behind a manifest. A context manager that holds the cache's lock.
+    """Writes the rows of one split behind a manifest. A context manager that holds the cache's lock, unless shared.
 
     Args:
         root: Where the cache is, or will be.
@@ -50,6 +52,8 @@ class SplitWriter:
         local: Where its dataset is now; recorded beside the manifest of a new split.
 
     Attributes:
+        session: Process that commits, for the parts of the ledger.
+        worker: Its number and that of all workers, likewise.
         manifest: The stored manifest; complete once every view is finished.
         proof_needed: Whether the stored manifest is damaged, and `finish` must prove that it was this one; nothing else
             is written before.
@@ -82,9 +86,11 @@ class SplitWriter:
         self.restored: list[str] = []
         self.rejected: list[str] = []
         self.changes: tuple[ChangeRecord, ...] = ()
+        self.session = self.worker = ""
         find_dump(self.root, manifest, self.policy)
         with contextlib.ExitStack() as stack:
-            stack.enter_context(self.root.lock("dump"))
+            if not self.policy.shared:
+                stack.enter_context(self.root.lock("dump"))
             self._open(manifest)
             self._lock = stack.pop_all()
 
@@ -93,9 +99,19 @@ class SplitWriter:
         found = find_dump(self.root, manifest, self.policy)
         if not is_cache(self.root):
             group = {"zarr_format": 3, "node_type": "group", "attributes": {ATTRIBUTE: ROOT_MARK}}
-            self.root.write(METADATA, json.dumps(group, indent=2).encode())
+            with contextlib.suppress(KeyExists):
+                self.root.create(METADATA, json.dumps(group, indent=2).encode())
         if found is None:
-            self._create(manifest)
+            try:
+                self.storage.create(METADATA, json.dumps(self._group_document(manifest), indent=2).encode())
+            except KeyExists:
+                found = find_dump(self.root, manifest, self.policy)
+        if self.policy.repair and is_worked_on(self.storage):
+            raise CacheBusy(
+                f"other workers write to {self.storage.url}",
+                "no other worker while a cache is repaired",
+                "wait for them, or stop them; kdcache status shows them",
+            )
         self.manifest = found or manifest
         self.proof_needed = found is manifest
         if self.policy.repair and not self.proof_needed:
@@ -103,7 +119,8 @@ class SplitWriter:
         if found is not None and not self.proof_needed and self._stored_manifest() != found:
             self.changes = found.history[len(self._stored_manifest().history) :]
             self._put_manifest(found)
-        if (self.manifest.extending or self.policy.repair) and not self.proof_needed:
+        growing = not self.manifest.complete or self.manifest.extending
+        if (growing or self.policy.repair) and not self.proof_needed:
             self._put_metadata()
         self.ledger = Ledger(self.storage, self.manifest, salvage=self.policy.repair)
 
@@ -141,6 +158,8 @@ class SplitWriter:
         if not (0 <= view < self.manifest.views and 0 <= shard < self.manifest.shards):
             raise ValueError(f"there is no shard {shard} of view {view}")
         self.check_proved()
+        if self.policy.shared and self.ledger.is_committed(view, shard):
+            return  # by a worker that took this one for dead
         stored = [array for array in self.manifest.arrays if array.per_view or view == 0]
         for array in stored:
             rows, needed = arrays[array.name], (len(self.manifest.rows_of(shard)), *array.row_shape)
@@ -162,7 +181,7 @@ class SplitWriter:
             entry[array.name] = len(data), crcs
         if facts is not None:
             write_facts(self.storage, view, shard, facts)
-        self.ledger.commit(view, shard, entry)
+        self.ledger.commit(view, shard, entry, session=self.session, worker=self.worker, compute=self.compute)
 
     def _deviation(
         self, view: int, shard: int, array: ArrayRecord, data: bytes | bytearray, crcs: list[int]
@@ -263,11 +282,17 @@ class SplitWriter:
             raise ValueError(f"{len(self.pending())} shards are pending: a split is sealed once all are committed")
         if manifest.view_sha256 != tuple(self.ledger.digest(view) for view in range(manifest.views)):
             raise ValueError("view_sha256 is not that of the ledger")
-        for view in sorted(self.ledger.unproved):
+        for view in sorted(self.ledger.unproved | set(range(len(self.manifest.view_sha256), manifest.views))):
             self.ledger.save(view)
         # One that is stored already keeps the spelling, and so the digest, of the version that wrote it.
         if self.proof_needed or self._stored_manifest() != manifest:
             self._put_manifest(manifest)
+        self.clear()
+
+    def clear(self) -> None:
+        """Remove what only a split that is being written needs: parts, claims, and what killed workers left."""
+        self.storage.delete_below(WORK)
+        self.root.sweep()
 
     def _put_manifest(self, manifest: Manifest) -> None:
         attributes = manifest_attributes(manifest)
@@ -281,15 +306,6 @@ class SplitWriter:
             document["attributes"][ATTRIBUTE] |= attributes[ATTRIBUTE]
         self.storage.write(METADATA, json.dumps(document, indent=2).encode())
         self.manifest = manifest
-
-    def _create(self, manifest: Manifest) -> None:
-        """Store a split's metadata, its manifest last, so that a kill leaves a split or what counts as none."""
-        for key, document in array_metadata(manifest).items():
-            self.storage.write(key, document)
-        if manifest.constants:
-            assert self._encoding is not None, "constants come with their values"
-            write_constants(self.storage, manifest, self._encoding)
-        self.storage.write(METADATA, json.dumps(self._group_document(manifest), indent=2).encode())
 
     def _group_document(self, manifest: Manifest) -> dict[str, Any]:
         attributes = manifest_attributes(manifest)

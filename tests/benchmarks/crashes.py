@@ -13,9 +13,17 @@ from kdcache.core.errors import KdcacheError
 from kdcache.store.cache import open_cache
 from kdcache.store.storage.local import LocalStorage
 from kdcache.store.verify import verify_split
-from tests.crashes import contents, dump, in_child, killed_at_write, random_kills, writes_of_a_dump
+from tests.crashes import (
+    contents,
+    dump,
+    in_child,
+    killed_at_write,
+    random_kills,
+    random_kills_of_workers,
+    writes_of_a_dump,
+)
 
-KILLS, FLIPS, CUTS = 200, 1000, 100
+KILLS, ROUNDS, FLIPS, CUTS = 200, 120, 1000, 100
 SMALL = {"samples": 40, "shard_rows": 16}
 
 
@@ -23,6 +31,9 @@ def run(*, rounds: int, device: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         counts = random_kills(Path(folder), KILLS)
         print(f"kills at random instants: {counts}; every continued store equals the uninterrupted one to the byte")
+    with tempfile.TemporaryDirectory() as folder:
+        counts = random_kills_of_workers(folder, ROUNDS)
+        print(f"kills of 1, 2, 3 or 5 workers: {counts}; every store equals that of a single process to the byte")
     with tempfile.TemporaryDirectory() as folder:
         names = writes_of_a_dump(Path(folder) / "reference" / "c.zarr", **SMALL)
         expected = contents(Path(folder) / "reference" / "c.zarr")

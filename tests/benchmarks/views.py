@@ -77,10 +77,11 @@ class _Scene:
             self.caches[name] = open_cache(path)
         print(self.views.remember(range(VIEWS), 1 << 30))
         manifest = self.caches["views"].manifest
-        places = [(view, shard) for view in range(VIEWS) for shard in range(manifest.shards)]
+        batches = ShardBatches(manifest, 256)
+        batches.places = [(view, shard) for view in range(VIEWS) for shard in range(manifest.shards)]
         loader = batch_loader(
             self.views,
-            ShardBatches(manifest, places, 256),
+            batches,
             preprocessor=Preprocessor(self.preprocess),
             workers=2,
             device=torch.device(CPU),

@@ -375,6 +375,8 @@ FLAGS = {
     "evaluate": SHARED - {"--seed"} | {"--run", "--split", "--plots"},
     "verify": SHARED - {"--amp"} | {"--split", "--teacher", "--checkpoint", "--rows", "--tolerance"},
     "inspect": set(),
+    "status": set(),
+    "seal": {"--split"},
     "convert": {"--out", "--encoding"},
     "pack": {"--out"},
     "unpack": {"--out"},

@@ -35,12 +35,16 @@ def test_killed_before_any_write_a_dump_continues_to_the_same_store(tmp_path, wr
 def test_data_is_durable_before_its_ledger_entry(writes):
     names, _ = writes
     shards = [f"c.zarr/train/{name}" for name in ("logits/c/0/1", "input_crc32c/c/0", "labels/c")]
-    commit = names.index("replace c.zarr/train/ledger/c/0/0/0.tmp", names.index("fsync c.zarr/train/labels/c/1.tmp"))
+    part = "c.zarr/train/ledger/work/parts/0"
+    commit = names.index(f"link {part}/1.new.tmp")
     for shard in shards:
         file = f"{shard}/0.tmp" if "logits" in shard else f"{shard}/1.tmp"
         steps = [f"fsync {file}", f"replace {file}", f"fsync {shard}"]
         at = names.index(steps[0])
         assert [name for name in names[at:commit] if name in steps] == steps, names[at:commit]
-    ledger = "c.zarr/train/ledger/c/0/0"
-    assert names[commit - 1] == f"fsync {ledger}/0.tmp"
-    assert names[commit + 1] == f"fsync {ledger}"
+    assert f"fsync {part}/1.new.tmp.tmp" in names[commit - 3 : commit]
+    assert f"fsync {part}" in names[commit + 1 : commit + 5]
+    # The parts are removed once the manifest says that the split is sealed.
+    sealed = names.index("replace c.zarr/train/zarr.json.tmp", commit)
+    removed = [at for at, name in enumerate(names) if name.startswith("rmdir")]
+    assert names.index("fsync c.zarr/train/ledger/c/0/0/0.tmp") < sealed < min(removed)

@@ -76,7 +76,7 @@ def build_manifest(
         shard_rows=shard_rows,
         seed=config.seed,
         amp=config.amp,
-        device=str(teacher.device),
+        device=teacher.device.type,
         batch_size=config.batch_size,
         versions=package_versions(reads_text=bool(teacher.preprocessor.record.tokenizer_sha256)),
         compute=compute_facts(teacher.device),

@@ -73,6 +73,11 @@ class Storage(ABC):
     def delete(self, key: str) -> None:
         """Remove an object, if it is there."""
 
+    def delete_below(self, prefix: str) -> None:
+        """Remove all objects whose keys begin with `prefix/`."""
+        for key, _ in list(self.objects(prefix)):
+            self.delete(key)
+
     @abstractmethod
     def objects(self, prefix: str = "") -> Iterator[tuple[str, int]]:
         """Keys of all objects, or of those that begin with `prefix/`, sorted, each with its size in bytes."""
@@ -132,7 +137,7 @@ class Storage(ABC):
         yield
 
     def sweep(self) -> None:
-        """Remove the lock that a killed process left, if nobody holds it."""
+        """Remove what killed processes of this machine left: a lock that nobody holds, and unfinished objects."""
 
     def free_bytes(self) -> int | None:
         """Room that is left; None where it is not known."""
@@ -161,6 +166,9 @@ class _Below(Storage):
 
     def delete(self, key: str) -> None:
         self._parent.delete(self._key(key))
+
+    def delete_below(self, prefix: str) -> None:
+        self._parent.delete_below(self._key(prefix))
 
     def size(self, key: str) -> int:
         return self._parent.size(self._key(key))

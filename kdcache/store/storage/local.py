@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
+import re
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,8 +24,24 @@ from kdcache.core.atomic_files import (
 from kdcache.core.file_lock import NAME as LOCK_NAME
 from kdcache.core.file_lock import PathLock
 from kdcache.core.paths import local_path
-from kdcache.core.system import free_bytes
+from kdcache.core.system import free_bytes, is_alive, machine_name
 from kdcache.store.storage.base import Bytes, KeyExists, MissingKey, Storage, WrongSize
+
+# What file systems answer that have no hard links.
+_NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK, errno.EXDEV)
+
+
+def _suffix() -> str:
+    """End of the names of this process's unfinished files; several workers may write one object at the same time."""
+    return f".{machine_name()}-{os.getpid()}{TEMPORARY}"
+
+
+def _is_abandoned(name: str) -> bool:
+    """Whether an unfinished file is of a process of this machine that is gone, or of an older version of kdcache."""
+    if not name.endswith(TEMPORARY):
+        return False
+    match = re.search(rf"\.(\w+)-(\d+){re.escape(TEMPORARY)}$", name)
+    return match is None or (match[1] == machine_name() and not is_alive(int(match[2])))
 
 
 def _is_transient(name: str) -> bool:
@@ -64,26 +84,44 @@ class LocalStorage(Storage):
                 os.close(descriptor)
 
     def write(self, key: str, data: Bytes) -> None:
-        write_durable(self._root / key, data)
+        write_durable(self._root / key, data, suffix=_suffix())
 
     def create(self, key: str, data: Bytes) -> None:
         path = self._root / key
         # Written beside, then linked: a link fails where its name is taken, and the object is never seen half.
-        beside = path.with_name(f"{path.name}.{os.getpid()}{TEMPORARY}")
-        write_durable(beside, data)
+        beside = path.with_name(f"{path.name}.new{_suffix()}")
+        write_durable(beside, data, suffix=_suffix())
         with storage_errors("create", path):
             try:
                 os.link(beside, path)
             except FileExistsError as problem:
                 raise KeyExists(key) from problem
+            except OSError as problem:
+                if problem.errno not in _NO_LINKS:
+                    raise
+                self._create_unlinked(key, data)
             finally:
                 beside.unlink()
             sync_folder(path.parent)
+
+    def _create_unlinked(self, key: str, data: Bytes) -> None:
+        """Create an object where there are no hard links: a process that is killed meanwhile may leave it half."""
+        try:
+            with open(self._root / key, "xb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+        except FileExistsError as problem:
+            raise KeyExists(key) from problem
 
     def delete(self, key: str) -> None:
         path = self._root / key
         with storage_errors("delete", path):
             path.unlink(missing_ok=True)
+
+    def delete_below(self, prefix: str) -> None:
+        # Several workers may do so at the same time.
+        shutil.rmtree(self._root / prefix, ignore_errors=True)
 
     def size(self, key: str) -> int:
         with storage_errors("read", self._root / key):
@@ -94,15 +132,20 @@ class LocalStorage(Storage):
 
     @contextmanager
     def writing(self, key: str) -> Iterator[IO[bytes]]:
-        with durable_file(self._root / key) as file:
+        with durable_file(self._root / key, suffix=_suffix()) as file:
             yield file
 
     def objects(self, prefix: str = "") -> Iterator[tuple[str, int]]:
         with storage_errors("read", self._root / prefix):
-            files = [
-                path for path in (self._root / prefix).rglob("*") if not _is_transient(path.name) and path.is_file()
-            ]
-            yield from sorted((path.relative_to(self._root).as_posix(), path.stat().st_size) for path in files)
+            found = []
+            for folder, _, names in os.walk(self._root / prefix):
+                for name in names:
+                    path = Path(folder, name)
+                    # Other workers may remove files meanwhile.
+                    with contextlib.suppress(FileNotFoundError):
+                        if not _is_transient(name):
+                            found.append((path.relative_to(self._root).as_posix(), path.stat().st_size))
+            yield from sorted(found)
 
     def folders(self) -> list[str]:
         with storage_errors("read", self._root):
@@ -127,12 +170,19 @@ class LocalStorage(Storage):
         with storage_errors("create", self._root):
             make_folder(self._root)
         with PathLock(self._root, owner):
-            for leftover in self._root.rglob(f"*{TEMPORARY}"):
-                leftover.unlink()
+            self._remove_abandoned()
             yield
 
     def sweep(self) -> None:
         PathLock.sweep(self._root)
+        self._remove_abandoned()
+
+    def _remove_abandoned(self) -> None:
+        """Remove what killed processes had begun to write."""
+        for folder, _, names in os.walk(self._root):
+            for name in filter(_is_abandoned, names):
+                with contextlib.suppress(FileNotFoundError):  # another worker was faster
+                    os.unlink(os.path.join(folder, name))
 
     def free_bytes(self) -> int:
         return free_bytes(self._root)
