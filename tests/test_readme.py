@@ -168,9 +168,29 @@ def test_removing_local_paths_keeps_the_digest(monkeypatch, tmp_path):
     assert run_command("verify", "runs/digits.zarr").exit_code == 0
 
 
+def test_the_job_array_of_the_readme(pipeline, monkeypatch, s3_server):
+    """With the variables that SLURM sets; the second job is preempted, and takes the rest when it is queued again."""
+    (script,) = (block for block in blocks("sh") if "#SBATCH" in block)
+    (command,) = (line for line in script.splitlines() if line.startswith("kdcache "))
+    monkeypatch.chdir(pipeline)
+    for name, value in (
+        *(("AWS_ENDPOINT_URL", s3_server), ("AWS_REGION", "us-east-1")),
+        *(("AWS_ACCESS_KEY_ID", "k"), ("AWS_SECRET_ACCESS_KEY", "s")),
+        *(("SLURM_ARRAY_TASK_COUNT", "32"), ("SLURM_ARRAY_TASK_MIN", "0"), ("SLURM_ARRAY_TASK_STEP", "1")),
+    ):
+        monkeypatch.setenv(name, value)
+    words = shlex.split(command.replace("mnist", "digits").removeprefix("kdcache "))
+    for job, options, left in ((3, ["--no-steal"], True), (1, [], False)):
+        monkeypatch.setenv("SLURM_ARRAY_TASK_ID", str(job))
+        result = run_command(*words, *options, "--shard-rows", "32", "--json")
+        assert result.exit_code == 0, result.stderr
+        assert bool(json.loads(result.stdout)["splits"]["train"]["pending_shards"]) == left
+
+
 def test_every_option_of_the_readme_exists():
     options = options_by_command()
     known = set().union(*options.values()) | {"--help", "--install-completion"}
+    known |= {"--nproc-per-node", "--array", "--gres", "--requeue"}  # of launchers
     assert set(OPTION.findall(README)) - known == set()
 
 

@@ -36,6 +36,8 @@ RUNS = {
     ],
     "evaluate": ["--run {}/t --device cpu"],
     "inspect": ["{}/c.zarr"],
+    "status": ["{}/c.zarr"],
+    "seal": ["{}/c.zarr"],
     "verify": ["{0}/c.zarr --teacher cnn --checkpoint {0}/t/best.pt --device cpu --rows 8"],
     "convert": ["{0}/c.zarr --encoding topk:3 --out {0}/converted"],
     "pack": ["{0}/c.zarr --out {0}/c.zip"],
