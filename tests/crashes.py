@@ -8,6 +8,7 @@ import random
 import re
 import signal
 import time
+import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -73,6 +74,8 @@ def start(work: Callable[[], None]) -> int:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
             work()
             status = 0
+        except BaseException:
+            os.write(2, traceback.format_exc().encode())
         finally:
             os._exit(status)
     return child

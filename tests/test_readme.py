@@ -24,6 +24,7 @@ from kdcache.core.config import DumpConfig
 from kdcache.data.registry import open_dataset
 from tests.helpers import kdcache as run_command
 from tests.helpers import synthetic
+from tests.processes import together
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -145,9 +146,25 @@ def test_the_five_lines_of_a_training_loop(pipeline, monkeypatch):
 def test_the_whole_training_loop(pipeline, monkeypatch):
     monkeypatch.chdir(pipeline)
     scope = {}
-    exec(python_block("set_epoch"), scope)
+    exec(python_block("datasets.ImageFolder"), scope)
     assert torch.isfinite(scope["loss"])
     assert scope["images"].shape == (6, 3, 64, 64)
+
+
+def test_the_lines_for_ones_own_loop_in_several_processes(pipeline, monkeypatch, tmp_path):
+    """Every sample comes once in an epoch, but for the few that DistributedSampler repeats."""
+    monkeypatch.chdir(pipeline)
+    code = python_block("DistributedSampler").replace("...", "seen[-1].append((labels, teacher_logits))")
+
+    def work(processes):
+        network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))
+        scope = {"kdcache": kdcache, "torch": torch, "student": network, "prepare": None, "seen": []}
+        scope |= {"dataset": open_dataset("digits", split="train"), "cache": kdcache.open_cache("runs/digits.zarr")}
+        code_with_list = code.replace("    data.set_epoch", "    seen.append([]); data.set_epoch")
+        exec(code_with_list, scope)
+        return [sum(len(labels) for labels, _ in epoch) for epoch in scope["seen"]]
+
+    assert together(2, work, tmp_path) == [[719] * 3] * 2  # 1,437 samples and one that is repeated
 
 
 def test_removing_local_paths_keeps_the_digest(monkeypatch, tmp_path):
@@ -190,7 +207,7 @@ def test_the_job_array_of_the_readme(pipeline, monkeypatch, s3_server):
 def test_every_option_of_the_readme_exists():
     options = options_by_command()
     known = set().union(*options.values()) | {"--help", "--install-completion"}
-    known |= {"--nproc-per-node", "--array", "--gres", "--requeue"}  # of launchers
+    known |= {"--nproc-per-node", "--max-restarts", "--array", "--gres", "--requeue"}  # of launchers
     assert set(OPTION.findall(README)) - known == set()
 
 

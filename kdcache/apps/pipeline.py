@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ from kdcache.core.plugins import require_extra
 from kdcache.core.progress import log
 from kdcache.core.run_dir import LAST, RunFolder
 from kdcache.core.text_table import text_table
-from kdcache.core.workers import Worker, worker_of
+from kdcache.core.workers import Worker, launched_process, restarts, worker_of
 from kdcache.data.dataset import IndexedDataset
 from kdcache.data.loader import BatchRequest, batch_loader
 from kdcache.data.views import Views
@@ -51,6 +52,7 @@ from kdcache.distill.training_data import training_data
 from kdcache.models.build import build, check_classes, dataset_preprocess, describe, open_data, open_test
 from kdcache.models.checkpoints import fit_weights, load_weights, read_checkpoint
 from kdcache.models.device import evaluation_mode, floating_dtype, worker_device
+from kdcache.models.distributed import Processes, lost_processes, processes_of
 from kdcache.models.evaluate import Evaluation, evaluate_model
 from kdcache.models.feature_hooks import list_layers
 from kdcache.models.from_run import load_trained
@@ -65,17 +67,32 @@ from kdcache.store.manifest import Preprocess, ViewRecipe
 WORST_CLASSES = 5
 
 
+@contextlib.contextmanager
+def _training_processes(settings: TrainTeacherArgs | TrainStudentArgs) -> Iterator[tuple[Processes, str]]:
+    """The processes of a training run, and the device of this one."""
+    launched = launched_process()
+    device = worker_device(settings.device, launched.local_index)
+    with processes_of(launched, device) as processes, lost_processes(processes):
+        yield processes, device
+
+
 def train_teacher(settings: TrainTeacherArgs) -> Report:
     """Train a network on the labels of a dataset's training split."""
+    with _training_processes(settings) as (processes, device):
+        return _train_teacher(settings, processes, device)
+
+
+def _train_teacher(settings: TrainTeacherArgs, processes: Processes, device: str) -> Report:
     _check_plots(settings.plots)
-    dataset = open_data(settings, settings.dataset, "train")
+    with processes.first_before_others():  # which may download it
+        dataset = open_data(settings, settings.dataset, "train")
     recipe = ViewRecipe(augment=settings.augment, mix=settings.mix, seed=settings.seed)
     default = dataset_preprocess(dataset)
     built = build(settings.model, dataset, settings, settings.seed, default, training=True, recipe=recipe)
     test = open_test(settings, settings.dataset)
-    run = _run_folder("train-teacher", settings, built)
+    run = _run_folder("train-teacher", settings, built, processes)
     description = describe(built, dataset)
-    config = narrow(TrainConfig, settings)
+    config = dataclasses.replace(narrow(TrainConfig, settings), device=device)
     # A new view of every sample in each epoch.
     data = training_data(Views(dataset, recipe), built.preprocessor, config, schedule=lambda epoch: epoch)
     result = train(
@@ -85,8 +102,9 @@ def train_teacher(settings: TrainTeacherArgs) -> Report:
         config=config,
         run=run,
         description=description,
+        processes=processes,
     )
-    return _conclude("teacher", built, result, test, config, run, plots=settings.plots)
+    return _conclude("teacher", built, result, test, config, run, processes, plots=settings.plots)
 
 
 def dump_teacher(settings: DumpTeacherArgs) -> Report:
@@ -269,6 +287,11 @@ def verify_with_teacher(settings: VerifyArgs) -> Report:
 
 def train_student(settings: TrainStudentArgs) -> Report:
     """Train a student from a cache's training split; dataset, classes and preprocessing come from its manifest."""
+    with _training_processes(settings) as (processes, device):
+        return _train_student(settings, processes, device)
+
+
+def _train_student(settings: TrainStudentArgs, processes: Processes, device: str) -> Report:
     _check_plots(settings.plots)
     caches = [
         open_cache(
@@ -288,8 +311,8 @@ def train_student(settings: TrainStudentArgs) -> Report:
     check_recorded(caches[0], Views(dataset, recipe))  # before the student sees an input
     built = _build_student(settings, dataset, default, recipe)
     test = open_test(settings, spec, hint=local.data_root)
-    config = narrow(StudentConfig, settings)
-    run = _run_folder("train-student", settings, built)
+    config = dataclasses.replace(narrow(StudentConfig, settings), device=device)
+    run = _run_folder("train-student", settings, built, processes)
     result = learn_from_cache(
         built.module,
         dataset,
@@ -298,9 +321,10 @@ def train_student(settings: TrainStudentArgs) -> Report:
         config=config,
         run=run,
         description=describe(built, dataset),
+        processes=processes,
     )
     role = "student distilled" if config.distill else "student alone"
-    return _conclude(role, built, result, test, config, run, plots=settings.plots)
+    return _conclude(role, built, result, test, config, run, processes, plots=settings.plots)
 
 
 def _build_student(
@@ -346,12 +370,19 @@ def evaluate(settings: EvaluateArgs) -> Report:
     return Report(data, f"{text}\n{worst}" if (worst := _worst(data["classes"])) else text)
 
 
-def _run_folder(command: str, settings: TrainTeacherArgs | TrainStudentArgs, built: BuiltModel) -> RunFolder:
+def _run_folder(
+    command: str, settings: TrainTeacherArgs | TrainStudentArgs, built: BuiltModel, processes: Processes
+) -> RunFolder | None:
+    """The folder of a training run, for the process that writes it."""
+    if not processes.first:
+        return None
     tokenizer = built.preprocessor.tokenizer
+    # A launcher that starts failed processes again gives them the same arguments.
+    again = restarts() > 0 and (Path(settings.out) / LAST).exists()
     return RunFolder(
         Path(settings.out),
         {"command": command, **to_json(settings)},
-        resume=settings.resume,
+        resume=settings.resume or again,
         defaults=default_values(type(settings)),
         tokenizer=None if tokenizer is None else tokenizer.document,
     )
@@ -363,7 +394,8 @@ def _conclude(
     result: TrainResult,
     test: IndexedDataset | None,
     config: TrainConfig,
-    run: RunFolder,
+    run: RunFolder | None,
+    processes: Processes,
     *,
     plots: bool,
 ) -> Report:
@@ -374,18 +406,23 @@ def _conclude(
         "parameters": count_parameters(built.module),
         "test_accuracy": None,
         "epoch_seconds": result.epoch_seconds,
-        "checkpoint": str(run.best),
+        "checkpoint": None if run is None else str(run.best),
     }
-    text = f"{role} {built.spec}: {data['parameters']:,} parameters, checkpoint {run.best}"
+    text = f"{role} {built.spec}: {data['parameters']:,} parameters, checkpoint {data['checkpoint']}"
     if test is not None:
-        load_weights(built.module, run.best)
-        evaluation = evaluate_model(built.module, test, preprocess=built.preprocessor, config=config)
+        if run is not None:
+            load_weights(built.module, run.best)
+        processes.synchronize(built.module.state_dict())
+        evaluation = evaluate_model(
+            built.module, test, preprocess=built.preprocessor, config=config, processes=processes
+        )
         data |= _measured(evaluation, test)
         text = f"{text}\n{_evaluation_text(evaluation, test)}"
-        if plots:
+        if plots and run is not None:
             data |= _plot(evaluation, test, run.path)
-    run.save_result(data)
-    return Report(data, text)
+    if run is not None:
+        run.save_result(data)
+    return Report(data, text, silent=run is None)
 
 
 def _check_plots(wanted: bool) -> None:

@@ -24,6 +24,7 @@ from kdcache.core.json_records import to_json
 from kdcache.core.options import merge, narrow
 from kdcache.core.progress import log
 from kdcache.core.text_table import text_table
+from kdcache.core.workers import launched_process
 from kdcache.models.build import build, open_data
 from kdcache.models.teacher import load_teacher
 from kdcache.store.cache import open_cache
@@ -83,6 +84,12 @@ def sweep(settings: SweepArgs) -> Report:
     """
     out = Path(settings.out)
     _check(settings)
+    if (launched := launched_process()).count > 1:
+        raise UsageError(
+            f"sweep is started as {launched.count} processes",
+            "one process, which starts the students, one a GPU or several side by side",
+            "start it without torchrun; train-student trains one student on several GPUs",
+        )
     for path in settings.cache:
         mix = open_cache(path, allow_partial=settings.allow_partial).manifest.recipe.mix
         if settings.val_fraction and mix != NONE:

@@ -14,6 +14,7 @@ from kdcache.core.errors import CheckpointError, DatasetError, ModelError, Usage
 from kdcache.core.options import Settings
 from kdcache.core.plugins import did_you_mean
 from kdcache.core.specs import parse_bytes, split_spec
+from kdcache.core.workers import launched_process, restarts
 
 
 def check_early(settings: Settings) -> None:
@@ -94,5 +95,7 @@ def _check_runs(settings: Settings, given: dict[str, Any]) -> None:
     runs = [given["run"]] if "run" in given else given.get("runs", ())
     for path in runs:
         read_config(Path(path))
-    if isinstance(settings, TrainTeacherArgs | TrainStudentArgs) and not settings.resume:
+    if not isinstance(settings, TrainTeacherArgs | TrainStudentArgs) or settings.resume or restarts():
+        return
+    if launched_process().index == 0:
         RunFolder(Path(settings.out), {}, resume=False)

@@ -46,7 +46,7 @@ PANELS = {
     "Loss": ("temperature", "alpha", "distill", "tail", "objective", "student_layer", "label_smoothing"),
     "Optimisation": (
         *("epochs", "optimizer", "learning_rate", "weight_decay", "schedule", "warmup_epochs"),
-        *("val_fraction", "momentum", "milestones", "gamma", "clip_norm", "ema"),
+        *("val_fraction", "momentum", "milestones", "gamma", "clip_norm", "ema", "sync_batchnorm"),
     ),
     "Data and preprocessing": (
         *("dataset", "data_root", "download", "mean", "std", "size", "resize", "crop"),
@@ -93,7 +93,8 @@ def command_of(app: typer.Typer, settings_class: type[Settings], name: str, exam
                 again = "" if debug else "\n  to do:  run the same command with --debug for the traceback"
                 _show(f"{UNEXPECTED}{describe(problem)}{again}", problem if debug else None)
                 raise typer.Exit(1) from problem
-            typer.echo(json.dumps(report.data) if as_json else report.text)
+            if not report.silent:
+                typer.echo(json.dumps(report.data) if as_json else report.text)
             if report.exit_code:
                 raise typer.Exit(report.exit_code)
 

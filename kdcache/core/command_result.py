@@ -7,8 +7,13 @@ from typing import Any
 
 
 class Report(typing.NamedTuple):
-    """Result of a command: `data` for `--json`, `text` for the terminal and an exit code."""
+    """Result of a command: `data` for `--json`, `text` for the terminal and an exit code.
+
+    Attributes:
+        silent: Whether nothing is printed, because another process prints it.
+    """
 
     data: dict[str, Any]
     text: str
     exit_code: int = 0
+    silent: bool = False

@@ -206,6 +206,9 @@ class TrainConfig(RuntimeConfig):
         0.0, "Fraction of the label's weight spread over all classes.", minimum=0, maximum=1
     )
     tensorboard: bool = option(False, "Also write a TensorBoard log into --out (extra: tensorboard).")
+    sync_batchnorm: bool = option(
+        False, "With several processes on GPUs: compute the statistics of BatchNorm over the batches of all of them."
+    )
     clip_norm: float | None = option(None, "Maximum norm of the gradient; larger gradients are scaled down.", above=0)
     ema: float | None = option(
         None, "Decay of an exponential moving average of the weights, which becomes the result.", above=0, maximum=1

@@ -98,6 +98,8 @@ class Settings:
             value = getattr(self, each.name)
             if value is None or not rule:
                 continue
+            if isinstance(value, str) and isinstance(each.default, tuple):
+                raise UsageError(f"{flag} is the text {value!r}", f"a tuple of texts, such as ({value!r},)")
             if rule["choices"] and value not in rule["choices"]:
                 raise UsageError(f"{flag} is {value!r}", f"one of {', '.join(rule['choices'])}")
             for number in value if isinstance(value, tuple) else (value,):

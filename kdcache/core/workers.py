@@ -1,7 +1,6 @@
 """Which of several processes this one is: from `--worker`, or from the variables that launchers set.
 
-Nothing else reads these variables for a dump. A training run is distributed only by a launcher of PyTorch
-(`distill.distributed`): the tasks of a SLURM array train one student each.
+Nothing else reads these variables.
 """
 
 from __future__ import annotations
@@ -114,3 +113,22 @@ def _number(variables: Mapping[str, str], name: str) -> int | None:
     if not value.isdecimal():
         raise UsageError(f"{name} is {value!r} in the environment", "a whole number", "correct it, or unset it")
     return int(value)
+
+
+def launched_process(environ: Mapping[str, str] | None = None) -> Worker:
+    """Which process of a training run this one is, as torchrun or accelerate say; the only one where they do not.
+
+    SLURM's variables do not count: the tasks of an array train one student each.
+
+    Raises:
+        UsageError: one of `RANK` and `WORLD_SIZE` is missing or no number.
+    """
+    variables = os.environ if environ is None else environ
+    if (launched := _pair(variables, "RANK", "WORLD_SIZE")) is None:
+        return Worker()
+    return Worker(index=launched[0], count=launched[1], local_index=_number(variables, "LOCAL_RANK"))
+
+
+def restarts(environ: Mapping[str, str] | None = None) -> int:
+    """How many times torchrun has started the processes again after one of them had failed."""
+    return _number(os.environ if environ is None else environ, "TORCHELASTIC_RESTART_COUNT") or 0

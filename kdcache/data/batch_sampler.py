@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdcache.core import rng
-from kdcache.data.loader import BatchRequest
+from kdcache.data.loader import BatchRequest, Share
 from kdcache.store.manifest import Manifest
 from kdcache.store.sampler import Sampler, Schedule, always, batch_count, batches_of
 
@@ -45,6 +45,42 @@ class EpochBatches:
 
     def __len__(self) -> int:
         return batch_count(len(self._sampler), self._batch_size)
+
+
+class RankBatches:
+    """One process's parts of the batches that several train on: contiguous, without padding or repeats.
+
+    A process for which a small last batch leaves nothing gets its first sample, which does not count: it has to take
+    part in each step.
+
+    Args:
+        minimum: Samples that each process which has any gets at least, where the batch has so many: batch normalisation
+            cannot train on one.
+    """
+
+    def __init__(self, batches: EpochBatches, rank: int, size: int, *, minimum: int) -> None:
+        self._batches, self._rank, self._size, self._minimum = batches, rank, size, minimum
+
+    def __iter__(self) -> Iterator[BatchRequest]:
+        for request in self._batches:
+            count = len(request.indices)
+            start, stop = cut_batch(count, self._rank, self._size, minimum=self._minimum)
+            counted = stop - start
+            if not counted:
+                start, stop = 0, 1
+            share = Share(request.indices, start, stop, counted)
+            yield request._replace(indices=request.indices[start:stop], share=share)
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+
+def cut_batch(count: int, rank: int, size: int, *, minimum: int = 1) -> tuple[int, int]:
+    """Start and stop of one process's part of a batch of `count` samples; the parts of all processes partition it."""
+    used = max(min(size, count // minimum), 1)
+    if rank >= used:
+        return count, count
+    return count * rank // used, count * (rank + 1) // used
 
 
 def split_validation(

@@ -30,17 +30,35 @@ from kdcache.store.storage.object_store import has_done_io
 BATCHES_AHEAD = 2
 
 
+class Share(NamedTuple):
+    """One process's part of a batch that several train on.
+
+    Attributes:
+        indices: Indices of the whole batch's samples, (n,) int64.
+        start: Position of this process's first sample.
+        stop: Position after its last one.
+        counted: Samples that the loss counts; 0 for a process that has one only to take part in the step.
+    """
+
+    indices: NDArray[np.int64]
+    start: int
+    stop: int
+    counted: int
+
+
 class BatchRequest(NamedTuple):
     """What a loader is asked for.
 
     Attributes:
         indices: Indices of the samples, (B,) int64.
         checksums: Whether to compute `Batch.input_crc32c`, at about 0.3 µs per small sample.
+        share: Place of the samples in the batch of all processes; None for a process alone.
     """
 
     indices: NDArray[np.int64]
     view: int = 0
     checksums: bool = False
+    share: Share | None = None
 
 
 class Batch(NamedTuple):
@@ -56,6 +74,7 @@ class Batch(NamedTuple):
         soft_targets: The teachers' logits of the samples, if a cache was joined.
         features: The teacher's features (B, ...) by array name, if an objective needs them.
         negatives: The teacher's features of other samples, (negatives, ...), by array name, likewise.
+        share: Place of the samples in the batch of all processes; None for a process alone.
     """
 
     inputs: Tensor
@@ -67,6 +86,17 @@ class Batch(NamedTuple):
     soft_targets: SoftTargets | None = None
     features: dict[str, Tensor] | None = None
     negatives: dict[str, Tensor] | None = None
+    share: Share | None = None
+
+    @property
+    def counted(self) -> int:
+        """Number of samples that the loss counts."""
+        return len(self.labels) if self.share is None else self.share.counted
+
+    @property
+    def whole_size(self) -> int:
+        """Number of samples of the batch over all processes."""
+        return len(self.labels) if self.share is None else len(self.share.indices)
 
     @property
     def main_labels(self) -> Tensor:
@@ -255,7 +285,8 @@ class Fetcher(Dataset[Batch]):
         else:
             name = self.views.dataset.name
             inputs = _stack([self.preprocessor.per_sample(value) for value in inputs], indices, name)
-        return Batch(inputs, labels, torch.from_numpy(indices), checksums, partner_labels, mix_lambda)
+        numbers = torch.from_numpy(indices)
+        return Batch(inputs, labels, numbers, checksums, partner_labels, mix_lambda, share=request.share)
 
 
 def _number(device: torch.device) -> int:

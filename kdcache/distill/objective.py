@@ -113,6 +113,7 @@ class Loss:
         temperature: Default temperature, where it is not the student's.
         one_label: Whether inputs must have one label each, so that none can be mixed.
         whole_rows: Whether it needs the teacher's logits of all classes.
+        across_batch: Whether it compares samples of a batch with each other, so that it needs all of them.
         dump_options: Options of dump-teacher, beside `--features`, that store the features it needs.
     """
 
@@ -123,6 +124,7 @@ class Loss:
     temperature: float | None = None
     one_label: bool = False
     whole_rows: bool = False
+    across_batch: bool = False
     dump_options: str = ""
 
     @property
@@ -162,15 +164,15 @@ LOSSES: dict[str, Loss] = {
     "decoupled_kd": Loss(
         function=losses.decoupled_kd, arguments=(STUDENT, TEACHER, LABELS), one_label=True, whole_rows=True
     ),
-    "dist": Loss(function=losses.dist, whole_rows=True),
+    "dist": Loss(function=losses.dist, whole_rows=True, across_batch=True),
     "standardized_kd": Loss(function=losses.standardized_kd, whole_rows=True),
     "feature_mse": Loss(function=losses.feature_mse, features=True, comparable=_projected),
     "attention_transfer": Loss(
         function=losses.attention_transfer, features=True, comparable=_same_maps, dump_options="--pool none"
     ),
-    "similarity_preserving": Loss(function=losses.similarity_preserving, features=True),
-    "relational_distance": Loss(function=losses.relational_distance, features=True),
-    "relational_angle": Loss(function=losses.relational_angle, features=True),
+    "similarity_preserving": Loss(function=losses.similarity_preserving, features=True, across_batch=True),
+    "relational_distance": Loss(function=losses.relational_distance, features=True, across_batch=True),
+    "relational_angle": Loss(function=losses.relational_angle, features=True, across_batch=True),
     "contrastive": Loss(
         function=losses.contrastive,
         arguments=(STUDENT, TEACHER, NEGATIVES),

@@ -15,6 +15,7 @@ from kdcache.core.progress import log
 from kdcache.core.run_dir import BOARD, RunFolder
 from kdcache.distill.board import Board
 from kdcache.models.checkpoints import read_checkpoint, save_checkpoint
+from kdcache.models.distributed import Processes
 
 # The plain values of a checkpoint for a run of so many epochs.
 Description = Callable[[int], dict[str, Any]]
@@ -64,19 +65,17 @@ class RunState:
                 self._folder.discard()  # the same settings would fail again: there is nothing to resume
                 raise
 
-    def restore(self, parts: Mapping[str, Stateful | None]) -> bool:
+    def restore(self, parts: Mapping[str, Stateful | None], processes: Processes | None = None) -> bool:
         """Load the state of the last finished epoch into the parts; False where there is none.
+
+        Of several processes the first one reads it, which has the folder, and the others receive it.
 
         Raises:
             UsageError: the run was begun with other data, another cache or another model.
         """
-        if self._folder is None or not self._folder.last.exists():
-            if self._folder is not None and self._folder.begun:
-                log(f"no epoch of the run at {self._folder.path} had finished: it starts from the beginning")
+        state, epochs = (processes or Processes()).from_first(self._read())
+        if state is None:
             return False
-        state = read_checkpoint(self._folder.last)
-        # An older version did not write the number of epochs into its state.
-        epochs = state.get("epochs", self._folder.recorded_epochs) or self._config.epochs
         self._check_description(state, epochs)
         if epochs < self._config.epochs:
             log(
@@ -90,6 +89,16 @@ class RunState:
         done, wanted = len(self.history), self._config.epochs
         log(f"continuing after epoch {done} of {wanted}" if done < wanted else f"all {wanted} epochs are finished")
         return True
+
+    def _read(self) -> tuple[dict[str, Any] | None, int]:
+        """The state of the last finished epoch, None where there is none, and the epochs that the run was to have."""
+        if self._folder is None or not self._folder.last.exists():
+            if self._folder is not None and self._folder.begun:
+                log(f"no epoch of the run at {self._folder.path} had finished: it starts from the beginning")
+            return None, 0
+        state = read_checkpoint(self._folder.last)
+        # An older version did not write the number of epochs into its state.
+        return state, state.get("epochs", self._folder.recorded_epochs) or self._config.epochs
 
     def _check_description(self, state: dict[str, Any], epochs: int) -> None:
         description = self._description(epochs)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -16,12 +18,23 @@ from kdcache.core.errors import KdcacheError, ModelError, TrainingDiverged
 from kdcache.core.plugins import describe
 from kdcache.core.progress import Progress, log
 from kdcache.core.run_dir import RunFolder
+from kdcache.data.batch_sampler import RankBatches
 from kdcache.data.loader import Batch, batch_loader
 from kdcache.distill.objective import Objective, objective_parameters
 from kdcache.distill.optim import AveragedWeights, build_optimizer, learning_rate_factor
 from kdcache.distill.run_state import Description, RunState, Stateful
 from kdcache.distill.training_data import TrainingData
-from kdcache.models.device import autocast, floating_dtype, memory_errors, move_to, resolve_device, seeded, synchronize
+from kdcache.models.device import (
+    autocast,
+    evaluation_mode,
+    floating_dtype,
+    memory_errors,
+    move_to,
+    resolve_device,
+    seeded,
+    synchronize,
+)
+from kdcache.models.distributed import Processes, is_lost, lost_processes, synchronized_batchnorm
 from kdcache.models.evaluate import evaluate_model
 from kdcache.models.forward import output_logits
 
@@ -61,6 +74,7 @@ def train(
     run: RunFolder | None = None,
     description: dict[str, Any] | Description | None = None,
     on_step: OnStep | None = None,
+    processes: Processes | None = None,
 ) -> TrainResult:
     """Train a network in place.
 
@@ -68,7 +82,9 @@ def train(
         run: Folder for metrics and checkpoints, which may hold a state to continue from; None keeps nothing.
         description: Plain values put into every checkpoint, so that it can be rebuilt and evaluated alone, and compared
             when a run is resumed; or a function that gives those of a run of so many epochs.
-        on_step: Called after each step with its number, from 0, and the objective's scalars.
+        on_step: Called after each step with its number, from 0, and the objective's scalars of this process's part.
+        processes: Processes that train it together, each with its part of every batch; None for this one alone. Only
+            the first one may have a `run`.
 
     Raises:
         TrainingDiverged: a loss or, under fp16, a gradient is not finite; the checkpoints of finished epochs stay.
@@ -81,7 +97,25 @@ def train(
         values = description(epochs) if callable(description) else description
         return {**(values or {}), "samples": data.record}
 
-    return _Loop(module, data, objective, config, RunState(run, described, config), on_step).run()
+    state = RunState(run, described, config)
+    return _Loop(module, data, objective, config, state, on_step, processes or Processes()).run()
+
+
+class _Step(nn.Module):
+    """The network and its objective, as one module whose gradients several processes average."""
+
+    def __init__(self, module: nn.Module, objective: Objective, device: torch.device, amp: str) -> None:
+        super().__init__()
+        self.module = module
+        self._device, self._amp = device, amp
+        self.objective = objective
+
+    def forward(self, inputs: Tensor, batch: Batch, epochs_done: float) -> tuple[Tensor, dict[str, Tensor]]:
+        with autocast(self._device, self._amp):
+            logits = output_logits(self.module(inputs))
+        parts = self.objective(logits, batch, epochs_done)
+        # Several processes wait for the gradient of all that comes out of here, and only the loss has one.
+        return logits.detach(), {name: part if name == "loss" else part.detach() for name, part in parts.items()}
 
 
 class _Loop:
@@ -92,16 +126,23 @@ class _Loop:
         objective: Objective,
         config: TrainConfig,
         state: RunState,
-        on_step: OnStep | None = None,
+        on_step: OnStep | None,
+        processes: Processes,
     ) -> None:
+        self.processes = processes
         self.data, self.objective, self.config, self.state, self.on_step = data, objective, config, state, on_step
         self.device = resolve_device(config.device)
+        if config.sync_batchnorm:
+            module = synchronized_batchnorm(module, self.device, processes)
         self.module = move_to(module, self.device)
         self.dtype = floating_dtype(module)
         self.batches = data.batches(config.batch_size)
+        # Batch normalisation needs two samples per process, unless it is synchronised or the whole batch is smaller.
+        roomy = config.batch_size >= 2 * processes.size and not config.sync_batchnorm
+        parts = RankBatches(self.batches, processes.rank, processes.size, minimum=2 if roomy else 1)
         self.loader = batch_loader(
             data.views,
-            self.batches,
+            self.batches if processes.alone else parts,
             preprocessor=data.preprocessor,
             workers=config.workers,
             device=self.device,
@@ -118,6 +159,7 @@ class _Loop:
         self.scale = self.scaler.get_scale()
         with memory_errors(config.batch_size, "leave out --ema, or take a smaller model"):
             self.average = AveragedWeights(module, config.ema) if config.ema else None
+        self.step = processes.wrap(_Step(module, objective, self.device, config.amp))
         self.learning_rate = 0.0
 
     @property
@@ -137,15 +179,17 @@ class _Loop:
         }
 
     def run(self) -> TrainResult:
-        with self.state.locked():
-            if self.state.restore(self.parts):
+        with self.state.locked(), lost_processes(self.processes):
+            if self.state.restore(self.parts, self.processes):
                 self._after_restore()
             epochs, history = self.config.epochs, self.state.history
             if len(history) < epochs:
                 self._start(len(history))  # what cannot be joined is known before anything is written
             self.state.begin()
             for epoch in range(len(history), epochs):
-                with seeded(rng.generator_seed(self.config.seed, "epoch", epoch), self.device):
+                # Each process draws its own dropout; the first one draws what a process alone does.
+                own = (self.processes.rank,) if self.processes.rank else ()
+                with seeded(rng.generator_seed(self.config.seed, "epoch", epoch, *own), self.device):
                     entry = self._epoch(epoch)
                 improved = self._validate(entry, last=epoch + 1 == epochs)
                 self.state.add(entry, improved=improved, result=self.result_module, parts=self.parts)
@@ -174,22 +218,27 @@ class _Loop:
             synchronize(self.device)
             began = time.perf_counter()
             for step, batch in enumerate(self.loader):
-                hits, parts = self._step(batch, epoch, step)
+                hits, parts = self._train_on(batch, epoch, step)
                 if not step:
                     seen = {name: part.new_empty(len(self.batches)) for name, part in parts.items()}
                 for name, part in parts.items():
-                    seen[name][step] = part
+                    seen[name][step] = part * (batch.counted / batch.whole_size)
                 correct += hits
-                samples += len(batch.labels)
+                samples += batch.whole_size
                 if self.on_step is not None:
                     self.on_step(first_step + step, parts)
                 done = step + 1
                 if done % CHECK_EVERY_STEPS == 0 or done == len(self.batches):
                     first = step // CHECK_EVERY_STEPS * CHECK_EVERY_STEPS
+                    for values in seen.values():
+                        self.processes.add_up(values[first:done])
                     self._check_finite(seen, epoch, range(first, done))
                     progress.advance(done - first)
             synchronize(self.device)
             seconds = time.perf_counter() - began
+        self.processes.add_up(correct)
+        # Buffers, such as the statistics of batch normalisation, are those of the first process.
+        self.processes.synchronize(chain(self.module.buffers(), self.result_module.buffers()))
         means = {name: float(values.mean()) for name, values in seen.items()}
         return {
             "epoch": epoch + 1,
@@ -207,19 +256,24 @@ class _Loop:
         if self.data.join is not None:
             self.data.join.start_epoch(epoch)
 
-    def _step(self, batch: Batch, epoch: int, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+    def _train_on(self, batch: Batch, epoch: int, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """One step; returns how many samples of the batch were right, and the objective's scalars."""
         batch = batch.to(self.device)
         inputs = self.data.preprocessor.per_batch(batch.inputs, self.dtype)
+        # Without samples of its own a process only takes part: the statistics of batch normalisation stay as they are.
+        idle = not batch.counted and not self.config.sync_batchnorm
         try:
-            with autocast(self.device, self.config.amp):
-                logits = output_logits(self.module(inputs))
-            parts = self.objective(logits, batch, epoch + step / len(self.batches))
+            with evaluation_mode(self.module, gradients=True) if idle else contextlib.nullcontext():
+                logits, parts = self.step(inputs, batch, epoch + step / len(self.batches))
             self.optimizer.zero_grad(set_to_none=True)
-            self.scaler.scale(parts["loss"]).backward()
+            # Gradients are averaged over the processes, and their parts of the batch may differ in size.
+            share = batch.counted * self.processes.size / batch.whole_size
+            self.scaler.scale(parts["loss"] * share if share != 1 else parts["loss"]).backward()
         except (KdcacheError, torch.OutOfMemoryError):
             raise
         except Exception as problem:  # the network is code of the user's: it may raise anything
+            if not self.processes.alone and is_lost(problem):
+                raise
             raise self._model_error(problem, inputs, epoch, step) from problem
         if self.config.clip_norm is not None:
             self.scaler.unscale_(self.optimizer)
@@ -230,7 +284,7 @@ class _Loop:
             self.schedule.step()
             if self.average is not None:
                 self.average.update(self.module)
-        hits = (logits.detach().argmax(dim=1) == batch.main_labels).sum()
+        hits = (logits.argmax(dim=1) == batch.main_labels)[: batch.counted].sum()
         return hits, {name: part.detach() for name, part in parts.items()}
 
     def _has_stepped(self, epoch: int, step: int) -> bool:
@@ -284,6 +338,7 @@ class _Loop:
             preprocess=self.data.preprocessor,
             config=self.config,
             indices=self.data.validation_indices,
+            processes=self.processes,
         ).accuracy
         improved = bool(entry["val_accuracy"] > self.state.best)
         self.state.best = max(self.state.best, entry["val_accuracy"])

@@ -160,8 +160,11 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def evaluation_mode(module: nn.Module) -> Iterator[None]:
+def evaluation_mode(module: nn.Module, *, gradients: bool = False) -> Iterator[None]:
     """A module in eval mode and without gradients for a while, each part given back in the mode it had.
+
+    Args:
+        gradients: Whether gradients are recorded all the same.
 
     Not under `torch.inference_mode`: a tensor that a module makes there and keeps, such as a mask or a table of rotary
     embeddings, can never again take part in training.
@@ -169,7 +172,7 @@ def evaluation_mode(module: nn.Module) -> Iterator[None]:
     training = [part for part in module.modules() if part.training]
     module.eval()
     try:
-        with torch.no_grad():
+        with contextlib.nullcontext() if gradients else torch.no_grad():
             yield
     finally:
         for part in training:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import zip_longest
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from kdcache.data.dataset import IndexedDataset
 from kdcache.data.loader import Batch, batch_loader, consecutive_batches
 from kdcache.data.preprocess import Preprocessor, as_preprocessor
 from kdcache.models.device import evaluation_mode, memory_errors, move_to, resolve_device
+from kdcache.models.distributed import Processes
 from kdcache.models.forward import ForwardPass
 from kdcache.store.manifest import Preprocess
 
@@ -64,6 +66,7 @@ def predict_batches(
     indices: NDArray[np.int64] | None = None,
     title: str,
     unit: str = "samples",
+    processes: Processes | None = None,
 ) -> Iterator[tuple[Batch, Tensor]]:
     """Batches of plain samples with a network's logits, (batch, classes), on the device.
 
@@ -72,17 +75,19 @@ def predict_batches(
         indices: Indices of the samples, (n,); None for all.
         title: Title of the progress bar.
         unit: What the progress bar counts.
+        processes: Processes that compute the batches together, dealt out in turn; None for this one alone.
     """
     if indices is None:
         indices = np.arange(len(dataset))
     device, preprocessor = resolve_device(config.device), as_preprocessor(preprocess)
     network = ForwardPass(move_to(module, device), preprocessor, device, classes=len(dataset.classes), amp=config.amp)
-    batches = consecutive_batches(indices, config.batch_size)
+    processes = processes or Processes()
+    batches = consecutive_batches(indices, config.batch_size)[processes.rank :: processes.size]
     loader = batch_loader(dataset, batches, preprocessor=preprocessor, workers=config.workers, device=device)
     with (
         evaluation_mode(module),
         memory_errors(config.batch_size),
-        Progress(title, len(indices), unit) as progress,
+        Progress(title, sum(len(each.indices) for each in batches), unit) as progress,
     ):
         for batch in loader:
             yield batch, network(batch.inputs, batch.indices)
@@ -96,19 +101,31 @@ def evaluate_model(
     preprocess: Preprocess | Preprocessor,
     config: InferenceConfig,
     indices: NDArray[np.int64] | None = None,
+    processes: Processes | None = None,
 ) -> Evaluation:
     """Compare a network's predictions for samples of a dataset with their labels.
 
     Args:
         indices: Indices of the samples, (n,); None for all.
+        processes: Processes that compute the predictions together, and have all of them; None for this one alone.
     """
+    processes = processes or Processes()
     parts: list[tuple[Tensor, ...]] = []
     for batch, logits_bc in predict_batches(
-        module, dataset, preprocess=preprocess, config=config, indices=indices, title=f"evaluate {dataset.split}"
+        module,
+        dataset,
+        preprocess=preprocess,
+        config=config,
+        indices=indices,
+        title=f"evaluate {dataset.split}",
+        processes=processes,
     ):
         log_p = logits_bc.float().log_softmax(dim=1)
         top, predicted = log_p.max(dim=1)
         nll = -log_p.gather(1, batch.labels.to(logits_bc.device)[:, None])[:, 0]
         parts.append((batch.labels, predicted.cpu(), top.exp().cpu(), nll.cpu()))
+    # Process `rank` takes batches rank, rank + size, rank + 2 size, …
+    dealt = zip_longest(*processes.gather_objects(parts))
+    parts = [part for turn in dealt for part in turn if part is not None]
     true_n, predicted_n, top_n, nll_n = (torch.cat(each).numpy() for each in zip(*parts, strict=True))
     return Evaluation(true_n=true_n, predicted_n=predicted_n, top_n=top_n, nll_n=nll_n)

@@ -1,10 +1,10 @@
 """Claims of shards by the workers of a dump: no two compute the same one, and none is left by a worker that died.
 
-Below `ledger/work` of a split, until it is sealed:
+Below `ledger/unsealed` of a split, until it is sealed:
 
-- `workers/SESSION`: a worker that is running, rewritten every `HEARTBEAT_S`;
-- `claims/VIEW/SHARD/NUMBER`: which worker has taken a shard. Claims are created exclusively and never changed; where a
-  worker is gone, another one takes the shard by the claim with the next number.
+- `workers/SESSION`: one record per running worker, rewritten every `HEARTBEAT_S`;
+- `claims/VIEW/SHARD/NUMBER`: names the worker that computes a shard. A claim is created exclusively and never changed.
+  If its worker is gone, another worker claims the shard under the next number.
 
 Claims only save work. Two workers that compute one shard do no harm: its data are equal, and its part of the ledger is
 created exclusively.
@@ -27,8 +27,8 @@ from kdcache.core.system import is_alive, machine_name
 from kdcache.core.workers import Worker
 from kdcache.store.storage.base import KeyExists, MissingKey, Storage
 
-WORK = "ledger/work"
-WORKERS, CLAIMS = f"{WORK}/workers", f"{WORK}/claims"
+UNSEALED = "ledger/unsealed"
+WORKERS, CLAIMS = f"{UNSEALED}/workers", f"{UNSEALED}/claims"
 HEARTBEAT_S = 20.0
 # A worker that has not been heard of for so long is gone: long enough for a machine that swaps or a slow file system,
 # and for clocks that differ.
@@ -40,16 +40,16 @@ Record = TypeVar("Record")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerRecord:
-    """A worker that runs, or ran.
+    """A worker that is running, or was stopped before it could remove its record.
 
     Attributes:
-        session: Name of the process in this dump.
-        worker: Its number and that of all, as `3/32`.
-        machine: Name of the machine.
-        process: Number of the process on the machine.
+        session: Unique name of the process.
+        worker: Index of the worker and number of workers, as `3/32`.
+        machine: Host name.
+        process: Process ID on that host.
         device: Kind of device.
-        started: When it began, in seconds since 1970, UTC.
-        heard: When it was heard of, likewise.
+        started: Start time, in seconds since 1970, UTC.
+        heard: Time of the last heartbeat, in seconds since 1970, UTC.
     """
 
     session: str
@@ -63,7 +63,7 @@ class WorkerRecord:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClaimRecord:
-    """A shard that a worker has taken: the worker, and when."""
+    """The worker that computes a shard, and when it claimed the shard."""
 
     session: str
     machine: str
@@ -138,7 +138,7 @@ class Claims:
         self._storage.delete(f"{WORKERS}/{self.session}")
 
     def claim(self, unit: Unit, latest: dict[Unit, int]) -> bool:
-        """Take a shard, if no other worker that is alive has it.
+        """Claim a shard, unless it is claimed by another worker that is still alive; returns whether that succeeded.
 
         Args:
             latest: Number of the last claim of each shard that has one, as `latest_claims` gives it.
@@ -157,10 +157,6 @@ class Claims:
             return False
         return True
 
-    def latest(self) -> dict[Unit, int]:
-        """Number of the last claim of each shard that has one."""
-        return latest_claims(self._storage)
-
     def _beat(self) -> None:
         failed = False
         while not self._ended.wait(HEARTBEAT_S):
@@ -178,24 +174,24 @@ class Claims:
 
 
 def read_workers(storage: Storage) -> list[WorkerRecord]:
-    """The workers of a split that have not ended properly."""
+    """Records of the workers of a split that are running, or were stopped before they could remove theirs."""
     keys = [key for key, _ in storage.objects(WORKERS)]
     return [record for key in keys if (record := _read(storage, key, WorkerRecord)) is not None]
 
 
 def is_worked_on(storage: Storage) -> bool:
-    """Whether a worker writes to a split."""
+    """Whether any worker is writing to a split."""
     liveness = Liveness(storage)
     return not all(map(liveness.is_gone, read_workers(storage)))
 
 
 def read_claim(storage: Storage, unit: Unit, number: int) -> ClaimRecord | None:
-    """A claim; None where it is gone or damaged."""
+    """Read a claim; None if it is missing or damaged."""
     return _read(storage, _claim_key(unit, number), ClaimRecord)
 
 
 def latest_claims(storage: Storage) -> dict[Unit, int]:
-    """Number of the last claim of each shard that has one."""
+    """Number of the last claim of each claimed shard."""
     latest: dict[Unit, int] = {}
     for key, _ in storage.objects(CLAIMS):
         view, shard, number = map(int, key.removeprefix(f"{CLAIMS}/").split("/"))
@@ -212,7 +208,7 @@ def _bytes(record: WorkerRecord | ClaimRecord) -> bytes:
 
 
 def _read(storage: Storage, key: str, kind: type[Record]) -> Record | None:
-    """A record; None where it is gone or damaged, which costs no more than a shard that is computed twice."""
+    """Read a record; None if it is missing or damaged, which at worst means that a shard is computed twice."""
     try:
         return from_json(kind, json.loads(storage.read(key)), where=storage.place(key), error=CacheDamaged)
     except (MissingKey, ValueError, CacheDamaged):

@@ -166,7 +166,8 @@ class Ledger:
         try:
             self.set(view, shard, entry)
             if view >= len(self._manifest.view_sha256):
-                part = Part(entry=entry, session=session, worker=worker, at=time.time(), compute=compute or {})
+                at = round(time.time(), 3)
+                part = Part(entry=entry, session=session, worker=worker, at=at, compute=compute or {})
                 write_part(self._storage, (view, shard), part)
                 self.parts[view, shard] = part
             elif view not in self.unproved:

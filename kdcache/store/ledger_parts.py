@@ -1,7 +1,7 @@
-"""Parts of a ledger that is being written: one object per committed shard, `ledger/work/parts/VIEW/SHARD`.
+"""Parts of a ledger that is being written: one object per committed shard, `ledger/unsealed/parts/VIEW/SHARD`.
 
-Workers on several machines cannot rewrite one ledger together. Each adds the entries of its shards as parts, and who
-seals the split folds them into the ledger.
+Workers on several machines cannot safely rewrite one ledger. Each one adds the entries of its shards as parts, and
+sealing the split merges the parts into the ledger.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from crc32c import crc32c
 
 from kdcache.core.errors import CacheDamaged
 from kdcache.core.json_records import canonical_json
-from kdcache.store.claims import WORK, Unit
+from kdcache.store.claims import UNSEALED, Unit
 from kdcache.store.storage.base import KeyExists, MissingKey, Storage
 
-PARTS = f"{WORK}/parts"
+PARTS = f"{UNSEALED}/parts"
 
 # For each array, the length of a shard's file and the crc32c of each of its chunks.
 Entry = dict[str, tuple[int, list[int]]]
@@ -29,9 +29,9 @@ class Part:
 
     Attributes:
         entry: For each array, the length of the shard's file and the crc32c of each of its chunks.
-        session: Process that committed it.
-        worker: Its number and that of all workers, as `3/32`; empty where there is no division of work.
-        at: When, in seconds since 1970, UTC.
+        session: Unique name of the process that committed it.
+        worker: Index of that worker and number of workers, as `3/32`; empty if the work was not divided.
+        at: Time of the commit, in seconds since 1970, UTC.
         compute: Device that computed it, and its settings, as in the manifest.
     """
 
@@ -93,7 +93,7 @@ def write_part(storage: Storage, unit: Unit, part: Part) -> None:
 
 
 def has_part(storage: Storage, unit: Unit) -> bool:
-    """Whether another worker has committed a shard."""
+    """Whether a shard has been committed, by this or another worker."""
     try:
         return storage.size(_key(unit)) > 0
     except MissingKey:

@@ -11,7 +11,7 @@ from kdcache.core.errors import CacheIncomplete, CacheNotFound, TargetExists, Us
 from kdcache.core.json_records import counted
 from kdcache.core.progress import Progress
 from kdcache.store.cache import cache_splits
-from kdcache.store.claims import WORK
+from kdcache.store.claims import UNSEALED
 from kdcache.store.inspect import inspect_cache
 from kdcache.store.manifest import METADATA
 from kdcache.store.storage.base import MissingKey
@@ -49,7 +49,7 @@ def pack_cache(location: Location, out: str | os.PathLike[str]) -> Report:
         parent.size(name)
         raise TargetExists(f"{text} exists already", "a free path", "choose another --out; nothing was changed")
     # A worker that was killed at the very end may have left its record.
-    objects = [(key, size) for key, size in root.objects() if f"/{WORK}/" not in key]
+    objects = [(key, size) for key, size in root.objects() if f"/{UNSEALED}/" not in key]
     total = sum(size for _, size in objects)
     with (
         Progress("pack", total, "bytes") as progress,

@@ -26,11 +26,10 @@ from kdcache.store.manifest import (
 )
 from kdcache.store.storage.base import MissingKey, Storage
 
+_TERMS = ("license", "citation")
 # Fields that come out of a dump or tell how it was carried out: taken from what is left of a damaged manifest.
 _RECORDED = ("views", "view_sha256", "device", "batch_size", "versions")
-_RECORDED_IF_THERE = (
-    *("encoding", "compute", "license", "citation", "history", "facts", "fidelity", "changed_predictions"),
-)
+_RECORDED_IF_THERE = ("encoding", "compute", "history", "facts", "fidelity", "changed_predictions", *_TERMS)
 
 # Key in the record of a change of device: how many shards were committed before.
 COMMITTED = "committed_shards"
@@ -174,7 +173,7 @@ def _kind(manifest: Manifest) -> str:
 
 def _with_terms(root: Storage, found: Manifest, manifest: Manifest) -> Manifest:
     """The stored manifest with the license and citation that were given; what was not given stays."""
-    given = {"license": manifest.license, "citation": manifest.citation}
+    given = {name: getattr(manifest, name) for name in _TERMS}
     after = {name: text for name, text in given.items() if text and text != getattr(found, name)}
     if not after:
         return found
@@ -184,12 +183,7 @@ def _with_terms(root: Storage, found: Manifest, manifest: Manifest) -> Manifest:
             "manifest_sha256": recorded_sha256(root, found.dataset.split)
         }
         history = (*history, ChangeRecord(what="terms", before=before, after=after))
-    return replace(
-        found,
-        license=manifest.license or found.license,
-        citation=manifest.citation or found.citation,
-        history=history,
-    )
+    return replace(found, history=history, **after)
 
 
 def check_free(root: Storage) -> bool:
@@ -206,17 +200,16 @@ def check_free(root: Storage) -> bool:
             f"give --out {cache} --split NAME, or choose another --out; nothing was changed",
         )
     root.check_root()
+    if root.is_empty():
+        return True
+    # Asked for last: another worker may make it at any moment.
     if is_cache(root):
         return False
-    if not root.is_empty():
-        if is_cache(root):
-            return False  # another worker made it just now
-        raise TargetExists(
-            f"{root.url} exists and is not a kdcache cache",
-            "a free path, an empty folder, or a cache",
-            "choose another --out; nothing was changed",
-        )
-    return True
+    raise TargetExists(
+        f"{root.url} exists and is not a kdcache cache",
+        "a free path, an empty folder, or a cache",
+        "choose another --out; nothing was changed",
+    )
 
 
 def _same_dump(root: Storage, manifest: Manifest, policy: ResumePolicy) -> Manifest | None:

@@ -11,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdcache.core.command_result import Report
-from kdcache.core.errors import CacheIncomplete, CacheNotFound, TeacherOutputError
+from kdcache.core.errors import CacheDamaged, CacheIncomplete, CacheNotFound, TeacherOutputError
+from kdcache.core.json_records import counted
 from kdcache.store.cache import cache_splits
 from kdcache.store.chunk_reader import ChunkReader
 from kdcache.store.constants import open_encoding
@@ -102,7 +103,7 @@ def seal(writer: SplitWriter, encoding: Encoding) -> Manifest:
     Raises:
         CacheDamaged: finished rows came out otherwise than they were committed, and new bytes are not accepted.
     """
-    writer.check_bytes()
+    _check_bytes(writer)
     manifest = writer.manifest
     reader = ChunkReader(writer.storage, manifest, writer.ledger)
     labels = reader.span("labels", 0, range(manifest.dataset.length))
@@ -124,6 +125,30 @@ def seal(writer: SplitWriter, encoding: Encoding) -> Manifest:
     )
     writer.finish(finished)
     return finished
+
+
+def _check_bytes(writer: SplitWriter) -> None:
+    """Refuse a repaired split of which finished rows are not what was committed, unless new bytes are accepted."""
+    problems = list(writer.rejected)
+    if not problems and not writer.policy.accept_new_bytes:
+        problems = [
+            f"view {view}: sha256 of its ledger {old} committed, {new} now"
+            for view, (old, new) in writer.new_digests().items()
+        ]
+    if not problems:
+        return
+    there, here = writer.manifest.compute, writer.compute
+    apart = [f"{name} {old} there, {here.get(name)} here" for name, old in there.items() if here.get(name) != old]
+    more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
+    raise CacheDamaged(
+        f"{writer.storage.url}: {counted(len(problems), 'part')} computed again differ from what was committed: "
+        + "; ".join(problems[:3])
+        + more
+        + (f" (what differs: {', '.join(apart)})" if apart else ""),
+        "the committed bytes: other ones make another cache",
+        "repair with the device and settings that made it, or restore it from a copy; --accept-new-bytes takes "
+        "the new rows and gives the cache a new digest; what differs was left as it is",
+    )
 
 
 def seal_splits(location: Location, splits: Sequence[str] = ()) -> Report:

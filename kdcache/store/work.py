@@ -10,7 +10,7 @@ from kdcache.core.errors import CacheDamaged, StorageError
 from kdcache.core.json_records import counted
 from kdcache.core.progress import log
 from kdcache.core.workers import Worker
-from kdcache.store.claims import Claims, Unit
+from kdcache.store.claims import Claims, Unit, latest_claims
 from kdcache.store.ledger import Ledger
 from kdcache.store.manifest import Manifest, read_manifest
 from kdcache.store.writer import SplitWriter
@@ -65,7 +65,7 @@ class Work:
         if self._alone:
             yield from self._writer.pending()
             return
-        pending, latest = set(self._writer.pending()), self._claims.latest()
+        pending, latest = set(self._writer.pending()), latest_claims(self._writer.storage)
         for unit in self._own:
             if unit in pending and self._claims.claim(unit, latest):
                 yield unit
@@ -96,7 +96,7 @@ class Work:
             left = [unit for unit in reversed(self._open) if unit in pending]
             if not left:
                 return None
-            latest = self._claims.latest()
+            latest = latest_claims(self._writer.storage)
             for unit in left:
                 if self._claim(unit, latest):
                     return unit

@@ -16,8 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdcache.core.errors import CacheBusy, CacheDamaged
-from kdcache.core.json_records import counted
-from kdcache.store.claims import WORK, is_worked_on
+from kdcache.store.claims import UNSEALED, is_worked_on
 from kdcache.store.constants import write_constants
 from kdcache.store.encodings.base import Encoding
 from kdcache.store.facts import write_facts
@@ -202,33 +201,6 @@ class SplitWriter:
         now = {view: self.ledger.digest(view) for view in range(len(self.manifest.view_sha256))}
         return {view: (old, now[view]) for view, old in enumerate(self.manifest.view_sha256) if now[view] != old}
 
-    def check_bytes(self) -> None:
-        """Refuse to seal a split whose finished rows came out otherwise than they were committed.
-
-        Raises:
-            CacheDamaged: they did, and new bytes are not accepted; names old and new checksums.
-        """
-        problems = list(self.rejected)
-        if not problems and not self.policy.accept_new_bytes:
-            problems = [
-                f"view {view}: sha256 of its ledger {old} committed, {new} now"
-                for view, (old, new) in self.new_digests().items()
-            ]
-        if not problems:
-            return
-        there, here = self.manifest.compute, self.compute
-        apart = [f"{name} {old} there, {here.get(name)} here" for name, old in there.items() if here.get(name) != old]
-        more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise CacheDamaged(
-            f"{self.storage.url}: {counted(len(problems), 'part')} computed again differ from what was committed: "
-            + "; ".join(problems[:3])
-            + more
-            + (f" (what differs: {', '.join(apart)})" if apart else ""),
-            "the committed bytes: other ones make another cache",
-            "repair with the device and settings that made it, or restore it from a copy; --accept-new-bytes takes "
-            "the new rows and gives the cache a new digest; what differs was left as it is",
-        )
-
     def _restore_manifest(self, manifest: Manifest) -> None:
         try:
             self._stored_manifest()
@@ -291,7 +263,7 @@ class SplitWriter:
 
     def clear(self) -> None:
         """Remove what only a split that is being written needs: parts, claims, and what killed workers left."""
-        self.storage.delete_below(WORK)
+        self.storage.delete_below(UNSEALED)
         self.root.sweep()
 
     def _put_manifest(self, manifest: Manifest) -> None:

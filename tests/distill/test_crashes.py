@@ -35,7 +35,7 @@ def test_killed_before_any_write_a_dump_continues_to_the_same_store(tmp_path, wr
 def test_data_is_durable_before_its_ledger_entry(writes):
     names, _ = writes
     shards = [f"c.zarr/train/{name}" for name in ("logits/c/0/1", "input_crc32c/c/0", "labels/c")]
-    part = "c.zarr/train/ledger/work/parts/0"
+    part = "c.zarr/train/ledger/unsealed/parts/0"
     commit = names.index(f"link {part}/1.new.tmp")
     for shard in shards:
         file = f"{shard}/0.tmp" if "logits" in shard else f"{shard}/1.tmp"

@@ -232,7 +232,7 @@ def full_disk_at(monkeypatch, wanted):
         monkeypatch.setattr(os, name, refusing(getattr(os, name)))
 
 
-@pytest.mark.parametrize("wanted", ["logits/c/0/1/0", "labels/c/1", "ledger/work/parts", "ledger/c"])
+@pytest.mark.parametrize("wanted", ["logits/c/0/1/0", "labels/c/1", "ledger/unsealed/parts", "ledger/c"])
 def test_a_full_disk_stops_the_dump_and_keeps_what_is_committed(tmp_path, monkeypatch, wanted):
     dataset = synthetic(100)
     dump_teacher(Network(16, 4), dataset, out=tmp_path / "whole", config=CONFIG)
@@ -245,7 +245,7 @@ def test_a_full_disk_stops_the_dump_and_keeps_what_is_committed(tmp_path, monkey
     assert "make room" in caught.value.remedy
     assert isinstance(caught.value.__cause__, OSError)
     result = dump_teacher(Network(16, 4), dataset, out=tmp_path / "c", config=CONFIG)
-    expected = {"ledger/work/parts": range(100, 101), "ledger/c": range(1)}
+    expected = {"ledger/unsealed/parts": range(100, 101), "ledger/c": range(1)}
     assert result.computed_rows in expected.get(wanted, range(1, 100))
     assert tree(tmp_path / "c") == tree(tmp_path / "whole")
 

@@ -276,7 +276,7 @@ def test_an_extension_that_dies_before_any_write_leaves_the_old_views(
 
 def test_a_new_view_is_on_disk_before_the_manifest_counts_it(extension_writes):
     names = [line for line in extension_writes if line.startswith("replace")]
-    last = max(at for at, line in enumerate(names) if "/work/" not in line)
+    last = max(at for at, line in enumerate(names) if "/unsealed/" not in line)
     assert names[0] == names[last] == "replace train/zarr.json.tmp"
     arrays = ("logits", "input_crc32c", "ledger", "facts")
     assert set(names[1:5]) == {f"replace train/{name}/zarr.json.tmp" for name in arrays}
@@ -513,7 +513,7 @@ DAMAGES = {
 
 def ledger_file(split, view):
     """The file with a view's first ledger entries: of a view that is being written, a part."""
-    part = split / f"ledger/work/parts/{view}/0"
+    part = split / f"ledger/unsealed/parts/{view}/0"
     return part if part.exists() else split / f"ledger/c/{view}/0/0"
 
 
@@ -754,7 +754,7 @@ def test_a_partial_cache_without_one_view_says_which_views_to_take(tmp_path):
 def test_a_partial_cache_whose_labels_are_missing_gives_no_sample_without_one(partial):
     # As an interrupted repair leaves it: the shard that holds the labels is gone, that of the later view stands.
     with SplitWriter(partial, replace(open_cache(partial, allow_partial=True).manifest)) as writer:
-        writer.storage.delete("ledger/work/parts/0/0")
+        writer.storage.delete("ledger/unsealed/parts/0/0")
     with pytest.raises(CacheIncomplete):
         learn(partial, allow_partial=True, views=(1,))
 

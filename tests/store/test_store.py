@@ -874,7 +874,7 @@ def test_a_damaged_ledger_is_not_continued(tmp_path, make_manifest, make_rows, c
     manifest = make_manifest()
     with SplitWriter(tmp_path / "c.zarr", manifest) as writer:
         commit_shard(writer, make_rows(manifest), 0, 0)
-    flip(Path(writer.storage.url) / "ledger/work/parts/0/0")
+    flip(Path(writer.storage.url) / "ledger/unsealed/parts/0/0")
     with pytest.raises(CacheDamaged, match="ledger"):
         SplitWriter(tmp_path / "c.zarr", manifest)
 

@@ -13,6 +13,7 @@ from kdcache.core.errors import CacheMismatch, ModelError, UsageError
 from kdcache.data.loader import Batch
 from kdcache.distill.objective import BATCH, LABELS, NEGATIVES, SOFT_TARGETS, STUDENT, TEACHER, ObjectiveSpec
 from kdcache.models.device import evaluation_mode, floating_dtype
+from kdcache.models.distributed import Processes
 from kdcache.models.feature_hooks import PENULTIMATE, FeatureHooks, pool_features
 from kdcache.store.manifest import NONE, FeatureRecord, Manifest
 
@@ -55,6 +56,7 @@ class CompositeObjective(nn.Module):
         inputs: A batch that the student takes, from which the shapes of its features are known.
         manifest: Manifest of the cache.
         seed: Seed of the projections.
+        processes: Processes that train together.
 
     Raises:
         CacheMismatch, UsageError: as for `stored_feature`.
@@ -62,10 +64,17 @@ class CompositeObjective(nn.Module):
     """
 
     def __init__(
-        self, specs: Sequence[ObjectiveSpec], student: nn.Module, inputs: Tensor, manifest: Manifest, *, seed: int
+        self,
+        specs: Sequence[ObjectiveSpec],
+        student: nn.Module,
+        inputs: Tensor,
+        manifest: Manifest,
+        *,
+        seed: int,
+        processes: Processes | None = None,
     ) -> None:
         super().__init__()
-        self._specs = specs
+        self._specs, self._processes = specs, processes or Processes()
         self._features = {at: stored_feature(manifest, spec) for at, spec in enumerate(specs) if spec.loss.features}
         for spec in specs:
             if spec.loss.one_label and manifest.recipe.mix != NONE:
@@ -131,11 +140,25 @@ class CompositeObjective(nn.Module):
                 arguments = {STUDENT: logits_bc, LABELS: batch.labels, BATCH: batch, SOFT_TARGETS: batch.soft_targets}
                 if TEACHER in spec.loss.arguments and batch.soft_targets is not None:
                     arguments[TEACHER] = batch.soft_targets.logits()
-            value = spec.loss.function(*(arguments[name] for name in spec.loss.arguments), **spec.settings)
+            value, share = self._value(spec, arguments, batch)
             values[spec.name if spec.name not in values else f"{spec.name}_{at + 1}"] = value
             warmup = min(epochs_done / spec.warmup, 1.0) if spec.warmup else 1.0
+            if share != 1:
+                value = value + (share - 1) * (value - value.detach())  # scales its gradient alone
             total = total + spec.weight * warmup * value
         return {"loss": total, **values}
+
+    def _value(self, spec: ObjectiveSpec, arguments: Mapping[str, Any], batch: Batch) -> tuple[Tensor, float]:
+        """Value of a term, and what its gradient is to be multiplied by before all processes average theirs."""
+        loss, share = spec.loss, 1.0
+        taken = [arguments[name] for name in loss.arguments]
+        if loss.across_batch and not self._processes.alone:
+            taken = [self._processes.gather(rows, batch.counted) for rows in taken]
+            # The loss of the whole batch, of which each process has the gradient for its own samples only; other terms
+            # are means over a process's own samples.
+            share = batch.whole_size / max(batch.counted, 1)
+        value: Tensor = loss.function(*taken, **spec.settings)
+        return value, share
 
     def close(self) -> None:
         """Remove the hooks from the student."""

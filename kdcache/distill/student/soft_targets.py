@@ -113,11 +113,14 @@ class CachedTargets:
             if self._crcs_n is None:
                 self._crcs_n = known_column(self._caches[0], "input_crc32c", self._view)
             check_crcs(self._caches[0], self._view, wanted, batch.input_crc32c.numpy(), self._crcs_n)
+        # Every process reads the rows of the whole batch: a streamed source has no other order.
+        whole = wanted if batch.share is None else batch.share.indices
+        part = slice(None) if batch.share is None else slice(batch.share.start, batch.share.stop)
         if self._features is not None:
-            features = _tensors(self._features.rows(wanted))
-            batch = batch._replace(features=features, negatives=self._draw_negatives(wanted))
+            features = _tensors(self._features.rows(whole), part)
+            batch = batch._replace(features=features, negatives=self._draw_negatives(whole))
         parts = [
-            (cache.encoding, _tensors(source.rows(wanted)))
+            (cache.encoding, _tensors(source.rows(whole), part))
             for cache, source in zip(self._caches, self._sources, strict=True)
         ]
         return batch._replace(soft_targets=SoftTargets(parts, self._weights, tail=self._tail))
@@ -141,5 +144,5 @@ class CachedTargets:
         return {name: rows[name][:wished] for name, wished in self._negatives.items()}
 
 
-def _tensors(rows: Rows) -> dict[str, Tensor]:
-    return {name: torch.as_tensor(values) for name, values in rows.items()}
+def _tensors(rows: Rows, part: slice = slice(None)) -> dict[str, Tensor]:
+    return {name: torch.as_tensor(values[part]) for name, values in rows.items()}

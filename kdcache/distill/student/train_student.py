@@ -36,6 +36,7 @@ from kdcache.distill.student.soft_targets import CachedTargets, DeviceSource
 from kdcache.distill.trainer import OnStep, TrainResult, train
 from kdcache.distill.training_data import TrainingData
 from kdcache.models.device import floating_dtype, memory_errors, move_to, resolve_device
+from kdcache.models.distributed import Processes
 from kdcache.store.cache import Cache, open_cache
 from kdcache.store.manifest import Preprocess
 from kdcache.store.row_source import ReadOptions, plan_reading
@@ -57,6 +58,7 @@ def train_student(
     run: RunFolder | None = None,
     description: dict[str, Any] | None = None,
     on_step: OnStep | None = None,
+    processes: Processes | None = None,
 ) -> TrainResult:
     """Train a student in place from a cache. No teacher is needed or looked for.
 
@@ -72,18 +74,20 @@ def train_student(
         run: An open run folder, instead of `out`.
         description: Plain values put into every checkpoint.
         on_step: Called after each step with its number, from 0, and the loss and its parts.
+        processes: Processes of `torch.distributed` that train the student together, each with its part of every batch;
+            None for this one alone. Only the first one writes to `out`.
 
     Raises:
         CacheNotFound, CacheIncomplete, CacheDamaged: the cache cannot be read.
         CacheMismatch: the cache holds another dataset, split, length, order, class list or augmentation.
         TrainingDiverged: a loss is not finite.
     """
-    config = config or StudentConfig()
+    config, processes = config or StudentConfig(), processes or Processes()
     input_memory = parse_bytes(config.input_memory)
     caches = _open_caches(cache, config)
     manifest = caches[0].manifest
     indexed = as_indexed(dataset, name=manifest.dataset.name, split=manifest.dataset.split)
-    if out is not None:
+    if out is not None and processes.first:
         paths = [each.url for each in caches]
         settings = {"cache": paths, **to_json(config)}
         run = RunFolder(Path(out), settings, resume=resume, defaults=default_values(type(config)))
@@ -116,7 +120,7 @@ def train_student(
     with contextlib.ExitStack() as stack:
         composed: CompositeObjective | None = None
         if config.distill and config.objective:
-            objective = composed = _compose(student, views, caches, preprocessor, schedule(0), config)
+            objective = composed = _compose(student, views, caches, preprocessor, schedule(0), config, processes)
             stack.callback(composed.close)
         if not config.distill:
             sampler: Sampler = ExactSampler(train_indices, config.seed)
@@ -140,6 +144,7 @@ def train_student(
             run=run,
             description=lambda epochs: {**(description or {}), **_taught_by(caches, used_in(epochs))},
             on_step=on_step,
+            processes=processes,
         )
 
 
@@ -150,6 +155,7 @@ def _compose(
     preprocessor: Preprocessor,
     view: int,
     config: StudentConfig,
+    processes: Processes,
 ) -> CompositeObjective:
     """The objective of `config.objective`, with hooks on the student.
 
@@ -167,7 +173,7 @@ def _compose(
             f"{len(caches)} caches are given, and features are compared", "one cache: features of two have no mean"
         )
     with memory_errors(len(inputs), "take a smaller student"):
-        return CompositeObjective(specs, student, inputs, caches[0].manifest, seed=config.seed)
+        return CompositeObjective(specs, student, inputs, caches[0].manifest, seed=config.seed, processes=processes)
 
 
 def _taught_by(caches: Sequence[Cache], used: Sequence[int]) -> dict[str, Any]:

@@ -3,15 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections import deque
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from functools import lru_cache, partial
-from itertools import chain
 from typing import Any
 
-import numpy as np
 from torch import nn
 
 from kdcache.core.config import DumpConfig
@@ -19,31 +13,22 @@ from kdcache.core.json_records import counted
 from kdcache.core.progress import Progress, log
 from kdcache.core.workers import Worker
 from kdcache.data.augment import Transform
-from kdcache.data.batch_sampler import ShardBatches
-from kdcache.data.determinism import check_rows, sampled_crc32c
-from kdcache.data.loader import Batch, batch_loader
 from kdcache.data.preprocess import Preprocessor
-from kdcache.distill.teacher.class_agreement import accuracy_lines
 from kdcache.distill.teacher.estimate import compare_encodings
 from kdcache.distill.teacher.plan import DumpPlan, DumpRequest, PreparedDump
-from kdcache.distill.teacher.teacher_pass import HEAD_ERROR, Rows
+from kdcache.distill.teacher.shard_pass import ShardPass
 from kdcache.models.device import memory_errors
-from kdcache.models.teacher_outputs import check_stored_kind, looks_like_sigmoid
 from kdcache.store.cache import check_complete
-from kdcache.store.claims import WORK, Unit
-from kdcache.store.encodings.base import LOGITS
+from kdcache.store.claims import UNSEALED
 from kdcache.store.ledger import Ledger
 from kdcache.store.local_paths import LocalPaths
-from kdcache.store.manifest import NONE, Manifest, OutputRecord, Preprocess, read_manifest, recorded_sha256
+from kdcache.store.manifest import Manifest, OutputRecord, Preprocess, read_manifest, recorded_sha256
 from kdcache.store.repair import prepare_repair
 from kdcache.store.resume import ResumePolicy
-from kdcache.store.seal import commit_outputs, seal
+from kdcache.store.seal import seal
 from kdcache.store.storage.registry import Location
 from kdcache.store.work import Work
 from kdcache.store.writer import SplitWriter
-
-# Shards that wait for the disk while the teacher computes the next one; more would only cost memory.
-SHARDS_IN_FLIGHT = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,7 +175,7 @@ def _leave_finished(dump: PreparedDump, existing: Manifest) -> DumpResult:
         with SplitWriter(root, dump.manifest, dump.policy, encoding=dump.encoding):
             log(f"{place} has other terms of use now, and a new digest: {recorded_sha256(root, split)}")
     if not existing.extending:
-        root.below(split).delete_below(WORK)
+        root.below(split).delete_below(UNSEALED)
     root.sweep()
     more = existing.views - existing.readable_views
     views = counted(more, "more view is", "more views are")
@@ -261,99 +246,9 @@ def _write_shards(dump: PreparedDump, writer: SplitWriter, work: Work, worker: W
     title = f"dump {dump.manifest.dataset.split}" + (f", worker {worker}" if several else "")
     total, done = work.own_rows()
     with Progress(title, total, "rows", done, lines=several) as progress:
-        shards = _ShardPass(dump, writer, progress, report=worker.index == 0)
+        shards = ShardPass(dump, writer, progress, report=worker.index == 0)
         shards.compute(work.own())
         while (unit := work.next_left()) is not None:
             progress.extend(len(writer.manifest.rows_of(unit[1])))
             shards.compute(iter([unit]))
     return shards.rows
-
-
-class _ShardPass:
-    """The teacher's pass over shards, whose rows a thread commits while the teacher computes the next ones.
-
-    Args:
-        report: Whether the agreement with the labels is reported for the first shard.
-
-    Attributes:
-        rows: Number of rows computed.
-    """
-
-    def __init__(self, dump: PreparedDump, writer: SplitWriter, progress: Progress, *, report: bool) -> None:
-        self._dump, self._writer, self._progress, self._report = dump, writer, progress, report
-        self._batches = ShardBatches(writer.manifest, dump.config.batch_size)
-        self._loader = batch_loader(
-            dump.views,
-            self._batches,
-            preprocessor=dump.teacher.network.preprocessor,
-            workers=dump.config.workers,
-            device=dump.teacher.network.device,
-        )
-        self._sampled = lru_cache(maxsize=1)(partial(sampled_crc32c, dump.views))
-        self.rows = 0
-
-    def compute(self, units: Iterator[Unit]) -> None:
-        """Compute shards and commit them; all are committed on return."""
-        dump, manifest = self._dump, self._writer.manifest
-        commit = partial(commit_outputs, self._writer, dump.encoding, max_kl=dump.config.max_kl)
-        begun: deque[Unit] = deque()
-        self._batches.places = _recorded(units, begun)
-        outputs = dump.teacher.stream(self._loader)
-        in_flight: deque[Future[None]] = deque()
-        with ThreadPoolExecutor(1, thread_name_prefix="kdcache-writer") as pool:
-            for first in outputs:
-                view, shard = begun.popleft()
-                samples = manifest.rows_of(shard)
-                rows: Rows = {}
-                for filled, batch, given in _shard_batches(chain([first], outputs), len(samples)):
-                    for name, values in given.items():
-                        if not filled:
-                            rows[name] = np.empty((len(samples), *values.shape[1:]), values.dtype)
-                        rows[name][filled : filled + len(values)] = values
-                    self._progress.advance(len(batch.labels))
-                    if in_flight and in_flight[0].done():
-                        in_flight.popleft().result()
-                _check_shard(dump, view, samples, rows, report=self._report and not self.rows)
-                check_rows(dump.views, view, samples, rows["labels"], rows["input_crc32c"], self._sampled(view))
-                while len(in_flight) >= SHARDS_IN_FLIGHT:
-                    in_flight.popleft().result()
-                in_flight.append(pool.submit(commit, view, shard, rows))
-                self.rows += len(samples)
-            while in_flight:
-                in_flight.popleft().result()
-
-
-def _recorded(units: Iterator[Unit], begun: deque[Unit]) -> Iterator[Unit]:
-    """The units, each also appended to `begun` when the loader asks for it."""
-    for unit in units:
-        begun.append(unit)
-        yield unit
-
-
-def _shard_batches(outputs: Iterator[tuple[Batch, Rows]], count: int) -> Iterator[tuple[int, Batch, Rows]]:
-    """The batches of the next shard of `count` samples, each after the number of samples before it."""
-    filled = 0
-    while filled < count:
-        batch, rows = next(outputs)
-        assert batch.input_crc32c is not None, "the loader was asked for checksums"
-        crcs = batch.input_crc32c.numpy().astype(np.uint32)
-        yield filled, batch, rows | {"labels": batch.labels.numpy(), "input_crc32c": crcs}
-        filled += len(batch.labels)
-
-
-def _check_shard(dump: PreparedDump, view: int, samples: range, rows: Rows, *, report: bool) -> None:
-    """Refuse rows of the other kind than said; report how they agree with the labels, if asked."""
-    network, logits = dump.teacher.network, rows[LOGITS]
-    if dump.teacher.head is not None:
-        dump.teacher.head.check(rows[HEAD_ERROR], first_sample=samples.start)
-    check_stored_kind(logits, network.outputs, narrow=network.narrow)
-    if not report:
-        return
-    if network.outputs.kind == "logits" and looks_like_sigmoid(logits):
-        log(
-            f"warning: the teacher's outputs all lie between {logits.min():.3g} and {logits.max():.3g}, as from a "
-            "sigmoid; logits are stored as they are, and softmax of these is nearly uniform"
-        )
-    if dump.views.recipe.mix == NONE or dump.views.recipe.is_plain(view):
-        for line in accuracy_lines(rows["labels"], logits.argmax(axis=1), dump.views.dataset.classes):
-            log(f"{dump.manifest.dataset.split}: {line}")

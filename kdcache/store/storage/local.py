@@ -37,7 +37,7 @@ def _suffix() -> str:
 
 
 def _is_abandoned(name: str) -> bool:
-    """Whether an unfinished file is of a process of this machine that is gone, or of an older version of kdcache."""
+    """Whether an unfinished file was left by a dead process of this machine, or by an older version of kdcache."""
     if not name.endswith(TEMPORARY):
         return False
     match = re.search(rf"\.(\w+)-(\d+){re.escape(TEMPORARY)}$", name)
