@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import operator
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import IterableDataset, Subset, TensorDataset
+from torch.utils.data import ConcatDataset, IterableDataset, Subset, TensorDataset
 
 from kdcache.core import rng
 from kdcache.core.errors import DatasetError, KdcacheError
@@ -122,6 +122,34 @@ class ArrayDataset(IndexedDataset):
         return inputs, torch.from_numpy(self._labels[positions])
 
 
+class Renumbered(IndexedDataset):
+    """Some samples of a larger dataset, under the numbers that they have in it.
+
+    Args:
+        dataset: The samples.
+        numbers: Number of each in the larger dataset, (n,).
+        length: Samples of the larger dataset, which is the length of this one.
+    """
+
+    def __init__(self, dataset: IndexedDataset, numbers: NDArray[np.int64], length: int) -> None:
+        self.__dict__.update(dataset.__dict__)
+        self.is_text = dataset.is_text
+        self._samples, self._length = dataset, length
+        self._positions = np.full(length, -1, np.int64)
+        self._positions[numbers] = np.arange(len(numbers))
+
+    def __len__(self) -> int:
+        return self._length
+
+    def labels(self) -> None:
+        return None
+
+    def fetch(self, indices: Indices) -> tuple[Inputs, Tensor]:
+        positions = self._positions[np.asarray(indices, np.int64)]
+        assert (positions >= 0).all(), "only its own samples are asked for"
+        return self._samples.fetch(positions)
+
+
 class MapDataset(IndexedDataset):
     """Any object with `__getitem__` and `__len__` whose items are (input, label), or (index, token ids, label).
 
@@ -193,10 +221,13 @@ class MapDataset(IndexedDataset):
             ) from problem
         if not isinstance(item, tuple | list) or len(item) not in (2, 3):
             size = f" of {len(item)}" if isinstance(item, tuple | list) else ""
+            if isinstance(item, Mapping):
+                size = f" with the keys {', '.join(map(str, item))}"
             raise DatasetError(
                 f"{where} is a {type(item).__name__}{size}",
                 "a pair (input, label), or (index, token ids, label)",
-                "wrap the dataset in one whose __getitem__ returns such a pair",
+                "wrap the dataset in one whose __getitem__ returns such a pair; kdcache.join takes input_key=… and "
+                "label_key=…",
             )
         if len(item) == 3 and not (isinstance(item[0], int | np.integer) and item[0] == index):
             says = f"{item[0]}" if isinstance(item[0], int | np.integer) else f"a {type(item[0]).__name__}"
@@ -288,6 +319,9 @@ def as_indexed(dataset: Any, *, name: str, split: str, classes: Sequence[str] | 
 def _known_classes(dataset: Any) -> list[str] | None:
     found = getattr(dataset, "classes", None)
     if found is None:
+        if isinstance(dataset, ConcatDataset):
+            first, *others = map(_known_classes, dataset.datasets)
+            return first if all(each == first for each in others) else None
         return _known_classes(dataset.dataset) if isinstance(dataset, Subset) else None
     # ImageNet's are tuples of synonyms.
     return [", ".join(map(str, name)) if isinstance(name, tuple) else str(name) for name in found]
@@ -298,6 +332,10 @@ def _known_labels(dataset: Any) -> NDArray[np.int64] | None:
     if isinstance(dataset, Subset):
         labels = _known_labels(dataset.dataset)
         return None if labels is None else labels[np.asarray(dataset.indices, dtype=np.int64)]
+    if isinstance(dataset, ConcatDataset):
+        parts = [_known_labels(each) for each in dataset.datasets]
+        known = [each for each in parts if each is not None]
+        return np.concatenate(known) if len(known) == len(parts) else None
     found = dataset.tensors[1] if isinstance(dataset, TensorDataset) and len(dataset.tensors) == 2 else None
     for attribute in ("targets", "labels"):
         if found is None and getattr(dataset, "target_transform", None) is None:

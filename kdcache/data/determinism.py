@@ -17,13 +17,18 @@ from kdcache.data.views import Views, unreplayable
 OWN_TRANSFORM = "--size, --mean and --std, or kdcache.join(..., transform=...)"
 
 
-def check_deterministic(dataset: IndexedDataset, count: int = 8) -> None:
+def check_deterministic(dataset: IndexedDataset, samples: NDArray[np.int64] | None = None, count: int = 8) -> None:
     """Read some samples twice.
+
+    Args:
+        samples: Samples that there are, (n,); None for all.
 
     Raises:
         DatasetError: two reads of one differ.
     """
-    indices = rng.keyed_sample(len(dataset), count, 0, "determinism")
+    indices = rng.keyed_sample(len(dataset) if samples is None else len(samples), count, 0, "determinism")
+    if samples is not None:
+        indices = samples[indices]
     (first, first_labels), (second, second_labels) = dataset.fetch(indices), dataset.fetch(indices)
     before, after = batch_crc32c(first), batch_crc32c(second)
     for at, index in enumerate(indices):

@@ -199,8 +199,11 @@ class Views:
             "each network's own --mean and --std",
         )
 
-    def probe(self) -> None:
+    def probe(self, samples: NDArray[np.int64] | None = None) -> None:
         """Find the shape of an augmented input, and whether it can be made again.
+
+        Args:
+            samples: Samples that there are, (n,); None for all.
 
         Raises:
             DatasetError: the transform fails, does not replay, gives one tensor again and again, or something else than
@@ -208,7 +211,9 @@ class Views:
         """
         if self.recipe.is_plain(1):
             return
-        indices = rng.keyed_sample(len(self.dataset), PROBES, 0, "determinism")
+        indices = rng.keyed_sample(len(self.dataset) if samples is None else len(samples), PROBES, 0, "determinism")
+        if samples is not None:
+            indices = samples[indices]
         shapes = set()
         for view in (1, 2):
             first, second = self.fetch(view, indices).inputs, self.fetch(view, indices[::-1].copy()).inputs

@@ -11,12 +11,12 @@ import pytest
 import torch
 from PIL import Image
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import ConcatDataset, DataLoader, Subset
 from torchvision.transforms import v2
 
 import kdcache
 from kdcache import DumpConfig, dump_teacher
-from kdcache.core.errors import CacheMismatch, DatasetError
+from kdcache.core.errors import CacheMismatch, DatasetError, KdcacheError, UsageError
 from kdcache.data.dataset import as_indexed
 from kdcache.data.registry import open_dataset
 from kdcache.store.manifest import Preprocess
@@ -177,7 +177,7 @@ def test_pictures_of_several_sizes_are_batched_once_they_are_resized(tmp_path):
 # For the README: the whole loop of one's own.
 LOOP = """
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import ConcatDataset, DataLoader, Subset
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
@@ -233,3 +233,141 @@ def test_several_processes_read_one_store_at_once(path, expected, context):
     with ProcessPoolExecutor(3, mp_context=multiprocessing.get_context(context)) as pool:
         for order, rows in zip(orders, pool.map(cache.rows, orders), strict=True):
             np.testing.assert_allclose(rows, expected[order], atol=1e-5)
+
+
+# ---- items of every kind, and some of the samples
+
+
+class Dicts:
+    """Items as Hugging Face's datasets have them: dicts, with the number of the sample among them."""
+
+    def __init__(self, order=None, labels=None):
+        self.inputs, own = tensors(SAMPLES)
+        self.labels = own if labels is None else labels
+        self.order = np.arange(len(own)) if order is None else order
+
+    def __len__(self):
+        return len(self.order)
+
+    def __getitem__(self, position):
+        at = int(self.order[position])
+        return {"image": self.inputs[at], "label": int(self.labels[at]), "note": f"no. {at}", "idx": at}
+
+
+class Tuples(Dicts):
+    def __getitem__(self, position):
+        item = super().__getitem__(position)
+        return item["note"], item["image"], item["label"], item["idx"]
+
+
+KEYS = {"input_key": "image", "label_key": "label"}
+ORDER = np.random.default_rng(0).permutation(150)[:40]
+
+
+def test_dicts_keep_what_they_hold_and_get_the_logits(path, expected):
+    cache = kdcache.open_cache(path)
+    joined = kdcache.join(Dicts(), cache, **KEYS, transform=lambda image: image / 255)
+    item = joined[7]
+    assert list(item) == ["image", "label", "note", "idx", "teacher_logits"]
+    assert float(item["image"].max()) <= 1
+    np.testing.assert_allclose(item["teacher_logits"], expected[7], atol=1e-5)
+    tokens = kdcache.join(
+        Dicts(), cache, **KEYS, transform=lambda image: {"input_ids": [1, 2], "attention_mask": [1, 1]}
+    )
+    assert list(tokens[3]) == ["label", "note", "idx", "input_ids", "attention_mask", "teacher_logits"]
+
+
+def test_longer_tuples_name_their_positions(path, expected):
+    joined = kdcache.join(
+        Tuples(), kdcache.open_cache(path), input_key=1, label_key=2, transform=lambda image: image + 0.5
+    )
+    note, image, label, number, logits = joined[9]
+    assert (note, number, label) == ("no. 9", 9, int(SAMPLES.labels()[9]))
+    assert image.dtype == torch.float32
+    np.testing.assert_allclose(logits, expected[9], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda items: (Subset(items, ORDER.tolist()), {}),
+        lambda items: (Subset(Subset(items, ORDER[::-1].tolist()), range(39, -1, -1)), {}),
+        lambda items: (ConcatDataset([Subset(items, ORDER[:15].tolist()), Subset(items, ORDER[15:].tolist())]), {}),
+        lambda items: ([items[int(at)] for at in ORDER], {"indices": ORDER}),
+        lambda items: (Dicts(ORDER), {**KEYS, "indices": ORDER}),
+        lambda items: (Dicts(ORDER), {**KEYS, "index_key": "idx"}),
+        lambda items: (Tuples(ORDER), {"input_key": 1, "label_key": 2, "index_key": 3}),
+    ],
+)
+def test_some_samples_in_any_order_meet_their_own_rows(path, expected, make):
+    dataset, options = make(Items(SAMPLES))
+    joined = kdcache.join(dataset, kdcache.open_cache(path), **options)
+    assert len(joined) == 40
+    items = joined.__getitems__([5, 0, 39])
+    for item, sample in zip(items, ORDER[[5, 0, 39]], strict=True):
+        logits = item["teacher_logits"] if isinstance(item, dict) else item[-1]
+        np.testing.assert_allclose(logits, expected[sample], atol=1e-5)
+    wrong = {**options, "indices": ORDER[::-1].copy()}
+    wrong.pop("index_key", None)
+    with pytest.raises(CacheMismatch):
+        kdcache.join(dataset, kdcache.open_cache(path), **wrong)
+
+
+def test_a_subset_has_the_views_of_its_samples(tmp_path):
+    config = DumpConfig(device="cpu", batch_size=32, views=3, augment="affine", encoding="float32")
+    dump_teacher(Network(16, 4), SAMPLES, out=tmp_path / "c.zarr", config=config)
+    cache = kdcache.open_cache(tmp_path / "c.zarr")
+    whole, some = kdcache.join(Items(SAMPLES), cache), kdcache.join(Subset(Items(SAMPLES), ORDER.tolist()), cache)
+    named = kdcache.join(Dicts(ORDER), cache, **KEYS, indices=ORDER)
+    for each in (whole, some, named):
+        each.set_epoch(2)
+    for at, sample in enumerate(ORDER[:10]):
+        for one, other in zip(whole[int(sample)], some[at], strict=True):
+            assert torch.equal(torch.as_tensor(one), torch.as_tensor(other))
+        assert torch.equal(named[at]["image"], some[at][0])
+        assert list(named[at]) == ["image", "label", "teacher_logits"]
+    with pytest.raises(UsageError, match="augmented views"):
+        kdcache.join(Dicts(), cache, **KEYS, index_key="idx")
+    with pytest.raises(UsageError, match="augmented views"):
+        kdcache.join(Items(SAMPLES), cache, verify_inputs="labels")
+
+
+def test_a_dataset_that_augments_by_itself_is_held_against_its_labels(path, expected):
+    class Augmented(Items):
+        def __getitem__(self, index):
+            _, label = super().__getitem__(index)
+            return torch.rand(3, 5, 5), label
+
+    cache = kdcache.open_cache(path)
+    with pytest.raises(KdcacheError):
+        kdcache.join(Augmented(SAMPLES), cache)
+    image, _, logits = kdcache.join(Augmented(SAMPLES), cache, verify_inputs="labels")[11]
+    assert image.shape == (3, 5, 5)
+    np.testing.assert_allclose(logits, expected[11], atol=1e-5)
+    shifted = changed(SAMPLES, labels=np.roll(SAMPLES.labels(), 1))
+    joined = kdcache.join(Augmented(shifted), cache, verify_inputs="labels")
+    with pytest.raises(CacheMismatch, match="has label"):
+        joined.__getitems__(list(range(20)))
+    assert len(kdcache.join(Augmented(shifted), cache, verify_inputs="off").__getitems__(list(range(20)))) == 20
+
+
+@pytest.mark.parametrize(
+    ("dataset", "options", "error", "words"),
+    [
+        (Dicts(), {}, DatasetError, "keys image, label, note, idx"),
+        (Dicts(), {**KEYS, "input_key": "picture"}, DatasetError, "input_key is 'picture'"),
+        (Dicts(), {**KEYS, "index_key": "note"}, DatasetError, "the index in item"),
+        (Tuples(), {}, DatasetError, "tuple of 4"),
+        (Tuples(), {"input_key": 1, "label_key": 9}, DatasetError, "label_key is 9"),
+        (Items(SAMPLES), {"input_key": "image", "label_key": "label"}, DatasetError, "position"),
+        (Dicts(ORDER), KEYS, CacheMismatch, "40 samples and the cache 150"),
+        (Dicts(ORDER), {**KEYS, "indices": ORDER[:3]}, CacheMismatch, r"\(3,\)"),
+        (Dicts(ORDER), {**KEYS, "indices": ORDER + 120}, CacheMismatch, "numbers from 0 to 149"),
+        (Dicts(ORDER), {**KEYS, "indices": ORDER, "index_key": "idx"}, UsageError, "both"),
+        (Dicts(labels=np.zeros(150, int)), KEYS, CacheMismatch, "label"),
+        (Items(SAMPLES), {"verify_inputs": "some"}, UsageError, "one of sample, labels, off"),
+    ],
+)
+def test_what_does_not_fit_is_refused(path, dataset, options, error, words):
+    with pytest.raises(error, match=words):
+        kdcache.join(dataset, kdcache.open_cache(path), **options)

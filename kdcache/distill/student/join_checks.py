@@ -37,27 +37,35 @@ def known_column(cache: Cache, name: str, view: int = 0) -> NDArray[np.int64]:
     return values
 
 
-def check_join(cache: Cache, views: Views, *, used: Sequence[int] = (0,), verify_inputs: str = "sample") -> None:
+def check_join(
+    cache: Cache,
+    views: Views,
+    *,
+    used: Sequence[int] = (0,),
+    verify_inputs: str = "sample",
+    samples: NDArray[np.int64] | None = None,
+) -> None:
     """Refuse a cache whose rows are not of these views of this dataset.
 
     Args:
         used: the views that will be used, the first of which is looked at before the first step.
         verify_inputs: `off` compares what is recorded, and no inputs.
+        samples: the samples that the dataset has, (n,); None for all.
 
     Raises:
         CacheMismatch: they differ in name, split, length, classes, labels, order, in the augmentation, or in the bytes
             of the inputs; the message shows both values.
     """
     check_recorded(cache, views)
-    views.probe()
+    views.probe(samples)
     _check_recipe(cache, views)
     dataset = views.dataset
     labels = dataset.labels() if cache.complete else None
     if labels is not None and fingerprint_labels(labels) != cache.manifest.dataset.labels_sha256:
         raise label_mismatch(cache.place, np.arange(len(cache)), cache.column("labels"), labels)
-    check_deterministic(dataset)
+    check_deterministic(dataset, samples)
     if verify_inputs != "off":
-        _check_inputs(cache, views, used[0])
+        _check_inputs(cache, views, used[0], samples)
 
 
 def check_recorded(cache: Cache, views: Views) -> None:
@@ -105,16 +113,22 @@ def inputs_all_checked(views: Views) -> bool:
     return views.dataset.in_memory and views.recipe.is_plain(1)
 
 
-def _check_inputs(cache: Cache, views: Views, view: int) -> None:
+def _check_inputs(cache: Cache, views: Views, view: int, samples: NDArray[np.int64] | None) -> None:
     """Compare checksums of inputs: of all where they are plain and in memory, else of a keyed sample."""
-    samples = cache.samples(view)
-    if not inputs_all_checked(views):
-        samples = np.intersect1d(samples, keyed_sample(len(views), SAMPLED_INPUTS, 0, "join"))
-    crcs = known_column(cache, "input_crc32c", view)
+    if samples is not None:
+        samples = np.unique(samples)
+        samples = samples[keyed_sample(len(samples), SAMPLED_INPUTS, 0, "join")]
+    else:
+        samples = cache.samples(view)
+        if not inputs_all_checked(views):
+            samples = np.intersect1d(samples, keyed_sample(len(views), SAMPLED_INPUTS, 0, "join"))
+    crcs, labels = known_column(cache, "input_crc32c", view), known_column(cache, "labels")
     for at in range(0, len(samples), INPUTS_AT_ONCE):
         indices = samples[at : at + INPUTS_AT_ONCE]
-        found = np.array(batch_crc32c(views.fetch(view, indices).inputs), np.int64)
-        check_crcs(cache, view, indices, found, crcs)
+        shared = views.fetch(view, indices)
+        if len(np.flatnonzero(labels[indices] != shared.labels.numpy())):
+            raise label_mismatch(cache.place, indices, labels[indices], shared.labels.numpy())
+        check_crcs(cache, view, indices, np.array(batch_crc32c(shared.inputs), np.int64), crcs)
 
 
 def check_ensemble(caches: Sequence[Cache], used: Sequence[int]) -> None:
