@@ -1,0 +1,1 @@
+"""Distillation from a cache in other training libraries. Each module needs the library that it is named after."""
