@@ -46,8 +46,10 @@ PANELS = {
     "Loss": ("temperature", "alpha", "distill", "tail", "objective", "student_layer", "label_smoothing"),
     "Optimisation": (
         *("epochs", "optimizer", "learning_rate", "weight_decay", "schedule", "warmup_epochs"),
-        *("val_fraction", "momentum", "milestones", "gamma", "clip_norm", "ema", "sync_batchnorm"),
+        *("val_fraction", "metric", "patience", "momentum", "milestones", "gamma", "clip_norm", "ema"),
+        *("decay_norm_bias", "grad_accumulation", "compile", "memory_format", "sync_batchnorm"),
     ),
+    "Logs and checkpoints": ("log_every", "save_every", "tensorboard"),
     "Data and preprocessing": (
         *("dataset", "data_root", "download", "mean", "std", "size", "resize", "crop"),
         *("teacher_outputs", "class_map"),

@@ -190,6 +190,9 @@ class TrainConfig(RuntimeConfig):
     learning_rate: float = option(1e-3, "Peak learning rate.", above=0)
     momentum: float = option(0.9, "Nesterov momentum of sgd.", minimum=0, maximum=1, only_with=("optimizer=sgd",))
     weight_decay: float = option(0.0, "L2 penalty; decoupled with adamw.", minimum=0)
+    decay_norm_bias: bool = option(
+        True, "Apply --weight-decay to biases and to the weights of normalisation too.", only_with=("weight_decay",)
+    )
     schedule: str = option("constant", "constant, cosine or step.", choices=("constant", "cosine", "step"))
     milestones: tuple[float, ...] = option(
         (0.5, 0.75),
@@ -205,6 +208,21 @@ class TrainConfig(RuntimeConfig):
     label_smoothing: float = option(
         0.0, "Fraction of the label's weight spread over all classes.", minimum=0, maximum=1
     )
+    grad_accumulation: int = option(
+        1,
+        "Parts in which each batch is computed, one after the other, to save memory; the step is that of the whole.",
+        minimum=1,
+    )
+    compile: bool = option(False, "Compile the network with torch.compile; where that fails, it runs as it is.")
+    memory_format: str = option(
+        "contiguous",
+        "Memory format of images: contiguous, or channels-last, which many convolutional networks compute faster in.",
+        choices=("contiguous", "channels-last"),
+    )
+    log_every: int = option(
+        0, "Print losses, learning rate and samples/s every so many steps too; 0 for each epoch only.", minimum=0
+    )
+    save_every: int = option(0, "Also keep the weights of every so many epochs, as epoch-0010.pt.", minimum=0)
     tensorboard: bool = option(False, "Also write a TensorBoard log into --out (extra: tensorboard).")
     sync_batchnorm: bool = option(
         False, "With several processes on GPUs: compute the statistics of BatchNorm over the batches of all of them."
@@ -218,6 +236,18 @@ class TrainConfig(RuntimeConfig):
         "Fraction of the training split held out to select best.pt; with 0 the last epoch is best.",
         minimum=0,
         maximum=0.9,
+    )
+    metric: str = option(
+        "accuracy",
+        "What best.pt is best in on the held-out part: accuracy, or nll, the negative log-likelihood.",
+        choices=("accuracy", "nll"),
+        only_with=("val_fraction",),
+    )
+    patience: int | None = option(
+        None,
+        "Stop after so many epochs without a better --metric on the held-out part.",
+        minimum=1,
+        only_with=("val_fraction",),
     )
 
 

@@ -21,7 +21,8 @@ TOKENIZER, BOARD = "tokenizer.json", "tensorboard"
 
 # Settings that change how a run is carried out or where things lie, not what comes out of it.
 FREE_ON_RESUME = frozenset(
-    {"out", "device", "workers", "data_root", "download", "cache", "plots", "tensorboard", "cache_dir", "cache_disk"}
+    {"out", "device", "workers", "data_root", "download", "cache", "plots", "tensorboard", "log_every", "save_every"}
+    | {"cache_dir", "cache_disk"}
 )
 
 # Settings that older versions recorded under other names, and a source of rows that is no more.
@@ -88,6 +89,10 @@ class RunFolder:
     def last(self) -> Path:
         """The training state of the last finished epoch."""
         return self.path / LAST
+
+    def of_epoch(self, epoch: int) -> Path:
+        """Weights of one epoch, counted from 1, that are kept beside the best ones."""
+        return self.path / f"epoch-{epoch:04}.pt"
 
     @property
     def begun(self) -> bool:

@@ -105,6 +105,14 @@ class Batch(NamedTuple):
             return self.labels
         return torch.where(self.mix_lambda >= 0.5, self.labels, self.partner_labels)
 
+    def part(self, start: int, stop: int) -> Batch:
+        """Some samples of the batch, which know their place in the batch of all processes."""
+        whole = self.share or Share(self.indices.numpy(), 0, len(self.labels), len(self.labels))
+        counted = min(stop, whole.counted) - min(start, whole.counted)
+        share = Share(whole.indices, whole.start + start, whole.start + stop, counted)
+        part = self._map(lambda tensor: tensor[start:stop])
+        return part._replace(indices=self.indices[start:stop], negatives=self.negatives, share=share)
+
     def to(self, device: torch.device) -> Batch:
         """The batch with what a step computes with on a device; the indices stay on the host."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))

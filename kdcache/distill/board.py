@@ -35,3 +35,8 @@ class Board:
             if name != "epoch":
                 self._writer.add_scalar(name, value, entry["epoch"])
         self._writer.flush()
+
+    def add_steps(self, step: int, values: dict[str, float]) -> None:
+        """Write means over the steps before a step, counted from 1."""
+        for name, value in values.items():
+            self._writer.add_scalar(f"step/{name}", value, step)

@@ -56,12 +56,19 @@ def build_optimizer(given: Iterable[nn.Parameter], config: TrainConfig) -> torch
     parameters = [parameter for parameter in given if parameter.requires_grad]
     # One fused kernel a step instead of several for each parameter; not every device has it.
     options: dict[str, Any] = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
+    groups: list[dict[str, Any]] = [{"params": parameters}]
+    if not config.decay_norm_bias and config.weight_decay:
+        # Biases, and scales of normalisation, are vectors.
+        groups = [
+            {"params": [each for each in parameters if each.ndim > 1]},
+            {"params": [each for each in parameters if each.ndim <= 1], "weight_decay": 0.0},
+        ]
     options["fused"] = all(parameter.device.type in ("cpu", "cuda") for parameter in parameters)
     if config.optimizer == "sgd":
-        return _SGD(parameters, momentum=config.momentum, nesterov=config.momentum > 0, **options)
+        return _SGD(groups, momentum=config.momentum, nesterov=config.momentum > 0, **options)
     if config.optimizer == "adamw":
-        return _AdamW(parameters, **options)
-    return _Adam(parameters, **options)
+        return _AdamW(groups, **options)
+    return _Adam(groups, **options)
 
 
 def learning_rate_factor(config: TrainConfig, step: int, steps_an_epoch: int) -> float:

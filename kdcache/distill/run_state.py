@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
@@ -39,14 +40,14 @@ class RunState:
 
     Attributes:
         history: Metrics of the finished epochs, one entry each.
-        best: Validation accuracy of the best epoch, 0 to 1; -1 before the first one.
+        best: What the best epoch has of the validation metric, larger being better; -inf before the first one.
     """
 
     def __init__(self, folder: RunFolder | None, description: Description, config: TrainConfig) -> None:
         self._folder, self._description, self._config = folder, description, config
         self._board = Board(folder.path / BOARD) if config.tensorboard and folder is not None else None
         self.history: list[dict[str, Any]] = []
-        self.best = -1.0
+        self.best = -math.inf
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
@@ -123,6 +124,11 @@ class RunState:
         if self._board is not None:
             self._board.begin(len(self.history))
 
+    def add_steps(self, step: int, values: dict[str, float]) -> None:
+        """Write means over some steps into the log for TensorBoard, where there is one."""
+        if self._board is not None:
+            self._board.add_steps(step, values)
+
     def add(
         self, entry: dict[str, Any], *, improved: bool, result: nn.Module, parts: Mapping[str, Stateful | None]
     ) -> None:
@@ -138,10 +144,11 @@ class RunState:
         if self._folder is None:
             return
         described = self._description(self._config.epochs)
+        weights = {**described, "epoch": entry["epoch"], "state_dict": result.state_dict()}
         if improved:
-            save_checkpoint(
-                self._folder.best, {**described, "epoch": entry["epoch"], "state_dict": result.state_dict()}
-            )
+            save_checkpoint(self._folder.best, weights)
+        if self._config.save_every and entry["epoch"] % self._config.save_every == 0:
+            save_checkpoint(self._folder.of_epoch(entry["epoch"]), weights)
         save_checkpoint(
             self._folder.last,
             {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import chain
@@ -15,17 +14,19 @@ from torch import Tensor, nn
 from kdcache.core import rng
 from kdcache.core.config import TrainConfig
 from kdcache.core.errors import KdcacheError, ModelError, TrainingDiverged
+from kdcache.core.json_records import counted
 from kdcache.core.plugins import describe
 from kdcache.core.progress import Progress, log
 from kdcache.core.run_dir import RunFolder
-from kdcache.data.batch_sampler import RankBatches
+from kdcache.data.batch_sampler import RankBatches, cut_batch
 from kdcache.data.loader import Batch, batch_loader
 from kdcache.distill.objective import Objective, objective_parameters
 from kdcache.distill.optim import AveragedWeights, build_optimizer, learning_rate_factor
 from kdcache.distill.run_state import Description, RunState, Stateful
+from kdcache.distill.step_records import StepRecords
 from kdcache.distill.training_data import TrainingData
+from kdcache.distill.training_step import TrainingStep
 from kdcache.models.device import (
-    autocast,
     evaluation_mode,
     floating_dtype,
     memory_errors,
@@ -34,12 +35,9 @@ from kdcache.models.device import (
     seeded,
     synchronize,
 )
-from kdcache.models.distributed import Processes, is_lost, lost_processes, synchronized_batchnorm
+from kdcache.models.distributed import Processes, accumulating, is_lost, lost_processes, synchronized_batchnorm
 from kdcache.models.evaluate import evaluate_model
-from kdcache.models.forward import output_logits
 
-# How many steps may pass before a loss that is not finite is noticed: looking at every one would stall a GPU.
-CHECK_EVERY_STEPS = 64
 # Below this scale of the loss no float16 gradient overflows because of the scale: it is the network that is not finite.
 SMALLEST_SCALE = 2.0**-24
 
@@ -101,23 +99,6 @@ def train(
     return _Loop(module, data, objective, config, state, on_step, processes or Processes()).run()
 
 
-class _Step(nn.Module):
-    """The network and its objective, as one module whose gradients several processes average."""
-
-    def __init__(self, module: nn.Module, objective: Objective, device: torch.device, amp: str) -> None:
-        super().__init__()
-        self.module = module
-        self._device, self._amp = device, amp
-        self.objective = objective
-
-    def forward(self, inputs: Tensor, batch: Batch, epochs_done: float) -> tuple[Tensor, dict[str, Tensor]]:
-        with autocast(self._device, self._amp):
-            logits = output_logits(self.module(inputs))
-        parts = self.objective(logits, batch, epochs_done)
-        # Several processes wait for the gradient of all that comes out of here, and only the loss has one.
-        return logits.detach(), {name: part if name == "loss" else part.detach() for name, part in parts.items()}
-
-
 class _Loop:
     def __init__(
         self,
@@ -135,11 +116,15 @@ class _Loop:
         if config.sync_batchnorm:
             module = synchronized_batchnorm(module, self.device, processes)
         self.module = move_to(module, self.device)
+        self.memory_format = torch.channels_last if config.memory_format == "channels-last" else None
+        if self.memory_format is not None:
+            module.to(memory_format=self.memory_format)
         self.dtype = floating_dtype(module)
         self.batches = data.batches(config.batch_size)
-        # Batch normalisation needs two samples per process, unless it is synchronised or the whole batch is smaller.
-        roomy = config.batch_size >= 2 * processes.size and not config.sync_batchnorm
-        parts = RankBatches(self.batches, processes.rank, processes.size, minimum=2 if roomy else 1)
+        # Batch normalisation needs two samples at once, unless it is synchronised or the whole batch is smaller.
+        roomy = config.batch_size >= 2 * processes.size * config.grad_accumulation and not config.sync_batchnorm
+        self.minimum = 2 if roomy else 1
+        parts = RankBatches(self.batches, processes.rank, processes.size, minimum=self.minimum)
         self.loader = batch_loader(
             data.views,
             self.batches if processes.alone else parts,
@@ -159,7 +144,7 @@ class _Loop:
         self.scale = self.scaler.get_scale()
         with memory_errors(config.batch_size, "leave out --ema, or take a smaller model"):
             self.average = AveragedWeights(module, config.ema) if config.ema else None
-        self.step = processes.wrap(_Step(module, objective, self.device, config.amp))
+        self.step = processes.wrap(TrainingStep(module, objective, self.device, config))
         self.learning_rate = 0.0
 
     @property
@@ -187,6 +172,8 @@ class _Loop:
                 self._start(len(history))  # what cannot be joined is known before anything is written
             self.state.begin()
             for epoch in range(len(history), epochs):
+                if self._is_out_of_patience():
+                    break
                 # Each process draws its own dropout; the first one draws what a process alone does.
                 own = (self.processes.rank,) if self.processes.rank else ()
                 with seeded(rng.generator_seed(self.config.seed, "epoch", epoch, *own), self.device):
@@ -206,45 +193,30 @@ class _Loop:
     def _epoch(self, epoch: int) -> dict[str, Any]:
         self._start(epoch)
         self.module.train()
-        # One table, because a small tensor kept from each step would leave the heap of the C library in pieces.
-        seen: dict[str, Tensor] = {}
         correct = torch.zeros((), dtype=torch.int64, device=self.device)
-        samples = 0
         first_step = epoch * len(self.batches)
         with (
             memory_errors(self.config.batch_size),
             Progress(f"epoch {epoch + 1}/{self.config.epochs}", len(self.batches), "steps") as progress,
         ):
             synchronize(self.device)
-            began = time.perf_counter()
+            records = StepRecords(self.config, epoch, len(self.batches), self.processes, self.state, progress)
             for step, batch in enumerate(self.loader):
                 hits, parts = self._train_on(batch, epoch, step)
-                if not step:
-                    seen = {name: part.new_empty(len(self.batches)) for name, part in parts.items()}
-                for name, part in parts.items():
-                    seen[name][step] = part * (batch.counted / batch.whole_size)
                 correct += hits
-                samples += batch.whole_size
                 if self.on_step is not None:
                     self.on_step(first_step + step, parts)
-                done = step + 1
-                if done % CHECK_EVERY_STEPS == 0 or done == len(self.batches):
-                    first = step // CHECK_EVERY_STEPS * CHECK_EVERY_STEPS
-                    for values in seen.values():
-                        self.processes.add_up(values[first:done])
-                    self._check_finite(seen, epoch, range(first, done))
-                    progress.advance(done - first)
+                records.add(batch, parts, self.learning_rate)
             synchronize(self.device)
-            seconds = time.perf_counter() - began
+            seconds = records.seconds
         self.processes.add_up(correct)
         # Buffers, such as the statistics of batch normalisation, are those of the first process.
         self.processes.synchronize(chain(self.module.buffers(), self.result_module.buffers()))
-        means = {name: float(values.mean()) for name, values in seen.items()}
         return {
             "epoch": epoch + 1,
             **({} if self.data.views.recipe.is_plain(1) else {"view": self.batches.view}),
-            **means,
-            "train_accuracy": int(correct) / samples,
+            **records.means(),
+            "train_accuracy": int(correct) / records.samples,
             "learning_rate": self.learning_rate,
             "seconds": seconds,
         }
@@ -259,22 +231,17 @@ class _Loop:
     def _train_on(self, batch: Batch, epoch: int, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """One step; returns how many samples of the batch were right, and the objective's scalars."""
         batch = batch.to(self.device)
-        inputs = self.data.preprocessor.per_batch(batch.inputs, self.dtype)
-        # Without samples of its own a process only takes part: the statistics of batch normalisation stay as they are.
-        idle = not batch.counted and not self.config.sync_batchnorm
-        try:
-            with evaluation_mode(self.module, gradients=True) if idle else contextlib.nullcontext():
-                logits, parts = self.step(inputs, batch, epoch + step / len(self.batches))
-            self.optimizer.zero_grad(set_to_none=True)
-            # Gradients are averaged over the processes, and their parts of the batch may differ in size.
-            share = batch.counted * self.processes.size / batch.whole_size
-            self.scaler.scale(parts["loss"] * share if share != 1 else parts["loss"]).backward()
-        except (KdcacheError, torch.OutOfMemoryError):
-            raise
-        except Exception as problem:  # the network is code of the user's: it may raise anything
-            if not self.processes.alone and is_lost(problem):
-                raise
-            raise self._model_error(problem, inputs, epoch, step) from problem
+        self.optimizer.zero_grad(set_to_none=True)
+        hits = torch.zeros((), dtype=torch.int64, device=self.device)
+        means: dict[str, Tensor] = {}
+        parts = self._parts(batch)
+        for at, part in enumerate(parts):
+            with accumulating(self.step) if at + 1 < len(parts) else contextlib.nullcontext():
+                logits, values = self._backward(part, epoch, step)
+            hits += (logits.argmax(dim=1) == part.main_labels)[: part.counted].sum()
+            weight = part.counted / batch.counted if batch.counted else 1.0
+            for name, value in values.items():
+                means[name] = means[name] + weight * value.detach() if at else weight * value.detach()
         if self.config.clip_norm is not None:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.parameters, self.config.clip_norm)
@@ -284,8 +251,36 @@ class _Loop:
             self.schedule.step()
             if self.average is not None:
                 self.average.update(self.module)
-        hits = (logits.argmax(dim=1) == batch.main_labels)[: batch.counted].sum()
-        return hits, {name: part.detach() for name, part in parts.items()}
+        return hits, means
+
+    def _parts(self, batch: Batch) -> list[Batch]:
+        """The parts of a batch that are computed one after the other."""
+        count = self.config.grad_accumulation
+        if count == 1:
+            return [batch]
+        cuts = [cut_batch(len(batch.labels), at, count, minimum=self.minimum) for at in range(count)]
+        return [batch.part(start, stop) for start, stop in cuts if start < stop]
+
+    def _backward(self, batch: Batch, epoch: int, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """Add the gradients of a batch, or of a part of one; returns the logits and the objective's scalars."""
+        inputs = self.data.preprocessor.per_batch(batch.inputs, self.dtype)
+        if self.memory_format is not None and inputs.ndim == 4:
+            inputs = inputs.contiguous(memory_format=self.memory_format)
+        # Without samples of its own a process only takes part: the statistics of batch normalisation stay as they are.
+        idle = not batch.counted and not self.config.sync_batchnorm
+        try:
+            with evaluation_mode(self.module, gradients=True) if idle else contextlib.nullcontext():
+                logits, parts = self.step(inputs, batch, epoch + step / len(self.batches))
+            # Gradients are averaged over the processes, and their parts of the batch may differ in size.
+            share = batch.counted * self.processes.size / batch.whole_size
+            self.scaler.scale(parts["loss"] * share if share != 1 else parts["loss"]).backward()
+        except (KdcacheError, torch.OutOfMemoryError):
+            raise
+        except Exception as problem:  # the network is code of the user's: it may raise anything
+            if not self.processes.alone and is_lost(problem):
+                raise
+            raise self._model_error(problem, inputs, epoch, step) from problem
+        return logits, parts
 
     def _has_stepped(self, epoch: int, step: int) -> bool:
         """Update the loss scale of fp16; False where the scaler left out the step, because a gradient overflowed.
@@ -316,33 +311,40 @@ class _Loop:
             + "correct the network; --debug shows the whole traceback",
         )
 
-    def _check_finite(self, seen: dict[str, Tensor], epoch: int, steps: range) -> None:
-        finite = torch.isfinite(seen["loss"][steps.start : steps.stop])
-        if bool(finite.all()):
-            return
-        at = steps[int((~finite).nonzero()[0])]
-        values = ", ".join(f"{name} {float(each[at]):g}" for name, each in seen.items())
-        raise TrainingDiverged(
-            f"the loss is not finite at epoch {epoch + 1}, step {at + 1} of {len(self.batches)}: {values}",
-            "a finite loss",
-            "try a lower --learning-rate, --warmup-epochs 1, --clip-norm 1, or --amp off; finished epochs are kept",
-        )
-
     def _validate(self, entry: dict[str, Any], *, last: bool) -> bool:
         """Whether this epoch's weights are the best so far; without a validation part the last epoch's are."""
         if not len(self.data.validation_indices):
             return last
-        entry["val_accuracy"] = evaluate_model(
+        found = evaluate_model(
             self.result_module,
             self.data.views.dataset,
             preprocess=self.data.preprocessor,
             config=self.config,
             indices=self.data.validation_indices,
             processes=self.processes,
-        ).accuracy
-        improved = bool(entry["val_accuracy"] > self.state.best)
-        self.state.best = max(self.state.best, entry["val_accuracy"])
+        )
+        entry |= {"val_accuracy": found.accuracy, "val_nll": found.nll}
+        score = self._score(entry)
+        improved = score > self.state.best
+        self.state.best = max(self.state.best, score)
         return improved
+
+    def _score(self, entry: dict[str, Any]) -> float:
+        """What an epoch has of the validation metric, larger being better."""
+        return float(entry["val_accuracy"] if self.config.metric == "accuracy" else -entry["val_nll"])
+
+    def _is_out_of_patience(self) -> bool:
+        history, patience = self.state.history, self.config.patience
+        if patience is None or not history or not len(self.data.validation_indices):
+            return False
+        scores = [self._score(entry) for entry in history]
+        waited = len(scores) - 1 - scores.index(max(scores))
+        if waited >= patience:
+            log(
+                f"stopped after epoch {len(scores)} of {self.config.epochs}: {counted(waited, 'epoch')} without a "
+                f"better validation {self.config.metric} (--patience {patience})"
+            )
+        return waited >= patience
 
 
 def _line(entry: dict[str, Any], epochs: int, hidden: tuple[str, ...]) -> str:

@@ -111,6 +111,14 @@ class Processes:
         return nn.parallel.DistributedDataParallel(step, find_unused_parameters=True)
 
 
+def accumulating(step: nn.Module) -> contextlib.AbstractContextManager[None]:
+    """While within, gradients are added up in each process, and not averaged over all."""
+    if not isinstance(step, nn.parallel.DistributedDataParallel):
+        return contextlib.nullcontext()
+    within: contextlib.AbstractContextManager[None] = step.no_sync()
+    return within
+
+
 def synchronized_batchnorm(module: nn.Module, device: torch.device, processes: Processes) -> nn.Module:
     """A network whose BatchNorm layers compute their statistics over the batches of all processes, converted in place.
 

@@ -25,13 +25,16 @@ MACHINERY = {module.__file__ for module in (cli_options, config, dataclasses, ea
 
 # What each command is run with, so that together every setting is read. bench and sweep: tests of their own.
 RUNS = {
-    "train-teacher": ["--out {}/out --optimizer sgd --schedule step --epochs 1 --device cpu"],
+    "train-teacher": [
+        "--out {}/out --optimizer sgd --schedule step --epochs 1 --device cpu --val-fraction 0.1 --patience 3"
+    ],
     "dump-teacher": [
         "--out {0}/out --checkpoint {0}/t/best.pt --features penultimate --device cpu",
         "--out {0}/out --checkpoint {0}/t/best.pt --list-layers",
     ],
     "train-student": [
-        "--cache {0}/c.zarr --out {0}/out --epochs 1 --device cpu --optimizer sgd --schedule step",
+        "--cache {0}/c.zarr --out {0}/out --epochs 1 --device cpu --optimizer sgd --schedule step --val-fraction 0.1 "
+        "--patience 3",
         "--cache {0}/c.zarr --out {0}/features --epochs 1 --device cpu --objective feature_mse",
     ],
     "evaluate": ["--run {}/t --device cpu"],
@@ -48,7 +51,7 @@ RUNS = {
     "predict": ["--run {0}/t {0}/seven.png --device cpu"],
     "export": ["--run {0}/t --out {0}/t.pt2"],
     "doctor": ["{}"],
-    # `student_layer` is read where a student is trained, which for a sweep is a process of its own.
+    # The rest is read where a student is trained, which for a sweep is a process of its own.
     "sweep": [
         "--cache {0}/c.zarr --out {0}/sweep --epochs 1 --device cpu --optimizer sgd --schedule step --jobs 1 "
         "--checkpoint {0}/t/best.pt --teacher cnn --student mlp",
@@ -97,7 +100,7 @@ def test_every_setting_of_a_command_is_read(folder, tmp_path_factory, monkeypatc
     for run in RUNS[command]:
         found |= read_while(monkeypatch, command, *run.format(place).split())
     names = {each.name for each in dataclasses.fields(SETTINGS_CLASSES[command])}
-    assert names - found == ({"student_layer"} if command == "sweep" else set())
+    assert names - found == ({"student_layer", "metric", "save_every"} if command == "sweep" else set())
 
 
 def test_every_command_is_walked_over():
@@ -119,9 +122,11 @@ def conditional():
 def test_a_setting_that_needs_another_one_is_refused_alone(command, name):
     with pytest.raises(UsageError) as refusal:
         check_effective(SETTINGS_CLASSES[command](), [name])
-    assert refusal.value.found.startswith(f"{flag_of(name)} is given without --")
+    default = {each.name: each.default for each in dataclasses.fields(SETTINGS_CLASSES[command])}[name]
+    flag = flag_of(name, off=default is True)
+    assert refusal.value.found.startswith(f"{flag} is given without --")
     assert refusal.value.needed.startswith("--")
-    assert refusal.value.remedy == f"leave {flag_of(name)} out"
+    assert refusal.value.remedy == f"leave {flag} out"
 
 
 def test_the_other_setting_of_every_relation_exists():

@@ -13,8 +13,8 @@ from kdcache.models.distributed import Processes
 from tests.helpers import Network, synthetic
 from tests.processes import together
 
-# 53 samples in batches of 13: 5 steps an epoch, the last of one sample.
-DATA = synthetic(53)
+# 54 samples in batches of 13: 5 steps an epoch, the last of two samples.
+DATA = synthetic(54)
 FEATURES = "--features layers.3"
 
 
@@ -86,7 +86,7 @@ def alone(cache):
 
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_any_number_of_processes_follows_the_trajectory_of_one(tmp_path, cache, alone, count):
-    """50 steps in float64; the last batch of an epoch has one sample, so that other processes have none."""
+    """50 steps in float64; the last batch of an epoch has two samples, which one process computes."""
 
     def work(processes):
         return {name: learn(cache, processes, **settings) for name, settings in SCENARIOS.items()}

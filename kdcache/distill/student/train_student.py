@@ -104,6 +104,13 @@ def train_student(
     used = used_in(config.epochs)
     check_ensemble(caches, used)
     specs = parse_objectives(config.objective, config)
+    if config.grad_accumulation > 1 and (whole := [spec.name for spec in specs if spec.loss.across_batch]):
+        raise UsageError(
+            f"--grad-accumulation {config.grad_accumulation} is given, and --objective {whole[0]} compares the samples "
+            "of a batch with each other",
+            "the whole batch at once",
+            "leave out --grad-accumulation, or give another objective",
+        )
     if config.distill:
         for each in caches:
             check_encoding(each.encoding, specs, config)
