@@ -72,7 +72,12 @@ def test_a_killed_process_is_restarted_and_the_run_ends_equal(folder, monkeypatc
     (folder / "mine.py").write_text(STUDENT)
     learn = ("train-student", "--cache", "single.zarr", "--student", "py:mine:student", "--epochs", "3")
     learn = (*learn, "--device", "cpu", "--batch-size", "128", "--json")
-    launched(2, lambda rank: kdcache(*learn, "--out", "whole"), folder / "logs")
+
+    def whole(rank):
+        result = kdcache(*learn, "--out", "whole")
+        assert result.exit_code == 0, result.stderr
+
+    launched(2, whole, folder / "logs")
     monkeypatch.setenv("KILL_AT_STEP", "20")
     done = torchrun(folder, *learn, "--out", "killed", restarts=1)
     assert "continuing after epoch 1 of 3" in done.stderr
