@@ -201,7 +201,7 @@ def _dump_split(settings: DumpTeacherArgs, split: str, worker: Worker) -> Report
         "complete": result.manifest.complete,
         "pending_shards": result.pending_shards,
     }
-    known = "not known: view 0 is mixed" if accuracy is None else f"{accuracy:.2%}"
+    known = "not known: view 0 is mixed, or unlabelled" if accuracy is None else f"{accuracy:.2%}"
     state = (
         f"{counted(result.pending_shards, 'shard')} left to other workers"
         if result.pending_shards
@@ -240,7 +240,8 @@ def verify_with_teacher(settings: VerifyArgs) -> Report:
     for split in data["splits"]:
         cache = open_cache(settings.cache, split)
         local = cache.local
-        dataset = open_data(settings, settings.dataset or local.dataset, split, hint=local.data_root)
+        names = cache.manifest.dataset.classes
+        dataset = open_data(settings, settings.dataset or local.dataset, split, hint=local.data_root, classes=names)
         recipe = cache.manifest.recipe
         built = load_teacher(
             settings,
@@ -306,11 +307,12 @@ def _train_student(settings: TrainStudentArgs, processes: Processes, device: str
     manifest = caches[0].manifest
     local = caches[0].local
     spec = settings.dataset or local.dataset
-    dataset = open_data(settings, spec, manifest.dataset.split, hint=local.data_root)
+    names = manifest.dataset.classes
+    dataset = open_data(settings, spec, manifest.dataset.split, hint=local.data_root, classes=names)
     default, recipe = manifest.teacher.preprocess, manifest.recipe
     check_recorded(caches[0], Views(dataset, recipe))  # before the student sees an input
     built = _build_student(settings, dataset, default, recipe)
-    test = open_test(settings, spec, hint=local.data_root)
+    test = open_test(settings, spec, hint=local.data_root, classes=names)
     config = dataclasses.replace(narrow(StudentConfig, settings), device=device)
     run = _run_folder("train-student", settings, built, processes)
     result = learn_from_cache(

@@ -209,7 +209,8 @@ def _live_cost(settings: SweepArgs, *, threads: int) -> dict[str, Any]:
     )
     manifest, local = cache.manifest, cache.local
     spec = settings.dataset or local.dataset
-    dataset = open_data(settings, spec, manifest.dataset.split, hint=local.data_root)
+    record = manifest.dataset
+    dataset = open_data(settings, spec, record.split, hint=local.data_root, classes=record.classes)
     own = teacher_input(settings, settings.checkpoint)
     teacher = load_teacher(
         own,

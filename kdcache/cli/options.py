@@ -51,7 +51,7 @@ PANELS = {
     ),
     "Logs and checkpoints": ("log_every", "save_every", "tensorboard"),
     "Data and preprocessing": (
-        *("dataset", "data_root", "download", "mean", "std", "size", "resize", "crop"),
+        *("dataset", "data_root", "download", "classes", "mean", "std", "size", "resize", "crop"),
         *("teacher_outputs", "class_map"),
     ),
     "Views": ("augment", "mix", "views", "view_seed", "plain_view", "view_schedule", "add_views"),

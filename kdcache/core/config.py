@@ -65,6 +65,9 @@ class DatasetConfig(Settings):
     dataset: str | None = option(None, f"Dataset, if it is no longer at its recorded place: {DATASET_HELP}")
     data_root: str | None = option(None, "Folder of the named datasets. [default: data]")
     download: bool = option(False, "Download the dataset if it is not in the data root.")
+    classes: str | None = option(
+        None, "File with a class name per line, in the teacher's order, for unlabelled data that does not tell them."
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -239,8 +242,9 @@ class TrainConfig(RuntimeConfig):
     )
     metric: str = option(
         "accuracy",
-        "What best.pt is best in on the held-out part: accuracy, or nll, the negative log-likelihood.",
-        choices=("accuracy", "nll"),
+        "What best.pt is best in on the held-out part: accuracy; nll, the negative log-likelihood; or agreement with "
+        "the teacher, which needs no labels.",
+        choices=("accuracy", "nll", "agreement"),
         only_with=("val_fraction",),
     )
     patience: int | None = option(

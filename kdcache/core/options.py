@@ -23,6 +23,7 @@ T = TypeVar("T", bound="Settings")
 PATHS = frozenset(
     {
         *("out", "cache", "cache_dir", "archive", "run", "runs", "data_root", "checkpoint", "tokenizer", "inputs"),
+        *("classes",),
         "path",
     }
 )

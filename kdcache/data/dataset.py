@@ -19,6 +19,7 @@ from kdcache.core.json_records import brief
 from kdcache.core.plugins import describe
 from kdcache.core.progress import log
 from kdcache.data.raw_input import CHANNELS_FIRST, Inputs, as_input, as_sequence, dtype_name, is_channels_last
+from kdcache.store.manifest import UNLABELLED
 
 Indices = Sequence[int] | NDArray[np.int64]
 
@@ -59,7 +60,7 @@ class IndexedDataset(ABC):
 
     @abstractmethod
     def labels(self) -> NDArray[np.int64] | None:
-        """All labels, (N,) int64; None where only reading every sample would tell."""
+        """All labels, (N,) int64, `UNLABELLED` of samples without one; None where only reading every one would tell."""
 
     @abstractmethod
     def fetch(self, indices: Indices) -> tuple[Inputs, Tensor]:
@@ -219,6 +220,8 @@ class MapDataset(IndexedDataset):
                 f"an item for every index from 0 to {len(self) - 1}",
                 "repair the sample, or leave it out of the dataset",
             ) from problem
+        if is_bare_input(item):
+            return item, UNLABELLED
         if not isinstance(item, tuple | list) or len(item) not in (2, 3):
             size = f" of {len(item)}" if isinstance(item, tuple | list) else ""
             if isinstance(item, Mapping):
@@ -249,7 +252,7 @@ class MapDataset(IndexedDataset):
         if self.input_dtype and dtype_name(image) != self.input_dtype:
             raise DatasetError(f"{where} has dtype {dtype_name(image)}", f"{self.input_dtype}, as the others have")
         try:
-            label = operator.index(given_label)
+            label = UNLABELLED if given_label is None else operator.index(given_label)
         except Exception as problem:  # TypeError of most values; an object's own __index__ may raise any
             raise DatasetError(
                 f"the label of {where} is {brief(given_label)}: {type(problem).__name__}: {problem}",
@@ -267,15 +270,35 @@ class MapDataset(IndexedDataset):
         return image, label
 
 
-def as_indexed(dataset: Any, *, name: str, split: str, classes: Sequence[str] | None = None) -> IndexedDataset:
+def labelled_samples(dataset: IndexedDataset) -> NDArray[np.int64]:
+    """Indices of the samples that have a label, (n,); those of all where only reading them would tell."""
+    labels = dataset.labels()
+    return np.arange(len(dataset)) if labels is None else np.flatnonzero(labels != UNLABELLED)
+
+
+def is_bare_input(item: Any) -> bool:
+    """Whether an item of a dataset is an input without a label: a text, a tensor, an array or a PIL image."""
+    return isinstance(item, str | Tensor | np.ndarray) or hasattr(item, "getbands")
+
+
+def as_indexed(
+    dataset: Any,
+    *,
+    name: str,
+    split: str,
+    classes: Sequence[str] | None = None,
+    default_classes: Sequence[str] = (),
+) -> IndexedDataset:
     """Any map-style dataset as an indexed one; an indexed one is returned as it is.
 
     Args:
-        dataset: items are (input, label); an input is a PIL image, which becomes uint8 (C, H, W), a text, which becomes
-            its UTF-8, a list of integers, such as token ids, which becomes int64, or a tensor or array, taken as it is;
-            a label is an integer. Items may also be (index, token ids, label).
+        dataset: items are (input, label), or an input alone where there are no labels; an input is a PIL image, which
+            becomes uint8 (C, H, W), a text, which becomes its UTF-8, a list of integers, such as token ids, which
+            becomes int64, or a tensor or array, taken as it is; a label is an integer, or None or -1 for a sample
+            without one. Items may also be (index, token ids, label).
         name: how manifests call it.
         classes: names of the classes; taken from `.classes`, or counted in `.targets` or `.labels`, where not given.
+        default_classes: names of the classes where it does not tell them.
 
     Raises:
         DatasetError: it is a stream, it is empty, its classes are unknown, or a first sample is not such a pair.
@@ -305,13 +328,14 @@ def as_indexed(dataset: Any, *, name: str, split: str, classes: Sequence[str] | 
         ) from problem
     if not count:
         raise DatasetError(f"{name} has no samples", "at least one")
-    if classes is None and labels is not None:
+    if classes is None and labels is not None and labels.max() >= 0:
         classes = [str(label) for label in range(int(labels.max()) + 1)]
+    classes = classes or default_classes
     if not classes:
         raise DatasetError(
             f"{name} does not tell its classes",
             "class names, in the order of the labels",
-            "give the dataset an attribute `classes`, a list of names, or pass classes=[...]",
+            "give the dataset an attribute `classes`, a list of names, or pass classes=[...] (--classes FILE)",
         )
     return MapDataset(dataset, labels, name=name, split=split, classes=tuple(classes))
 
@@ -351,10 +375,10 @@ def _known_labels(dataset: Any) -> NDArray[np.int64] | None:
 
 
 def _check_labels(labels: NDArray[np.int64], dataset: IndexedDataset, first: int = 0) -> None:
-    wrong = np.flatnonzero((labels < 0) | (labels >= len(dataset.classes)))
+    wrong = np.flatnonzero((labels < UNLABELLED) | (labels >= len(dataset.classes)))
     if len(wrong):
         raise DatasetError(
             f"the label of sample {first + wrong[0]} of {dataset.name} is {labels[wrong[0]]}",
-            f"0 to {len(dataset.classes) - 1}, for its {len(dataset.classes)} classes",
+            f"0 to {len(dataset.classes) - 1}, for its {len(dataset.classes)} classes, or -1 without a label",
             "number the labels from 0 in the order of the classes, and name every class",
         )

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from kdcache.core.errors import DatasetError
 from kdcache.core.progress import log
+from kdcache.store.manifest import UNLABELLED
 
 
 class FileKind(NamedTuple):
@@ -125,12 +127,21 @@ def split_folder(spec: str, split: str, kind: FileKind) -> tuple[Path, tuple[str
     return root / chosen, classes[chosen]
 
 
-def labelled_files(spec: str, split: str, kind: FileKind) -> tuple[list[str], list[int], tuple[str, ...]]:
+def labelled_files(
+    spec: str, split: str, kind: FileKind, classes: Sequence[str] = ()
+) -> tuple[list[str], list[int], tuple[str, ...]]:
     """The files of a split, their labels, and the classes; a line on stderr for each reason to leave others out.
+
+    A split without class folders is unlabelled, if its classes are known: from `classes`, or from another split.
+
+    Args:
+        classes: Names of the classes, where the folders do not tell them.
 
     Raises:
         DatasetError: there is no such split, a folder cannot be read, or a class has no files of the kind.
     """
+    if (unlabelled := _unlabelled_files(spec, split, kind, tuple(classes))) is not None:
+        return unlabelled
     folder, classes = split_folder(spec, split, kind)
     left_out = LeftOut()
     for entry in _entries(str(folder)):
@@ -148,6 +159,31 @@ def labelled_files(spec: str, split: str, kind: FileKind) -> tuple[list[str], li
         )
     labels = [label for label, files in enumerate(found) for _ in files]
     return [path for files in found for path in files], labels, classes
+
+
+def _unlabelled_files(
+    spec: str, split: str, kind: FileKind, classes: tuple[str, ...]
+) -> tuple[list[str], list[int], tuple[str, ...]] | None:
+    """What `labelled_files` gives for a split without class folders; None where it has such, or no files."""
+    root = Path(spec.partition(":")[2])
+    names = _folders(root) if root.is_dir() else []
+    own = {name: tuple(_folders(root / name)) for name in names if name in (*_SPLITS, split)}
+    read_elsewhere = split == "test" and own.get("val")
+    if own.get(split) != () or read_elsewhere:
+        return None
+    left_out = LeftOut()
+    files = find_files(str(root / split), kind, left_out)
+    known = classes or next(filter(None, own.values()), ())
+    if not files:
+        return None
+    if not known:
+        raise DatasetError(
+            f"{spec} is unlabelled: {printable(root / split)} holds {kind.name} and no class folders",
+            "the names of the classes that the teacher tells apart",
+            "give --classes FILE, with a name per line in the teacher's order, or a class folder for each class",
+        )
+    left_out.log(spec)
+    return files, [UNLABELLED] * len(files), known
 
 
 def is_hidden(name: str) -> bool:

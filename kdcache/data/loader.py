@@ -75,6 +75,7 @@ class Batch(NamedTuple):
         features: The teacher's features (B, ...) by array name, if an objective needs them.
         negatives: The teacher's features of other samples, (negatives, ...), by array name, likewise.
         share: Place of the samples in the batch of all processes; None for a process alone.
+        labelled: Number of samples of the batch of all processes that have a label; None where all have.
     """
 
     inputs: Tensor
@@ -87,6 +88,7 @@ class Batch(NamedTuple):
     features: dict[str, Tensor] | None = None
     negatives: dict[str, Tensor] | None = None
     share: Share | None = None
+    labelled: int | None = None
 
     @property
     def counted(self) -> int:

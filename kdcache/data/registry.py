@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,9 @@ DIGITS_TRAIN = 1437
 PHOTO_MEAN, PHOTO_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-def open_dataset(spec: str, *, split: str, data_root: str = "data", download: bool = False) -> IndexedDataset:
+def open_dataset(
+    spec: str, *, split: str, data_root: str = "data", download: bool = False, classes: Sequence[str] = ()
+) -> IndexedDataset:
     """Open a dataset by its spec.
 
     Args:
@@ -37,17 +39,18 @@ def open_dataset(spec: str, *, split: str, data_root: str = "data", download: bo
         split: `train` or `test`; for folders any subfolder's name, for functions any name that they accept.
         data_root: Folder of torchvision's datasets.
         download: Download missing datasets.
+        classes: Names of the classes, for unlabelled data that does not tell them.
 
     Raises:
         DatasetError: no such dataset or split, files that are missing or damaged, or a function that fails.
         MissingExtra: `digits` without scikit-learn.
     """
     if spec.startswith("folder:"):
-        return _image_folder(spec, split)
+        return _image_folder(spec, split, classes)
     if spec.startswith("text-folder:"):
-        return open_text_folder(spec, split)
+        return open_text_folder(spec, split, classes)
     if spec.startswith(PREFIX):
-        return _from_function(spec, split, data_root, download)
+        return _from_function(spec, split, data_root, download, classes)
     names = [*DATASETS, "imdb"]
     if spec not in names:
         raise DatasetError(
@@ -179,13 +182,13 @@ class _ImageFiles:
         return read_image(self._paths[index]), self.targets[index]
 
 
-def _image_folder(spec: str, split: str) -> IndexedDataset:
-    dataset = as_indexed(_ImageFiles(*labelled_files(spec, split, IMAGES)), name=spec, split=split)
+def _image_folder(spec: str, split: str, classes: Sequence[str]) -> IndexedDataset:
+    dataset = as_indexed(_ImageFiles(*labelled_files(spec, split, IMAGES, classes)), name=spec, split=split)
     dataset.default_mean, dataset.default_std = PHOTO_MEAN, PHOTO_STD
     return dataset
 
 
-def _from_function(spec: str, split: str, data_root: str, download: bool) -> IndexedDataset:
+def _from_function(spec: str, split: str, data_root: str, download: bool, classes: Sequence[str]) -> IndexedDataset:
     function = resolve(spec, error=DatasetError)
     try:
         found: Any = call_with_accepted(function, split=split, data_root=data_root, download=download)
@@ -193,7 +196,7 @@ def _from_function(spec: str, split: str, data_root: str, download: bool) -> Ind
         raise
     except Exception as problem:
         raise DatasetError(f"{spec} fails with {describe(problem)}", "a function that returns a dataset") from problem
-    dataset = as_indexed(found, name=spec, split=split)
+    dataset = as_indexed(found, name=spec, split=split, default_classes=classes)
     if dataset.data_root is None:
         dataset.data_root = data_root
     return dataset

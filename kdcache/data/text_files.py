@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tarfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -88,16 +88,17 @@ def open_imdb(split: str, data_root: str, download: bool) -> TextDataset:
     return _of_files("imdb", split, IMDB_CLASSES, _members(archive, split))
 
 
-def open_text_folder(spec: str, split: str) -> TextDataset:
+def open_text_folder(spec: str, split: str, classes: Sequence[str] = ()) -> TextDataset:
     """The texts of `text-folder:PATH`, ordered by class, folder and name.
 
     Raises:
         DatasetError: there is no such split, a class has no texts, or a file is not UTF-8.
     """
-    paths, labels, classes = labelled_files(spec, split, TEXTS)
-    return _of_files(
-        spec, split, classes, (_read(classes[label], path) for path, label in zip(paths, labels, strict=True))
-    )
+    paths, labels, names = labelled_files(spec, split, TEXTS, classes)
+    if not any(label >= 0 for label in labels):
+        texts = [_utf8(*_read("", path)[1:]) for path in paths]
+        return TextDataset(texts, np.array(labels), name=spec, split=split, classes=names)
+    return _of_files(spec, split, names, (_read(names[label], path) for path, label in zip(paths, labels, strict=True)))
 
 
 def _imdb_files(folder: Path) -> Iterator[tuple[str, str, bytes]]:
@@ -145,20 +146,25 @@ def _members(archive: Path, split: str) -> Iterator[tuple[str, str, bytes]]:
         ) from problem
 
 
+def _utf8(place: str, content: bytes) -> bytes:
+    try:
+        content.decode()
+    except UnicodeDecodeError as problem:
+        raise DatasetError(
+            f"{printable(place)} is not UTF-8: {problem}",
+            "text files in UTF-8",
+            "convert it, with iconv for example",
+        ) from problem
+    return content
+
+
 def _of_files(name: str, split: str, classes: tuple[str, ...], files: Iterator[tuple[str, str, bytes]]) -> TextDataset:
     # By name within a class, so that folder and archive, whose order is any, give one dataset.
     found = sorted(files, key=lambda each: (classes.index(each[0]), os.path.split(each[1])))
     counts = dict.fromkeys(classes, 0)
     for class_name, place, content in found:
         counts[class_name] += 1
-        try:
-            content.decode()
-        except UnicodeDecodeError as problem:
-            raise DatasetError(
-                f"{printable(place)} is not UTF-8: {problem}",
-                "text files in UTF-8",
-                "convert it, with iconv for example",
-            ) from problem
+        _utf8(place, content)
     if empty := [class_name for class_name, count in counts.items() if not count]:
         raise DatasetError(
             f"{name} has no texts of {', '.join(empty)} in its split {split!r}",

@@ -12,12 +12,14 @@ from torch import Size, Tensor, nn
 from kdcache.core.config import StudentConfig
 from kdcache.core.errors import UsageError
 from kdcache.core.plugins import did_you_mean
+from kdcache.core.progress import log
 from kdcache.core.specs import number, split_options, split_spec
 from kdcache.data.loader import Batch
 from kdcache.data.soft_targets import SoftTargets
 from kdcache.distill import losses
 from kdcache.store.encodings.base import Encoding, chosen_temperature
 from kdcache.store.encodings.topk import CLASSES, VALUES
+from kdcache.store.manifest import NONE, ViewRecipe
 
 
 class Objective(Protocol):
@@ -84,7 +86,14 @@ def kd_from_cache(student_bc: Tensor, soft_targets: SoftTargets, *, temperature:
 
 
 def label_loss(logits_bc: Tensor, batch: Batch, *, label_smoothing: float = 0.0) -> Tensor:
-    """Cross entropy with the labels; of mixed inputs with both labels of each, by their parts."""
+    """Cross entropy with the labels; of mixed inputs with both labels of each, by their parts.
+
+    Where samples have no label, the mean is over those that have one, and 0 where none has.
+    """
+    if batch.labelled is not None:
+        total = losses.labelled_cross_entropy(logits_bc, batch.labels, label_smoothing=label_smoothing)
+        # A mean over the batch of all processes, as a part of which this process's loss is weighed.
+        return total * (batch.whole_size / max(batch.counted, 1) / max(batch.labelled, 1))
     if batch.partner_labels is None or batch.mix_lambda is None:
         return losses.hard_cross_entropy(logits_bc, batch.labels, label_smoothing=label_smoothing)
     return losses.mixed_cross_entropy(
@@ -112,6 +121,7 @@ class Loss:
             ValueError with the shapes that would be comparable. None where any shapes are.
         temperature: Default temperature, where it is not the student's.
         one_label: Whether inputs must have one label each, so that none can be mixed.
+        needs_labels: Whether it has nothing to compare with where no sample is labelled.
         whole_rows: Whether it needs the teacher's logits of all classes.
         across_batch: Whether it compares samples of a batch with each other, so that it needs all of them.
         dump_options: Options of dump-teacher, beside `--features`, that store the features it needs.
@@ -123,6 +133,7 @@ class Loss:
     comparable: Callable[[Shape, Shape], nn.Module | None] | None = None
     temperature: float | None = None
     one_label: bool = False
+    needs_labels: bool = False
     whole_rows: bool = False
     across_batch: bool = False
     dump_options: str = ""
@@ -157,7 +168,7 @@ def _projected_vectors(student: Shape, teacher: Shape) -> nn.Module | None:
 
 
 LOSSES: dict[str, Loss] = {
-    "hard_cross_entropy": Loss(function=label_loss, arguments=(STUDENT, BATCH)),
+    "hard_cross_entropy": Loss(function=label_loss, arguments=(STUDENT, BATCH), needs_labels=True),
     "kd": Loss(function=kd_from_cache, arguments=(STUDENT, SOFT_TARGETS)),
     "soft_cross_entropy": Loss(function=losses.soft_cross_entropy, whole_rows=True),
     "logit_mse": Loss(function=losses.logit_mse, whole_rows=True),
@@ -208,6 +219,42 @@ class ObjectiveSpec:
     @property
     def loss(self) -> Loss:
         return LOSSES[self.name]
+
+
+def check_unlabelled(
+    labelled: int, count: int, specs: Sequence[ObjectiveSpec], config: StudentConfig, recipe: ViewRecipe
+) -> None:
+    """Refuse what cannot be trained on samples of which only some are labelled.
+
+    Args:
+        labelled: Labelled samples.
+        count: All samples.
+
+    Raises:
+        UsageError: an objective needs labels that are not there; inputs are mixed.
+    """
+    found = f"{count - labelled:,} of {count:,} samples are unlabelled"
+    if recipe.mix != NONE:
+        raise UsageError(f"{found}, and inputs are mixed ({recipe.mix})", "labels of both parts of a mixed input")
+    if one_label := [spec.name for spec in specs if spec.loss.one_label]:
+        raise UsageError(
+            f"{found}, and --objective {one_label[0]} needs the label of each", "labels, or another objective", "use kd"
+        )
+    if labelled:
+        log(f"{found}: the loss of the labels is a mean over the others")
+        return
+    if not config.distill:
+        raise UsageError(f"{found}, and --no-distill trains on labels alone", "labels", "leave out --no-distill")
+    if not specs and config.alpha < 1:
+        raise UsageError(
+            f"{found}, and --alpha {config.alpha:g} weighs labels by {1 - config.alpha:g}",
+            "the teacher alone",
+            "give --alpha 1",
+        )
+    if needing := [spec.name for spec in specs if spec.loss.needs_labels]:
+        raise UsageError(
+            f"{found}, and --objective {needing[0]} needs labels", "objectives of the teacher alone", "leave it out"
+        )
 
 
 def parse_objectives(specs: Sequence[str], config: StudentConfig) -> list[ObjectiveSpec]:

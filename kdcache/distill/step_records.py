@@ -28,6 +28,7 @@ class StepRecords:
 
     Attributes:
         samples: Samples of all processes so far.
+        labelled: Those of them that have a label.
     """
 
     def __init__(
@@ -42,7 +43,7 @@ class StepRecords:
         self._config, self._epoch, self._steps = config, epoch, steps
         self._processes, self._state, self._progress = processes, state, progress
         self._seen: dict[str, Tensor] = {}
-        self._done = self._checked = self.samples = 0
+        self._done = self._checked = self.samples = self.labelled = 0
         self._began = time.perf_counter()
         self._logged = (self._began, 0)
 
@@ -68,6 +69,7 @@ class StepRecords:
             self._seen[name][self._done] = part * (batch.counted / batch.whole_size)
         self._done += 1
         self.samples += batch.whole_size
+        self.labelled += batch.whole_size if batch.labelled is None else batch.labelled
         every = self._config.log_every
         line = every > 0 and self._done % every == 0
         if line or self._done - self._checked == CHECK_EVERY_STEPS or self._done == self._steps:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import chain
@@ -38,6 +39,8 @@ from kdcache.models.device import (
 from kdcache.models.distributed import Processes, accumulating, is_lost, lost_processes, synchronized_batchnorm
 from kdcache.models.evaluate import evaluate_model
 
+# The metric that needs a teacher, and no labels.
+AGREEMENT = "agreement"
 # Below this scale of the loss no float16 gradient overflows because of the scale: it is the network that is not finite.
 SMALLEST_SCALE = 2.0**-24
 
@@ -216,7 +219,7 @@ class _Loop:
             "epoch": epoch + 1,
             **({} if self.data.views.recipe.is_plain(1) else {"view": self.batches.view}),
             **records.means(),
-            "train_accuracy": int(correct) / records.samples,
+            **({"train_accuracy": int(correct) / records.labelled} if records.labelled else {}),
             "learning_rate": self.learning_rate,
             "seconds": seconds,
         }
@@ -321,9 +324,11 @@ class _Loop:
             preprocess=self.data.preprocessor,
             config=self.config,
             indices=self.data.validation_indices,
+            teacher=self.data.teacher if self.config.metric == AGREEMENT else None,
             processes=self.processes,
         )
-        entry |= {"val_accuracy": found.accuracy, "val_nll": found.nll}
+        scores = {"accuracy": found.accuracy, "nll": found.nll, AGREEMENT: found.agreement}
+        entry |= {f"val_{name}": score for name, score in scores.items() if score is not None and not math.isnan(score)}
         score = self._score(entry)
         improved = score > self.state.best
         self.state.best = max(self.state.best, score)
@@ -331,7 +336,8 @@ class _Loop:
 
     def _score(self, entry: dict[str, Any]) -> float:
         """What an epoch has of the validation metric, larger being better."""
-        return float(entry["val_accuracy"] if self.config.metric == "accuracy" else -entry["val_nll"])
+        score = float(entry[f"val_{self.config.metric}"])
+        return -score if self.config.metric == "nll" else score
 
     def _is_out_of_patience(self) -> bool:
         history, patience = self.state.history, self.config.patience

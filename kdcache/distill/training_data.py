@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdcache.core.config import TrainConfig
-from kdcache.core.errors import UsageError
+from kdcache.core.errors import DatasetError, UsageError
 from kdcache.data.batch_sampler import EpochBatches, samples_record, split_validation
-from kdcache.data.dataset import IndexedDataset
+from kdcache.data.dataset import IndexedDataset, labelled_samples
 from kdcache.data.preprocess import Preprocessor, as_preprocessor
 from kdcache.data.views import Views, as_views
 from kdcache.distill.objective import Join
@@ -31,6 +32,7 @@ class TrainingData:
         record: Number and digest of the samples, held-out ones included; a run is continued with the same only.
         schedule: View of each epoch.
         join: Adds soft targets to each batch.
+        teacher: Gives the teacher's logits of samples, for agreement on the held-out part; None without a teacher.
         verify_inputs: Batches that reach the join with checksums of their inputs: `all`, `sample` or `off`.
 
     Raises:
@@ -45,6 +47,7 @@ class TrainingData:
     schedule: Schedule = field(default_factory=lambda: always(0))
     join: Join | None = None
     verify_inputs: str = "off"
+    teacher: Callable[[NDArray[np.int64]], NDArray[Any]] | None = None
 
     def __post_init__(self) -> None:
         if self.views.recipe.mix != NONE and len(self.validation_indices):
@@ -68,11 +71,20 @@ def training_data(
     schedule: Schedule | None = None,
     join: Join | None = None,
 ) -> TrainingData:
-    """All samples of a dataset, those aside that `config.val_fraction` holds out, shuffled anew in each epoch."""
-    samples = np.arange(len(dataset))
+    """All labelled samples of a dataset, without those that `config.val_fraction` holds out, shuffled in each epoch.
+
+    Raises:
+        DatasetError: no sample has a label.
+    """
+    views = as_views(dataset)
+    samples = labelled_samples(views.dataset)
+    if not len(samples):
+        raise DatasetError(
+            f"{views.dataset.name} is unlabelled", "labels to train on", "train a student on it, from a teacher's cache"
+        )
     train_indices, validation_indices = split_validation(samples, config.val_fraction, config.seed)
     return TrainingData(
-        views=as_views(dataset),
+        views=views,
         preprocessor=as_preprocessor(preprocess),
         sampler=ExactSampler(train_indices, config.seed),
         validation_indices=validation_indices,

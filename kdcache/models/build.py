@@ -13,10 +13,10 @@ import torch
 
 from kdcache.core import rng
 from kdcache.core.config import DatasetConfig, InputConfig
-from kdcache.core.errors import CheckpointError, DatasetError, ModelError
-from kdcache.core.json_records import from_json, to_json
+from kdcache.core.errors import CheckpointError, DatasetError, ModelError, UsageError
+from kdcache.core.json_records import counted, from_json, to_json
 from kdcache.core.progress import log
-from kdcache.data.dataset import IndexedDataset
+from kdcache.data.dataset import IndexedDataset, labelled_samples
 from kdcache.data.loader import BatchRequest, batch_loader
 from kdcache.data.preprocess import Preprocessor
 from kdcache.data.registry import open_dataset
@@ -42,15 +42,20 @@ from kdcache.store.manifest import Preprocess, ViewRecipe
 DATA_ROOT = "data"
 
 
-def open_data(settings: DatasetConfig, spec: str, split: str, hint: str | None = None) -> IndexedDataset:
+def open_data(
+    settings: DatasetConfig, spec: str, split: str, hint: str | None = None, classes: Sequence[str] = ()
+) -> IndexedDataset:
     """Open a split of a dataset.
 
     Args:
         hint: Data root that a cache or a run recorded.
+        classes: Names of the classes that a cache or a run recorded, for unlabelled data; `--classes` wins.
     """
+    if settings.classes is not None:
+        classes = _read_classes(Path(settings.classes))
     root = settings.data_root or hint or DATA_ROOT
     try:
-        return open_dataset(spec, split=split, data_root=root, download=settings.download)
+        return open_dataset(spec, split=split, data_root=root, download=settings.download, classes=classes)
     except DatasetError as problem:
         if settings.dataset or settings.data_root:
             raise
@@ -58,13 +63,35 @@ def open_data(settings: DatasetConfig, spec: str, split: str, hint: str | None =
         raise DatasetError(problem.found, problem.needed, "; ".join(filter(None, (problem.remedy, where)))) from problem
 
 
-def open_test(settings: DatasetConfig, spec: str, hint: str | None = None) -> IndexedDataset | None:
+def _read_classes(path: Path) -> list[str]:
+    try:
+        names = path.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as problem:
+        raise UsageError(
+            f"--classes {path} cannot be read: {problem}", "a text file in UTF-8 with a class name per line"
+        ) from problem
+    names = [name.strip() for name in names if name.strip()]
+    if len(set(names)) < max(len(names), 1):
+        raise UsageError(
+            f"--classes {path} holds {counted(len(names), 'name')}, {len(set(names))} of them different",
+            "a different name for each class, one per line",
+        )
+    return names
+
+
+def open_test(
+    settings: DatasetConfig, spec: str, hint: str | None = None, classes: Sequence[str] = ()
+) -> IndexedDataset | None:
     """Open the test split; None, with a message, where there is none. Called before training, to report it early."""
     try:
-        return open_data(settings, spec, "test", hint)
+        test = open_data(settings, spec, "test", hint, classes)
     except DatasetError as problem:
         log(f"no accuracy on a test split will be given: {problem}")
         return None
+    if len(labelled_samples(test)) == 0:
+        log(f"no accuracy on a test split will be given: that of {spec} is unlabelled")
+        return None
+    return test
 
 
 def dataset_preprocess(dataset: IndexedDataset) -> Preprocess:

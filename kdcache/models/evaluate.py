@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import zip_longest
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,43 +14,60 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from kdcache.core.config import InferenceConfig
+from kdcache.core.errors import DatasetError
 from kdcache.core.progress import Progress
-from kdcache.data.dataset import IndexedDataset
+from kdcache.data.dataset import IndexedDataset, labelled_samples
 from kdcache.data.loader import Batch, batch_loader, consecutive_batches
 from kdcache.data.preprocess import Preprocessor, as_preprocessor
 from kdcache.models.device import evaluation_mode, memory_errors, move_to, resolve_device
 from kdcache.models.distributed import Processes
 from kdcache.models.forward import ForwardPass
-from kdcache.store.manifest import Preprocess
+from kdcache.store.manifest import UNLABELLED, Preprocess
 
 SHOWN_SAMPLES = 5
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """A network's answers to some samples, against the true labels.
+    """A network's predictions for some samples, against their labels and, where asked for, a teacher's logits.
 
     Attributes:
-        true_n: True classes, (n,) int64.
+        true_n: True classes, (n,) int64; -1 of samples without a label.
         predicted_n: Top classes, (n,) int64.
         top_n: Probability of the top class, (n,) float32.
-        nll_n: Negative log-likelihood of the true class in nats, (n,) float32.
+        nll_n: Negative log-likelihood of the true class in nats, (n,) float32; nan without a label.
+        teacher_n: Top classes of the teacher, (n,) int64; None where it was not asked for.
+        kl_n: KL(teacher ‖ network) at temperature 1 in nats, (n,) float32, likewise.
     """
 
     true_n: NDArray[np.int64]
     predicted_n: NDArray[np.int64]
     top_n: NDArray[np.float32]
     nll_n: NDArray[np.float32]
+    teacher_n: NDArray[np.int64] | None = None
+    kl_n: NDArray[np.float32] | None = None
 
     @property
     def accuracy(self) -> float:
-        """Top-1, 0 to 1."""
-        return float((self.true_n == self.predicted_n).mean())
+        """Top-1 on the labelled samples, 0 to 1; nan where there are none."""
+        known = self.true_n != UNLABELLED
+        return float((self.true_n == self.predicted_n)[known].mean()) if known.any() else math.nan
 
     @property
     def nll(self) -> float:
-        """Mean negative log-likelihood of the true classes, in nats."""
-        return float(self.nll_n.mean(dtype=np.float64))
+        """Mean negative log-likelihood of the true classes of the labelled samples, in nats; nan without any."""
+        known = self.true_n != UNLABELLED
+        return float(self.nll_n[known].mean(dtype=np.float64)) if known.any() else math.nan
+
+    @property
+    def agreement(self) -> float | None:
+        """Share of the samples whose top class is the teacher's, 0 to 1."""
+        return None if self.teacher_n is None else float((self.teacher_n == self.predicted_n).mean())
+
+    @property
+    def teacher_kl(self) -> float | None:
+        """Mean KL(teacher ‖ network) at temperature 1, in nats."""
+        return None if self.kl_n is None else float(self.kl_n.mean(dtype=np.float64))
 
     @property
     def shown(self) -> list[int]:
@@ -101,16 +120,26 @@ def evaluate_model(
     preprocess: Preprocess | Preprocessor,
     config: InferenceConfig,
     indices: NDArray[np.int64] | None = None,
+    teacher: Callable[[NDArray[np.int64]], NDArray[Any]] | None = None,
     processes: Processes | None = None,
 ) -> Evaluation:
     """Compare a network's predictions for samples of a dataset with their labels.
 
     Args:
-        indices: Indices of the samples, (n,); None for all.
+        indices: Indices of the samples, (n,); None for all that have labels.
+        teacher: Gives the teacher's logits, (n, classes), of the samples with given indices, (n,).
         processes: Processes that compute the predictions together, and have all of them; None for this one alone.
+
+    Raises:
+        DatasetError: there are none.
     """
+    if indices is None:
+        indices = labelled_samples(dataset)
+    if not len(indices):
+        raise DatasetError(f"the split {dataset.split} of {dataset.name} is unlabelled", "labels to compare with")
     processes = processes or Processes()
     parts: list[tuple[Tensor, ...]] = []
+    part: tuple[Tensor, ...]
     for batch, logits_bc in predict_batches(
         module,
         dataset,
@@ -122,10 +151,17 @@ def evaluate_model(
     ):
         log_p = logits_bc.float().log_softmax(dim=1)
         top, predicted = log_p.max(dim=1)
-        nll = -log_p.gather(1, batch.labels.to(logits_bc.device)[:, None])[:, 0]
-        parts.append((batch.labels, predicted.cpu(), top.exp().cpu(), nll.cpu()))
+        labels = batch.labels.to(logits_bc.device)[:, None]
+        nll = -log_p.gather(1, labels.clamp(min=0))[:, 0].where(labels[:, 0] >= 0, math.nan)
+        part = (batch.labels, predicted.cpu(), top.exp().cpu(), nll.cpu())
+        if teacher is not None:
+            other = torch.from_numpy(teacher(batch.indices.numpy())).to(logits_bc.device).float().log_softmax(dim=1)
+            kl = (other.exp() * (other - log_p)).nan_to_num().sum(dim=1)
+            part = (*part, other.argmax(dim=1).cpu(), kl.cpu())
+        parts.append(part)
     # Process `rank` takes batches rank, rank + size, rank + 2 size, …
     dealt = zip_longest(*processes.gather_objects(parts))
     parts = [part for turn in dealt for part in turn if part is not None]
-    true_n, predicted_n, top_n, nll_n = (torch.cat(each).numpy() for each in zip(*parts, strict=True))
-    return Evaluation(true_n=true_n, predicted_n=predicted_n, top_n=top_n, nll_n=nll_n)
+    names = ("true_n", "predicted_n", "top_n", "nll_n", "teacher_n", "kl_n")
+    columns = [torch.cat(each).numpy() for each in zip(*parts, strict=True)]
+    return Evaluation(**dict(zip(names, columns, strict=False)))

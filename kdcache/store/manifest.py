@@ -33,6 +33,8 @@ NOT_IDENTITY = frozenset(
     | {"versions.cpu", "versions.python", "compute", "license", "citation", "history"}
 )
 
+# Label of a sample that has none.
+UNLABELLED = -1
 NONE = "none"
 
 

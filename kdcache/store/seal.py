@@ -21,7 +21,7 @@ from kdcache.store.encodings.floats import as_floats
 from kdcache.store.encodings.registry import encoding_named
 from kdcache.store.facts import COUNTS, all_facts, fidelity_of, kl, measure_shard, temperatures_of
 from kdcache.store.ledger import Ledger
-from kdcache.store.manifest import NONE, ChangeRecord, Manifest, read_manifest, recorded_sha256
+from kdcache.store.manifest import NONE, UNLABELLED, ChangeRecord, Manifest, read_manifest, recorded_sha256
 from kdcache.store.resume import COMMITTED, ResumePolicy
 from kdcache.store.storage.registry import Location, open_storage
 from kdcache.store.writer import SplitWriter
@@ -109,7 +109,10 @@ def seal(writer: SplitWriter, encoding: Encoding) -> Manifest:
     labels = reader.span("labels", 0, range(manifest.dataset.length))
     facts = all_facts(writer.storage, manifest, range(manifest.views))
     mixed = manifest.recipe.mix != NONE and not manifest.recipe.is_plain(0)
-    accuracy = None if mixed else _accuracy(reader, encoding, labels, None if facts is None else facts[0])
+    labelled = int((labels != UNLABELLED).sum())
+    accuracy = None
+    if labelled and not mixed:
+        accuracy = _correct(reader, encoding, labels, None if facts is None else facts[0]) / labelled
     finished = replace(
         manifest,
         dataset=replace(
@@ -211,19 +214,19 @@ def _other_devices(writer: SplitWriter) -> list[ChangeRecord]:
     return records
 
 
-def _accuracy(
+def _correct(
     reader: ChunkReader, encoding: Encoding, labels: NDArray[Any], facts_sx: NDArray[np.float64] | None
-) -> float:
-    """Top-1 accuracy of view 0: from the facts, or in older caches from the rows."""
+) -> int:
+    """Samples that the teacher is right on in view 0: from the facts, or in older caches from the rows."""
     manifest = reader.manifest
     if facts_sx is not None:
-        return float(facts_sx[:, COUNTS.index("correct")].sum()) / manifest.dataset.length
+        return int(facts_sx[:, COUNTS.index("correct")].sum())
     correct = 0
     for shard in range(manifest.shards):
         rows = manifest.rows_of(shard)
         encoded = {array.name: reader.span(array.name, 0, rows) for array in encoding.arrays()}
         correct += int((encoding.decode(encoded).argmax(axis=1) == labels[rows.start : rows.stop]).sum())
-    return correct / manifest.dataset.length
+    return correct
 
 
 def _new_bytes(writer: SplitWriter) -> list[ChangeRecord]:

@@ -19,6 +19,7 @@ from kdcache.distill.run_state import RunState
 from kdcache.distill.trainer import _Loop
 from kdcache.distill.training_data import training_data
 from kdcache.models import device
+from kdcache.models.distributed import Processes
 from kdcache.store.manifest import Preprocess
 from tests.helpers import Network, synthetic
 
@@ -92,21 +93,21 @@ def test_what_waits_is_noticed():
 @pytest.mark.parametrize("settings", [{}, {"clip_norm": 1.0, "ema": 0.9}, {"optimizer": "sgd"}])
 @pytest.mark.parametrize("distilled", [False, True])
 def test_no_step_waits_for_the_device(monkeypatch, settings, distilled):
-    """All of `_step` but what optimisers do with their counters, which are on the host."""
+    """All of a step but what optimisers do with their counters, which are on the host."""
     config = TrainConfig(device="cpu", batch_size=16, **settings)
     objective = distillation_objective(StudentConfig(device="cpu")) if distilled else label_objective(0.1)
     dataset = synthetic(64)
     data = training_data(dataset, Preprocess(), config)
-    loop = _Loop(Network(16, 4), data, objective, config, RunState(None, lambda _: {}, config))
+    loop = _Loop(Network(16, 4), data, objective, config, RunState(None, lambda _: {}, config), None, Processes())
     inputs, labels = dataset.fetch(np.arange(16))
     teacher = SoftTargets.of(torch.randn(16, 4)) if distilled else None
     batch = Batch(inputs, labels, torch.arange(16), soft_targets=teacher)
-    loop._step(batch, 0, 0)
+    loop._train_on(batch, 0, 0)
     monkeypatch.setattr(loop.optimizer, "step", lambda: None)
     # The counter of the average stays on the host: on a device it would be waited for.
     host = contextlib.nullcontext() if loop.average is None else _counted_in_python(monkeypatch, loop.average)
     with host, Waits() as waits:
-        loop._step(batch, 0, 1)
+        loop._train_on(batch, 0, 1)
     assert waits.found == []
 
 

@@ -15,7 +15,7 @@ from kdcache.core.config import ReportArgs
 from kdcache.core.errors import CacheNotFound, DatasetError
 from kdcache.core.progress import log
 from kdcache.core.rng import keyed_sample
-from kdcache.data.dataset import IndexedDataset
+from kdcache.data.dataset import IndexedDataset, labelled_samples
 from kdcache.models.build import check_classes, open_data
 from kdcache.models.device import resolve_device
 from kdcache.models.registry import weights_sha256
@@ -111,12 +111,20 @@ class Study:
         trained, data = opened[0].trained, {}
         for split in (TEST, TRAIN):
             try:
-                data[split] = open_data(
-                    self._settings, self._settings.dataset or trained.dataset, split, hint=trained.data_root
+                found = open_data(
+                    self._settings,
+                    self._settings.dataset or trained.dataset,
+                    split,
+                    hint=trained.data_root,
+                    classes=trained.classes,
                 )
             except DatasetError as problem:
                 self._miss(f"Nothing is measured on the {split} split: {problem.found}.")
                 continue
+            if not len(labelled_samples(found)):
+                self._miss(f"Nothing is measured on the {split} split: it is unlabelled.")
+                continue
+            data[split] = found
             for run in opened:
                 check_classes(str(run.trained.checkpoint), run.trained.classes, data[split])
         return data
@@ -124,8 +132,9 @@ class Study:
     def _chosen(self, dataset: IndexedDataset) -> NDArray[np.int64]:
         """Indices of the measured samples: all of the test split, some of the training split."""
         if dataset.split == TEST:
-            return np.arange(len(dataset))
-        return keyed_sample(len(dataset), self._settings.train_samples, self._settings.seed, "report")
+            return labelled_samples(dataset)
+        labelled = labelled_samples(dataset)
+        return labelled[keyed_sample(len(labelled), self._settings.train_samples, self._settings.seed, "report")]
 
     def _comparable(self, teacher: CachedTeacher, split: str) -> bool:
         if (reason := teacher.why_not(split)) is None:

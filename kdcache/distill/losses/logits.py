@@ -59,6 +59,20 @@ def hard_cross_entropy(student_logits_bc: Tensor, labels_b: Tensor, *, label_smo
     return F.cross_entropy(precise(student_logits_bc), labels_b, label_smoothing=label_smoothing)
 
 
+def labelled_cross_entropy(student_logits_bc: Tensor, labels_b: Tensor, *, label_smoothing: float = 0.0) -> Tensor:
+    """Sum of the cross entropy over the samples that have a label; those of others are -1.
+
+    Args and errors as for `hard_cross_entropy`.
+
+    Returns:
+        A scalar: the sum; 0 where no sample has a label.
+    """
+    check_per_sample(student_logits_bc, labels=labels_b)
+    return F.cross_entropy(
+        precise(student_logits_bc), labels_b, label_smoothing=label_smoothing, ignore_index=-1, reduction="sum"
+    )
+
+
 def mixed_cross_entropy(
     student_logits_bc: Tensor,
     labels_b: Tensor,

@@ -127,8 +127,7 @@ def _comparable(
         numbers = np.array([keys.index_of(dataset[at], f"item {at}") for at in probed], np.int64)
         checked_numbers(numbers, len(probed), len(cache))
         pairs = Subset(pairs, probed)
-    classes = None if numbers is None else record.classes
-    indexed = as_indexed(pairs, name=record.name, split=record.split, classes=classes)
+    indexed = as_indexed(pairs, name=record.name, split=record.split, default_classes=record.classes)
     return (indexed if numbers is None else Renumbered(indexed, numbers, len(cache))), numbers
 
 

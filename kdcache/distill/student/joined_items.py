@@ -13,6 +13,8 @@ from torch.utils.data import ConcatDataset, Subset
 
 from kdcache.core.errors import CacheMismatch, DatasetError
 from kdcache.core.json_records import brief
+from kdcache.data.dataset import is_bare_input
+from kdcache.store.manifest import UNLABELLED
 
 Key = str | int
 
@@ -43,7 +45,9 @@ class ItemKeys:
         return _part(item, self.input, -2, "input", where)
 
     def label_of(self, item: Any, where: str) -> int:
-        """The label of an item, as an integer."""
+        """The label of an item, as an integer; -1 where the item is an input alone."""
+        if is_bare_input(item):
+            return UNLABELLED
         return _integer(_part(item, self.label, -1, "label", where), f"the label of {where}")
 
     def index_of(self, item: Any, where: str) -> int:
@@ -55,6 +59,8 @@ class ItemKeys:
         """An item with the teacher's logits: as `teacher_logits` in a dict, as the last in a tuple."""
         if isinstance(item, Mapping):
             return {**item, TEACHER_LOGITS: logits}
+        if is_bare_input(item):
+            return item, logits
         return (*item, logits)
 
     def replaced(self, item: Any, value: Any) -> Any:
@@ -62,6 +68,8 @@ class ItemKeys:
         if isinstance(item, Mapping):
             rest = {key: part for key, part in item.items() if key != self.input}
             return {**rest, **value} if isinstance(value, Mapping) else {**item, self.input: value}
+        if is_bare_input(item):
+            return value
         parts = list(item)
         parts[_position(self.input, -2)] = value
         return tuple(parts)
@@ -141,6 +149,8 @@ def _part(item: Any, key: Key | None, position: int, what: str, where: str) -> A
                 f"give join {what}_key=…",
             )
         return item[key]
+    if is_bare_input(item) and what == "input":
+        return item
     if not isinstance(item, tuple | list):
         raise DatasetError(f"{where} is a {type(item).__name__}", "a tuple, a list or a dict")
     at = _position(key, position)

@@ -17,6 +17,7 @@ from kdcache.distill.student.join_checks import check_crcs, known_column, label_
 from kdcache.models.device import memory_errors
 from kdcache.store.cache import Cache
 from kdcache.store.chunk_reader import ChunkReader
+from kdcache.store.manifest import UNLABELLED
 from kdcache.store.row_source import Rows, RowSource
 from kdcache.store.sampler import Schedule, always
 
@@ -84,6 +85,7 @@ class CachedTargets:
         self._caches, self._sources, self._schedule = caches, sources, schedule or always(0)
         self._weights = weights
         self._labels_n = torch.from_numpy(known_column(caches[0], "labels"))
+        self._all_labelled = not (self._labels_n == UNLABELLED).any()
         self._features, self._negatives, self._seed = features, negatives or {}, seed
         self._epoch = self._step = 0
         self._view = -1
@@ -123,6 +125,8 @@ class CachedTargets:
             (cache.encoding, _tensors(source.rows(whole), part))
             for cache, source in zip(self._caches, self._sources, strict=True)
         ]
+        if not self._all_labelled:
+            batch = batch._replace(labelled=int((self._labels_n[whole] != UNLABELLED).sum()))
         return batch._replace(soft_targets=SoftTargets(parts, self._weights, tail=self._tail))
 
     def _draw_negatives(self, wanted: NDArray[np.int64]) -> dict[str, Tensor] | None:

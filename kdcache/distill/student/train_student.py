@@ -29,16 +29,22 @@ from kdcache.data.dataset import as_indexed
 from kdcache.data.loader import BatchRequest, batch_loader
 from kdcache.data.preprocess import Preprocessor, as_preprocessor
 from kdcache.data.views import Views
-from kdcache.distill.objective import check_encoding, distillation_objective, label_objective, parse_objectives
+from kdcache.distill.objective import (
+    check_encoding,
+    check_unlabelled,
+    distillation_objective,
+    label_objective,
+    parse_objectives,
+)
 from kdcache.distill.student.composite_objective import CompositeObjective
-from kdcache.distill.student.join_checks import check_ensemble, check_join, inputs_all_checked
+from kdcache.distill.student.join_checks import check_ensemble, check_join, inputs_all_checked, known_column
 from kdcache.distill.student.soft_targets import CachedTargets, DeviceSource
-from kdcache.distill.trainer import OnStep, TrainResult, train
+from kdcache.distill.trainer import AGREEMENT, OnStep, TrainResult, train
 from kdcache.distill.training_data import TrainingData
 from kdcache.models.device import floating_dtype, memory_errors, move_to, resolve_device
 from kdcache.models.distributed import Processes
 from kdcache.store.cache import Cache, open_cache
-from kdcache.store.manifest import Preprocess
+from kdcache.store.manifest import UNLABELLED, Preprocess
 from kdcache.store.row_source import ReadOptions, plan_reading
 from kdcache.store.sampler import ExactSampler, Sampler, Schedule, view_schedule
 
@@ -86,7 +92,8 @@ def train_student(
     input_memory = parse_bytes(config.input_memory)
     caches = _open_caches(cache, config)
     manifest = caches[0].manifest
-    indexed = as_indexed(dataset, name=manifest.dataset.name, split=manifest.dataset.split)
+    record = manifest.dataset
+    indexed = as_indexed(dataset, name=record.name, split=record.split, default_classes=record.classes)
     if out is not None and processes.first:
         paths = [each.url for each in caches]
         settings = {"cache": paths, **to_json(config)}
@@ -120,7 +127,22 @@ def train_student(
         log(f"{config.epochs} epochs over {len(used)} of {available} views: {', '.join(map(str, used[:12]))}")
         log(views.remember(used, input_memory))
     samples = _samples(caches, used)
+    labelled = samples[known_column(caches[0], "labels")[samples] != UNLABELLED]
+    if len(labelled) < len(samples):
+        check_unlabelled(len(labelled), len(samples), specs, config, manifest.recipe)
+        if not config.distill:
+            samples = labelled
+    if config.metric == AGREEMENT and not config.distill:
+        raise UsageError("--metric agreement is given with --no-distill", "a teacher", "give --metric accuracy or nll")
     train_indices, validation_indices = split_validation(samples, config.val_fraction, config.seed)
+    if config.metric != AGREEMENT and len(validation_indices):
+        validation_indices = np.intersect1d(validation_indices, labelled)
+        if not len(validation_indices):
+            raise UsageError(
+                f"--val-fraction {config.val_fraction:g} holds out no labelled sample",
+                "labels to compare with, or the teacher",
+                "give --metric agreement",
+            )
     join: CachedTargets | None = None
     preprocessor = as_preprocessor(preprocess or manifest.teacher.preprocess)
     objective = distillation_objective(config) if config.distill else label_objective(config.label_smoothing)
@@ -142,6 +164,7 @@ def train_student(
             join=join,
             verify_inputs="off" if join is None or inputs_all_checked(views) else config.verify_inputs,
             record=samples_record(samples),
+            teacher=caches[0].rows,
         )
         return train(
             student,

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from kdcache.store.manifest import UNLABELLED
+
 _SHOWN = 8
 
 
@@ -19,8 +21,14 @@ def accuracy_lines(labels_n: NDArray[np.int64], predicted_n: NDArray[np.int64], 
         predicted_n: the teacher's top classes, (n,).
         classes: names of the dataset's.
     """
+    known = labels_n != UNLABELLED
+    if not known.any():
+        return ["the samples are unlabelled: whether the classes are in the teacher's order cannot be checked"]
+    labels_n, predicted_n = labels_n[known], predicted_n[known]
     accuracy = float((labels_n == predicted_n).mean())
-    lines = [f"teacher accuracy on the first {len(labels_n):,} samples: {accuracy:.2%}"]
+    lines = [
+        f"teacher accuracy on the first {len(labels_n):,} {'' if known.all() else 'labelled '}samples: {accuracy:.2%}"
+    ]
     if len(classes) < 2:
         return lines
     chance = 1 / len(classes)
