@@ -47,10 +47,13 @@ def _check_names(given: dict[str, Any]) -> None:
         raise DatasetError(
             f"{dataset}: {Path(path or '').absolute()} is no folder", "a folder of split folders", "correct the path"
         )
+    if kind == "csv" and not Path(path or "").is_file():
+        raise DatasetError(f"{dataset}: {Path(path or '').absolute()} is no file", "a csv file", "correct the path")
     if ":" not in dataset and dataset not in DATASET_NAMES:
         raise DatasetError(
             f"there is no dataset {dataset!r}",
-            f"{', '.join(DATASET_NAMES)}, folder:PATH, text-folder:PATH or py:package.module:function",
+            f"{', '.join(DATASET_NAMES)}, folder:PATH, text-folder:PATH, csv:FILE, hf-dataset:NAME or "
+            "py:package.module:function",
             did_you_mean(dataset, list(DATASET_NAMES)),
         )
     for name in ("model", "teacher", "student"):

@@ -49,7 +49,10 @@ AUGMENT_HELP = (
 )
 DATASET_NAMES = ("digits", "mnist", "fashion-mnist", "cifar10", "cifar100", "imdb")
 CHECKPOINT_KEY_HELP = "Entry of the checkpoint that holds the weights, where several fit, such as state_dict_ema."
-DATASET_HELP = f"{', '.join(DATASET_NAMES)}, folder:PATH, text-folder:PATH or py:package.module:function."
+DATASET_HELP = (
+    f"{', '.join(DATASET_NAMES)}, folder:PATH, text-folder:PATH, csv:FILE, hf-dataset:PATH_OR_NAME or "
+    "py:package.module:function."
+)
 IMAGE_MODELS = ("cnn", "mlp", "resnet20", "resnet56", "resnet110", "resnet8x4", "resnet32x4")
 MODEL_NAMES = (*IMAGE_MODELS, "lstm", "gru")
 MODEL_HELP = (

@@ -20,7 +20,8 @@ from kdcache.core.json_records import canonical_json
 from kdcache.core.plugins import PREFIX, call_with_accepted, describe, did_you_mean, require_extra, resolve
 from kdcache.data.dataset import ArrayDataset, IndexedDataset, as_indexed
 from kdcache.data.folders import IMAGES, labelled_files
-from kdcache.data.raw_input import batch_crc32c, dtype_name, read_image
+from kdcache.data.raw_input import batch_crc32c, dtype_name
+from kdcache.data.tables import ImageFiles, open_csv, open_huggingface
 from kdcache.data.text_files import open_imdb, open_text_folder
 
 DIGITS_TRAIN = 1437
@@ -35,7 +36,8 @@ def open_dataset(
 
     Args:
         spec: A name of `DATASETS`, `imdb`, `folder:PATH` or `text-folder:PATH` (with `train/` and `test/` or `val/` in
-            it, a folder a class), or `py:package.module:function`, which returns a map-style dataset.
+            it, a folder a class), `csv:FILE`, `hf-dataset:PATH_OR_NAME`, or `py:package.module:function`, which returns
+            a map-style dataset.
         split: `train` or `test`; for folders any subfolder's name, for functions any name that they accept.
         data_root: Folder of torchvision's datasets.
         download: Download missing datasets.
@@ -49,13 +51,18 @@ def open_dataset(
         return _image_folder(spec, split, classes)
     if spec.startswith("text-folder:"):
         return open_text_folder(spec, split, classes)
+    if spec.startswith("csv:"):
+        return _photos(open_csv(spec, split, classes))
+    if spec.startswith("hf-dataset:"):
+        return _photos(open_huggingface(spec, split, download, classes))
     if spec.startswith(PREFIX):
         return _from_function(spec, split, data_root, download, classes)
     names = [*DATASETS, "imdb"]
     if spec not in names:
         raise DatasetError(
             f"there is no dataset {spec!r}",
-            f"{', '.join(names)}, folder:PATH, text-folder:PATH or py:package.module:function",
+            f"{', '.join(names)}, folder:PATH, text-folder:PATH, csv:FILE, hf-dataset:NAME or "
+            "py:package.module:function",
             did_you_mean(spec, names),
         )
     if split not in ("train", "test"):
@@ -169,22 +176,14 @@ DATASETS: dict[str, Source] = {
 }
 
 
-class _ImageFiles:
-    """Labelled image files as a map-style dataset."""
-
-    def __init__(self, paths: list[str], labels: list[int], classes: tuple[str, ...]) -> None:
-        self._paths, self.targets, self.classes = paths, labels, classes
-
-    def __len__(self) -> int:
-        return len(self._paths)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return read_image(self._paths[index]), self.targets[index]
-
-
 def _image_folder(spec: str, split: str, classes: Sequence[str]) -> IndexedDataset:
-    dataset = as_indexed(_ImageFiles(*labelled_files(spec, split, IMAGES, classes)), name=spec, split=split)
-    dataset.default_mean, dataset.default_std = PHOTO_MEAN, PHOTO_STD
+    return _photos(as_indexed(ImageFiles(*labelled_files(spec, split, IMAGES, classes)), name=spec, split=split))
+
+
+def _photos(dataset: IndexedDataset) -> IndexedDataset:
+    """A dataset with the usual statistics of photographs, where it is of images in colours."""
+    if dataset.input_shape is None or dataset.input_shape[0] == len(PHOTO_MEAN):
+        dataset.default_mean, dataset.default_std = PHOTO_MEAN, PHOTO_STD
     return dataset
 
 

@@ -12,7 +12,7 @@ from kdcache.store.manifest import Manifest, group_attribute
 from kdcache.store.storage.base import Storage
 
 LOCAL = "local"
-_FOLDERS = ("folder", "text-folder")
+_FOLDERS = ("folder", "text-folder", "csv")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

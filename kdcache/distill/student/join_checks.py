@@ -19,7 +19,7 @@ from kdcache.data.views import Views
 from kdcache.store.cache import Cache
 
 # Datasets whose name is a place: they are identified by their content.
-_NAMED_BY_PLACE = ("folder:", "text-folder:", "py:")
+_NAMED_BY_PLACE = ("folder:", "text-folder:", "csv:", "hf-dataset:", "py:")
 
 # Location of a dataset, which may change.
 _PLACES = frozenset({"data_root"})
