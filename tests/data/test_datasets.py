@@ -310,7 +310,7 @@ IMAGE = torch.zeros(1, 2, 2)
         (Items([{"x": 1}], classes="ab"), "is a dict"),
         (Items([(IMAGE, 0, 0, 0)], classes="ab"), "a tuple of 4"),
         (Items([(IMAGE, 2)], classes="ab"), "0 to 1"),
-        (Items([(IMAGE, -1)], classes="ab"), "0 to 1"),
+        (Items([(IMAGE, -2)], classes="ab"), "0 to 1"),
         (Items([(IMAGE, 0)] * 2, classes="ab", targets=[0, 5]), "label of sample 1 of mine is 5"),
         (Items([(IMAGE, 0)], classes="ab", targets=[1]), "is 0, and its .targets or .labels says 1"),
         (Items([(IMAGE, 0.5)], classes="ab"), "is 0.5"),
