@@ -25,6 +25,8 @@ def compare_runs(paths: Sequence[str]) -> Report:
 
 def _cell(row: dict[str, Any], column: str) -> str:
     if column == "accuracy":
+        if "test_map" in row:
+            return f"mAP {row['test_map']:.2%}"
         return "-" if row["test_accuracy"] is None else f"{row['test_accuracy']:.2%}"
     if column == "parameters":
         return f"{row['parameters']:,}"

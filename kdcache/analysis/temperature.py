@@ -80,7 +80,7 @@ def plot_temperature(settings: PlotTemperatureArgs) -> Report:
         "curves": _records(curves),
         "sample": {
             "index": sample,
-            "label": cache.classes[label],
+            "label": cache.classes[label] if label >= 0 else None,
             "panels": [
                 {
                     "temperature": temperature,
@@ -120,6 +120,10 @@ def _check_cache(settings: PlotTemperatureArgs, cache: Cache) -> None:
             f"{cache.place} holds {cache.encoding.spec}, which leaves out most classes",
             "a cache with the logits of every class, such as float16 or quantized:8",
             "choose another cache",
+        )
+    if cache.manifest.multi_label:
+        raise UsageError(
+            f"the samples of {cache.place} have any number of classes each", "one class per sample: softmax is drawn"
         )
     if len(cache.classes) < 2:
         raise UsageError(
@@ -179,6 +183,7 @@ def _text(settings: PlotTemperatureArgs, cache: Cache, printed: TemperatureCurve
             "shows which T is best."
         )
     lines.append(
-        f"sample {data['sample']['index']} (true class {data['sample']['label']}) is in the panels: {settings.out}"
+        f"sample {data['sample']['index']} (true class {data['sample']['label'] or 'not known'}) is in the panels: "
+        f"{settings.out}"
     )
     return "\n".join(lines)

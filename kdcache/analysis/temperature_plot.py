@@ -69,9 +69,10 @@ def draw_temperatures(
         parts: Any = figure.subfigures(3, height_ratios=(2.1 * rows, 3, 3.6))
         above, bars, below = parts
         which = f"the {len(shown)} likeliest of {classes} classes" if classes > len(shown) else f"{classes} classes"
-        true = "in orange" if label in shown else "not among them"
-        name = shorten(cache.classes[label], 40)
-        above.suptitle(f"Sample {sample}: {which}\nTrue class: {name}, {true}", weight="bold")
+        true = "not known"
+        if label >= 0:
+            true = f"{shorten(cache.classes[label], 40)}, {'in orange' if label in shown else 'not among them'}"
+        above.suptitle(f"Sample {sample}: {which}\nTrue class: {true}", weight="bold")
         _draw_panels(above, logits_c, panels, shown, names, label)
         _draw_bars(bars, logits_c, panels, shown, names)
         below.suptitle(f"{samples:,} samples: median, and 10 to 90 % quantiles", weight="bold")

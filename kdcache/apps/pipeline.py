@@ -53,7 +53,7 @@ from kdcache.models.build import build, check_classes, dataset_preprocess, descr
 from kdcache.models.checkpoints import fit_weights, load_weights, read_checkpoint
 from kdcache.models.device import evaluation_mode, floating_dtype, worker_device
 from kdcache.models.distributed import Processes, lost_processes, processes_of
-from kdcache.models.evaluate import Evaluation, evaluate_model
+from kdcache.models.evaluate import Evaluation, MultiLabelEvaluation, evaluate_model, evaluate_multi_label
 from kdcache.models.feature_hooks import list_layers
 from kdcache.models.from_run import load_trained
 from kdcache.models.registry import BuiltModel, count_parameters
@@ -116,6 +116,14 @@ def dump_teacher(settings: DumpTeacherArgs) -> Report:
     splits = {report.data["split"]: report.data for report in reports}
     data = {"cache": settings.out, "dry_run": settings.dry_run, "splits": splits}
     return Report(data, "\n".join(report.text for report in reports))
+
+
+def _teacher_scores(cache_path: str, split: str) -> dict[str, float]:
+    """The teacher's scores on samples of several classes each, from the rows of view 0."""
+    cache = open_cache(cache_path, split)
+    return MultiLabelEvaluation(
+        true_nc=cache.column("labels"), logits_nc=cache.column("logits").astype(np.float32)
+    ).scores
 
 
 def _load_teacher(settings: DumpTeacherArgs, dataset: IndexedDataset, recipe: ViewRecipe) -> BuiltModel:
@@ -202,6 +210,9 @@ def _dump_split(settings: DumpTeacherArgs, split: str, worker: Worker) -> Report
         "pending_shards": result.pending_shards,
     }
     known = "not known: view 0 is mixed, or unlabelled" if accuracy is None else f"{accuracy:.2%}"
+    if result.manifest.multi_label and result.manifest.complete:
+        scores = _teacher_scores(settings.out, split)
+        data["teacher_scores"], known = scores, f"mAP {scores['map']:.2%}"
     state = (
         f"{counted(result.pending_shards, 'shard')} left to other workers"
         if result.pending_shards
@@ -355,18 +366,19 @@ def evaluate(settings: EvaluateArgs) -> Report:
     trained = load_trained(folder)
     dataset = open_data(settings, settings.dataset or trained.dataset, settings.split, hint=trained.data_root)
     check_classes(str(trained.checkpoint), trained.classes, dataset)
-    evaluation = evaluate_model(
+    evaluate_on = evaluate_multi_label if dataset.multi_label else evaluate_model
+    evaluation: Evaluation | MultiLabelEvaluation = evaluate_on(
         trained.module, dataset, preprocess=trained.preprocessor, config=narrow(InferenceConfig, settings)
     )
     data = {
         "run": settings.run,
         "split": settings.split,
-        "samples": len(dataset),
+        "samples": _samples(evaluation),
         "checkpoint": str(trained.checkpoint),
         **_measured(evaluation, dataset),
         "classes": _per_class(evaluation, dataset),
     }
-    if settings.plots:
+    if settings.plots and isinstance(evaluation, Evaluation):
         data |= _plot(evaluation, dataset, folder)
     text = _evaluation_text(evaluation, dataset)
     return Report(data, f"{text}\n{worst}" if (worst := _worst(data["classes"])) else text)
@@ -415,12 +427,13 @@ def _conclude(
         if run is not None:
             load_weights(built.module, run.best)
         processes.synchronize(built.module.state_dict())
-        evaluation = evaluate_model(
+        evaluate_on = evaluate_multi_label if test.multi_label else evaluate_model
+        evaluation: Evaluation | MultiLabelEvaluation = evaluate_on(
             built.module, test, preprocess=built.preprocessor, config=config, processes=processes
         )
         data |= _measured(evaluation, test)
         text = f"{text}\n{_evaluation_text(evaluation, test)}"
-        if plots and run is not None:
+        if plots and run is not None and isinstance(evaluation, Evaluation):
             data |= _plot(evaluation, test, run.path)
     if run is not None:
         run.save_result(data)
@@ -443,8 +456,14 @@ def _plot(evaluation: Evaluation, dataset: IndexedDataset, folder: Path) -> dict
     return {"confusion": str(path)}
 
 
-def _measured(evaluation: Evaluation, dataset: IndexedDataset) -> dict[str, Any]:
+def _samples(evaluation: Evaluation | MultiLabelEvaluation) -> int:
+    return len(evaluation.true_n if isinstance(evaluation, Evaluation) else evaluation.true_nc)
+
+
+def _measured(evaluation: Evaluation | MultiLabelEvaluation, dataset: IndexedDataset) -> dict[str, Any]:
     """The numbers of a split, and a few of its samples."""
+    if isinstance(evaluation, MultiLabelEvaluation):
+        return {f"{dataset.split}_{name}": score for name, score in evaluation.scores.items()}
     ece = reliability_of(evaluation.top_n, evaluation.predicted_n == evaluation.true_n).ece
     return {
         f"{dataset.split}_accuracy": evaluation.accuracy,
@@ -457,8 +476,14 @@ def _measured(evaluation: Evaluation, dataset: IndexedDataset) -> dict[str, Any]
     }
 
 
-def _per_class(evaluation: Evaluation, dataset: IndexedDataset) -> list[dict[str, Any]]:
-    """Samples and accuracy of each class; None where it has no samples."""
+def _per_class(evaluation: Evaluation | MultiLabelEvaluation, dataset: IndexedDataset) -> list[dict[str, Any]]:
+    """Samples and accuracy, or average precision, of each class; None where it has no samples."""
+    if isinstance(evaluation, MultiLabelEvaluation):
+        found = zip(dataset.classes, evaluation.true_nc.sum(axis=0), evaluation.average_precision_c, strict=True)
+        return [
+            {"class": name, "samples": int(count), "average_precision": float(score) if count else None}
+            for name, count, score in found
+        ]
     counts, shares = class_accuracy(evaluation.true_n, evaluation.predicted_n, len(dataset.classes))
     return [
         {"class": name, "samples": int(count), "accuracy": float(share) if count else None}
@@ -467,18 +492,25 @@ def _per_class(evaluation: Evaluation, dataset: IndexedDataset) -> list[dict[str
 
 
 def _worst(classes: list[dict[str, Any]]) -> str:
-    """The classes with the lowest accuracy, where not all are right."""
-    wrong = sorted((each for each in classes if each["samples"] and each["accuracy"] < 1), key=lambda e: e["accuracy"])
-    listed = [f"{each['class']} {each['accuracy']:.1%} of {each['samples']:,}" for each in wrong[:WORST_CLASSES]]
-    return f"lowest accuracy by class: {', '.join(listed)}" if listed else ""
+    """The classes with the lowest accuracy, or average precision, where not all are right."""
+    score = "accuracy" if "accuracy" in classes[0] else "average_precision"
+    wrong = sorted((each for each in classes if each["samples"] and each[score] < 1), key=lambda each: each[score])
+    listed = [f"{each['class']} {each[score]:.1%} of {each['samples']:,}" for each in wrong[:WORST_CLASSES]]
+    return f"lowest {score.replace('_', ' ')} by class: {', '.join(listed)}" if listed else ""
 
 
-def _evaluation_text(evaluation: Evaluation, dataset: IndexedDataset) -> str:
+def _evaluation_text(evaluation: Evaluation | MultiLabelEvaluation, dataset: IndexedDataset) -> str:
+    if isinstance(evaluation, MultiLabelEvaluation):
+        scores = evaluation.scores
+        return (
+            f"{dataset.split} mAP {scores['map']:.2%}, micro F1 {scores['micro_f1']:.2%}, macro F1 "
+            f"{scores['macro_f1']:.2%}, NLL {scores['nll']:.4f} per class on {_samples(evaluation):,} samples"
+        )
     data = _measured(evaluation, dataset)
     names = dataset.classes
     shown = [f"{names[each['true']]} → {names[each['predicted']]}" for each in data["examples"]]
     return (
         f"{dataset.split} accuracy {evaluation.accuracy:.2%}, NLL {evaluation.nll:.4f}, "
-        f"ECE {data[f'{dataset.split}_ece']:.2%} on {len(dataset):,} samples\n"
+        f"ECE {data[f'{dataset.split}_ece']:.2%} on {_samples(evaluation):,} samples\n"
         f"{len(shown)} samples spread over the split, true → predicted: {', '.join(shown)}"
     )

@@ -41,7 +41,8 @@ def predict(settings: PredictArgs) -> Report:
 
     Returns:
         `text` is CSV with a row for each input and rank; `data` holds the same, the probabilities unrounded. They are
-        at temperature 1, and over all classes, so that those of a few ranks add up to less than 1.
+        at temperature 1, and over all classes, so that those of a few ranks add up to less than 1. Where samples belong
+        to any number of classes, each class has a probability of its own.
 
     Raises:
         UsageError: there is no such run, or an input is not of the kind that it was trained on.
@@ -54,13 +55,18 @@ def predict(settings: PredictArgs) -> Report:
     items = [item for given in settings.inputs for item in _items(given, trained, settings.inputs)]
     inputs = GivenInputs(items, trained, resize=settings.resize_images)
     probabilities_nc = _probabilities(trained, inputs, settings)
-    order_nc = np.argsort(-probabilities_nc, axis=1, kind="stable")[:, : settings.top]
+    orders = list(np.argsort(-probabilities_nc, axis=1, kind="stable"))
+    threshold = 0.5 if settings.threshold is None and trained.multi_label else settings.threshold
+    if threshold is None:
+        orders = [order[: settings.top] for order in orders]
+    else:
+        orders = [order[row[order] >= threshold] for order, row in zip(orders, probabilities_nc, strict=True)]
     predictions = [
         {
             "input": item.name,
             "answers": [{"class": trained.classes[at], "probability": float(row[at])} for at in order],
         }
-        for item, row, order in zip(items, probabilities_nc, order_nc, strict=True)
+        for item, row, order in zip(items, probabilities_nc, orders, strict=True)
     ]
     return Report({"run": settings.run, "predictions": predictions}, _csv(predictions))
 
@@ -216,7 +222,7 @@ def _lines() -> Iterator[Item]:
 
 
 def _probabilities(trained: TrainedNetwork, inputs: GivenInputs, settings: PredictArgs) -> NDArray[np.float64]:
-    """The softmax of the logits at temperature 1, (inputs, classes)."""
+    """The softmax of the logits at temperature 1, or with several classes per sample the sigmoid, (inputs, classes)."""
     found_nc = np.empty((len(inputs), len(trained.classes)))
     for batch, on_device in predict_batches(
         trained.module, inputs, preprocess=trained.preprocessor, config=settings, title="predict", unit="inputs"
@@ -230,7 +236,9 @@ def _probabilities(trained: TrainedNetwork, inputs: GivenInputs, settings: Predi
                 "use --amp off, or see in its metrics.jsonl whether the training diverged",
             )
         # float64 has room for what softmax adds up; the logits are rounded by the network's own precision.
-        found_nc[batch.indices.numpy()] = logits_bc.float().double().softmax(dim=1).numpy()
+        logits_bc = logits_bc.float().double()
+        found_bc = logits_bc.sigmoid() if trained.multi_label else logits_bc.softmax(dim=1)
+        found_nc[batch.indices.numpy()] = found_bc.numpy()
     return found_nc
 
 

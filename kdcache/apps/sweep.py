@@ -178,7 +178,7 @@ def _rows(grid: Sequence[Setting], seeds: Sequence[int], outcomes: dict[str, Out
     for setting in grid:
         runs = [f"{setting.folder}-seed{seed}" for seed in seeds]
         done = [outcomes[run] for run in runs if outcomes[run].result]
-        measured = [each.result["test_accuracy"] for each in done if each.result]
+        measured = [each.result.get("test_map", each.result["test_accuracy"]) for each in done if each.result]
         tests = [accuracy for accuracy in measured if accuracy is not None]
         validations = [each.val_accuracy for each in done if each.val_accuracy is not None]
         rows.append(
@@ -260,7 +260,10 @@ def _lines(rows: list[dict[str, Any]], data: dict[str, Any], out: Path) -> list[
     if not by_validation:
         lines.append("in the order of the grid: without --val-fraction nothing is held out that could choose a setting")
     else:
-        lines.append("sorted by accuracy on the validation part of the training split; the test split chooses nothing")
+        lines.append(
+            "sorted by accuracy (mAP with several classes per sample) on the validation part of the training split; "
+            "the test split chooses nothing"
+        )
     lines.append(
         f"training took {data['train_seconds']:,.1f} s of all students together; {out / RESULT} has every number"
     )

@@ -60,7 +60,8 @@ class Outcome:
 
     Attributes:
         result: what `train-student --json` prints; None where it failed.
-        val_accuracy: the best one, where a part of the training split was held out.
+        val_accuracy: the best one, where a part of the training split was held out; with several classes per sample the
+            mean average precision.
         error: why it failed; None where it did not.
     """
 
@@ -178,7 +179,8 @@ def _finished(job: Job) -> Outcome | None:
 
 
 def _outcome(folder: Path) -> Outcome:
-    validations = [entry["val_accuracy"] for entry in read_metrics(folder) if "val_accuracy" in entry]
+    found = [entry.get("val_map", entry.get("val_accuracy")) for entry in read_metrics(folder)]
+    validations = [score for score in found if score is not None]
     return Outcome(result=read_result(folder), val_accuracy=max(validations, default=None))
 
 

@@ -245,9 +245,9 @@ class TrainConfig(RuntimeConfig):
     )
     metric: str = option(
         "accuracy",
-        "What best.pt is best in on the held-out part: accuracy; nll, the negative log-likelihood; or agreement with "
-        "the teacher, which needs no labels.",
-        choices=("accuracy", "nll", "agreement"),
+        "What best.pt is best in on the held-out part: accuracy (map, the mean average precision, for several classes "
+        "per sample); nll, the negative log-likelihood; or agreement with the teacher, which needs no labels.",
+        choices=("accuracy", "map", "nll", "agreement"),
         only_with=("val_fraction",),
     )
     patience: int | None = option(
@@ -574,6 +574,12 @@ class PredictArgs(InferenceConfig):
         (), "Images, text files, folders of them, or - for texts on stdin, one per line.", argument=True, required=True
     )
     top: int = option(3, "Classes per input, likeliest first.", minimum=1)
+    threshold: float | None = option(
+        None,
+        "Every class of at least this probability instead of --top. [default: 0.5, with several classes per sample]",
+        minimum=0,
+        maximum=1,
+    )
     resize_images: bool = option(False, "Resize images of other sizes than the network was trained on.")
 
 

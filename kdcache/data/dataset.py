@@ -18,6 +18,7 @@ from kdcache.core.errors import DatasetError, KdcacheError
 from kdcache.core.json_records import brief
 from kdcache.core.plugins import describe
 from kdcache.core.progress import log
+from kdcache.data.labels import is_vector, known_vectors, label_vector
 from kdcache.data.raw_input import CHANNELS_FIRST, Inputs, as_input, as_sequence, dtype_name, is_channels_last
 from kdcache.store.manifest import UNLABELLED
 
@@ -36,6 +37,7 @@ class IndexedDataset(ABC):
         default_mean: Mean per channel, for a network without its own preprocessing; empty where unknown.
         default_std: Standard deviation per channel, as long as `default_mean`.
         in_memory: Whether the samples are held in memory.
+        multi_label: Whether a sample belongs to any number of classes, and labels are 0 and 1 for each, uint8.
         is_text: Whether the shared inputs are texts in UTF-8, (bytes,) uint8.
         vocabulary_size: where a shared input is a sequence of token ids, (tokens,): these are below it. None where it
             is not known, or there are no tokens.
@@ -43,6 +45,7 @@ class IndexedDataset(ABC):
 
     in_memory = False
     is_text = False
+    multi_label = False
     vocabulary_size: int | None = None
 
     def __init__(self, *, name: str, split: str, classes: tuple[str, ...]) -> None:
@@ -60,11 +63,14 @@ class IndexedDataset(ABC):
 
     @abstractmethod
     def labels(self) -> NDArray[np.int64] | None:
-        """All labels, (N,) int64, `UNLABELLED` of samples without one; None where only reading every one would tell."""
+        """All labels, (N,) int64, `UNLABELLED` of samples without one, or (N, classes) uint8 where `multi_label`.
+
+        None where only reading every sample would tell.
+        """
 
     @abstractmethod
     def fetch(self, indices: Indices) -> tuple[Inputs, Tensor]:
-        """Shared inputs and labels (B,) int64 of some samples, each read once.
+        """Shared inputs and labels of some samples, (B,) int64 or (B, classes) uint8, each read once.
 
         Inputs that come as one tensor are a copy, which the caller may write to.
 
@@ -160,7 +166,7 @@ class MapDataset(IndexedDataset):
     def __init__(
         self,
         dataset: Any,
-        labels: NDArray[np.int64] | None,
+        labels: NDArray[Any] | None,
         *,
         name: str,
         split: str,
@@ -169,11 +175,12 @@ class MapDataset(IndexedDataset):
         super().__init__(name=name, split=split, classes=classes)
         self._dataset = dataset
         self._labels = labels
-        if labels is not None:
-            _check_labels(labels, self)
         # A hint for sizing networks: samples that differ later are still refused when they are stacked.
         probed = rng.keyed_sample(len(self), 16, 0, "input shape").tolist()
-        self.is_text = isinstance(self._read(probed[0])[0], str)
+        value, label = self._read(probed[0])
+        self.is_text, self.multi_label = isinstance(value, str), is_vector(label)
+        if labels is not None:
+            _check_labels(labels, self)
         probes = [self._item(index)[0] for index in probed]
         self.input_dtype = dtype_name(probes[0])
         shapes = {tuple(probe.shape) for probe in probes}
@@ -205,6 +212,8 @@ class MapDataset(IndexedDataset):
 
     def fetch(self, indices: Indices) -> tuple[list[Tensor], Tensor]:
         inputs, labels = zip(*(self._item(int(index)) for index in indices), strict=True)
+        if self.multi_label:
+            return list(inputs), torch.from_numpy(np.stack(labels))
         return list(inputs), torch.tensor(labels, dtype=torch.int64)
 
     def _read(self, index: int) -> tuple[Any, Any]:
@@ -241,7 +250,18 @@ class MapDataset(IndexedDataset):
             )
         return item[-2], item[-1]
 
-    def _item(self, index: int) -> tuple[Tensor, int]:
+    def _vector(self, given: Any, index: int, where: str) -> NDArray[np.uint8]:
+        label = label_vector(given, len(self.classes), where)
+        if self._labels is not None and (label != self._labels[index]).any():
+            raise DatasetError(
+                f"the label of {where} is {np.flatnonzero(label).tolist()}, and its .targets or .labels says "
+                f"{np.flatnonzero(self._labels[index]).tolist()}",
+                "one label for each sample",
+                "make the attribute agree with __getitem__, or remove it",
+            )
+        return label
+
+    def _item(self, index: int) -> tuple[Tensor, Any]:
         where = f"sample {index} of {self.name}"
         value, given_label = self._read(index)
         if isinstance(value, str) != self.is_text:
@@ -251,13 +271,15 @@ class MapDataset(IndexedDataset):
         image = as_sequence(value, where) if isinstance(value, str | list) else as_input(value, where)
         if self.input_dtype and dtype_name(image) != self.input_dtype:
             raise DatasetError(f"{where} has dtype {dtype_name(image)}", f"{self.input_dtype}, as the others have")
+        if self.multi_label:
+            return image, self._vector(given_label, index, where)
         try:
             label = UNLABELLED if given_label is None else operator.index(given_label)
         except Exception as problem:  # TypeError of most values; an object's own __index__ may raise any
             raise DatasetError(
                 f"the label of {where} is {brief(given_label)}: {type(problem).__name__}: {problem}",
                 "an integer",
-                "return (input, label) with the index of the class, not its name, a vector or an image",
+                "return (input, label) with the index of the class, not its name or an image",
             ) from problem
         if self._labels is None:
             _check_labels(np.array([label]), self, first=index)
@@ -273,7 +295,9 @@ class MapDataset(IndexedDataset):
 def labelled_samples(dataset: IndexedDataset) -> NDArray[np.int64]:
     """Indices of the samples that have a label, (n,); those of all where only reading them would tell."""
     labels = dataset.labels()
-    return np.arange(len(dataset)) if labels is None else np.flatnonzero(labels != UNLABELLED)
+    if labels is None or dataset.multi_label:
+        return np.arange(len(dataset))
+    return np.flatnonzero(labels != UNLABELLED)
 
 
 def is_bare_input(item: Any) -> bool:
@@ -295,7 +319,8 @@ def as_indexed(
         dataset: items are (input, label), or an input alone where there are no labels; an input is a PIL image, which
             becomes uint8 (C, H, W), a text, which becomes its UTF-8, a list of integers, such as token ids, which
             becomes int64, or a tensor or array, taken as it is; a label is an integer, or None or -1 for a sample
-            without one. Items may also be (index, token ids, label).
+            without one, or for several classes a list of their indices or an array (classes,) of 0 and 1. Items may
+            also be (index, token ids, label).
         name: how manifests call it.
         classes: names of the classes; taken from `.classes`, or counted in `.targets` or `.labels`, where not given.
         default_classes: names of the classes where it does not tell them.
@@ -328,7 +353,7 @@ def as_indexed(
         ) from problem
     if not count:
         raise DatasetError(f"{name} has no samples", "at least one")
-    if classes is None and labels is not None and labels.max() >= 0:
+    if classes is None and labels is not None and labels.ndim == 1 and labels.max() >= 0:
         classes = [str(label) for label in range(int(labels.max()) + 1)]
     classes = classes or default_classes
     if not classes:
@@ -351,7 +376,7 @@ def _known_classes(dataset: Any) -> list[str] | None:
     return [", ".join(map(str, name)) if isinstance(name, tuple) else str(name) for name in found]
 
 
-def _known_labels(dataset: Any) -> NDArray[np.int64] | None:
+def _known_labels(dataset: Any) -> NDArray[Any] | None:
     """Labels that can be had without reading samples; None where there are none."""
     if isinstance(dataset, Subset):
         labels = _known_labels(dataset.dataset)
@@ -366,6 +391,8 @@ def _known_labels(dataset: Any) -> NDArray[np.int64] | None:
             found = getattr(dataset, attribute, None)
     if found is None or callable(found):
         return None
+    if (vectors := known_vectors(found, len(dataset))) is not None:
+        return vectors
     try:
         labels = np.asarray(found)
     except ValueError:  # lists of several lengths, which are no class indices
@@ -374,7 +401,15 @@ def _known_labels(dataset: Any) -> NDArray[np.int64] | None:
     return labels.astype(np.int64) if fits else None
 
 
-def _check_labels(labels: NDArray[np.int64], dataset: IndexedDataset, first: int = 0) -> None:
+def _check_labels(labels: NDArray[Any], dataset: IndexedDataset, first: int = 0) -> None:
+    if dataset.multi_label and labels.ndim == 2:
+        if labels.shape[1] != len(dataset.classes):
+            raise DatasetError(
+                f"{dataset.name} has labels of {labels.shape[1]} classes",
+                f"one of 0 and 1 for each of its {len(dataset.classes)} classes",
+                "make the labels agree with the list of classes",
+            )
+        return
     wrong = np.flatnonzero((labels < UNLABELLED) | (labels >= len(dataset.classes)))
     if len(wrong):
         raise DatasetError(

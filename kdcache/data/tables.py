@@ -16,12 +16,14 @@ from kdcache.core.json_records import brief
 from kdcache.core.plugins import describe, require_extra
 from kdcache.core.progress import log
 from kdcache.data.dataset import IndexedDataset, as_indexed
+from kdcache.data.labels import label_vector
 from kdcache.data.raw_input import read_image
 from kdcache.data.text_files import TextDataset
 from kdcache.store.manifest import UNLABELLED
 
 # Columns of a csv file, by what they hold.
-PATH_COLUMNS, TEXT_COLUMNS, LABEL_COLUMNS, SPLIT_COLUMN = ("path", "image", "file"), ("text",), ("label",), "split"
+PATH_COLUMNS, TEXT_COLUMNS, SPLIT_COLUMN = ("path", "image", "file"), ("text",), "split"
+LABEL_COLUMN, LABELS_COLUMN, BETWEEN_LABELS = "label", "labels", ";"
 # What a test split may be called instead.
 _OTHER_NAMES = {"test": ("val", "validation")}
 
@@ -34,12 +36,19 @@ class _Rows(NamedTuple):
     is_text: bool
     label: str | None
 
+    def names(self, row: dict[str, str]) -> list[str]:
+        """Names of the classes of a row."""
+        text = row[self.label] if self.label is not None else ""
+        parts = text.split(BETWEEN_LABELS) if self.label == LABELS_COLUMN else [text]
+        return [name.strip() for name in parts if name.strip()]
+
 
 def open_csv(spec: str, split: str, classes: Sequence[str] = ()) -> IndexedDataset:
     """The samples of `csv:FILE`, in the order of its rows.
 
     The first line names the columns: `path` (or `image`, `file`; relative to the file's folder) or `text`; `label`, a
-    class's name or number, empty for a sample without one; `split`, without which all rows are of the split `train`.
+    class's name or number, empty for a sample without one, or instead `labels`, any number of classes with `;` between
+    them; `split`, without which all rows are of the split `train`.
 
     Args:
         classes: Names of the classes in their order; else the labels of all splits, sorted: by value if all are whole
@@ -50,7 +59,7 @@ def open_csv(spec: str, split: str, classes: Sequence[str] = ()) -> IndexedDatas
     """
     file = Path(spec.partition(":")[2])
     table = _read_csv(file)
-    names = tuple(classes) or _classes(row.get(table.label or "", "") for _, row in table.rows)
+    names = tuple(classes) or _classes(name for _, row in table.rows for name in table.names(row))
     if not names:
         raise DatasetError(
             f"{file} has no labels", "the names of the classes that the teacher tells apart", "give --classes FILE"
@@ -58,17 +67,20 @@ def open_csv(spec: str, split: str, classes: Sequence[str] = ()) -> IndexedDatas
     chosen = _choose_split(spec, split, {row.get(SPLIT_COLUMN) or "train" for _, row in table.rows})
     rows = [(line, row) for line, row in table.rows if (row.get(SPLIT_COLUMN) or "train") == chosen]
     numbers = {name: number for number, name in enumerate(names)}
-    labels = []
+    found = []
     for line, row in rows:
-        label = row.get(table.label or "", "")
-        if label and label not in numbers:
+        if unknown := [name for name in table.names(row) if name not in numbers]:
             raise DatasetError(
-                f"line {line} of {file} has the label {label!r}", f"one of {', '.join(names[:20])}", "correct it"
+                f"line {line} of {file} has the label {unknown[0]!r}", f"one of {', '.join(names[:20])}", "correct it"
             )
-        labels.append(numbers.get(label, UNLABELLED))
+        found.append([numbers[name] for name in table.names(row)])
+    if table.label == LABELS_COLUMN:
+        labels: NDArray[Any] = np.stack([label_vector(each, len(names), str(file)) for each in found])
+    else:
+        labels = np.array([each[0] if each else UNLABELLED for each in found], np.int64)
     if table.is_text:
         texts = [row[table.value].encode() for _, row in rows]
-        return TextDataset(texts, np.array(labels, np.int64), name=spec, split=split, classes=names)
+        return TextDataset(texts, labels, name=spec, split=split, classes=names)
     paths = [str(file.parent / row[table.value]) for _, row in rows]
     return as_indexed(ImageFiles(paths, labels, names), name=spec, split=split)
 
@@ -76,13 +88,13 @@ def open_csv(spec: str, split: str, classes: Sequence[str] = ()) -> IndexedDatas
 class ImageFiles:
     """Image files with labels as a map-style dataset."""
 
-    def __init__(self, paths: list[str], labels: list[int], classes: tuple[str, ...]) -> None:
+    def __init__(self, paths: list[str], labels: Sequence[int] | NDArray[Any], classes: tuple[str, ...]) -> None:
         self._paths, self.targets, self.classes = paths, labels, classes
 
     def __len__(self) -> int:
         return len(self._paths)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+    def __getitem__(self, index: int) -> tuple[Tensor, Any]:
         return read_image(self._paths[index]), self.targets[index]
 
 
@@ -97,7 +109,7 @@ def _read_csv(file: Path) -> _Rows:
             f"{file} cannot be read: {problem}", "a csv file in UTF-8 whose first line names the columns", "correct it"
         ) from problem
     value = next((name for name in (*PATH_COLUMNS, *TEXT_COLUMNS) if name in columns), None)
-    label = next((name for name in LABEL_COLUMNS if name in columns), None)
+    label = next((name for name in (LABEL_COLUMN, LABELS_COLUMN) if name in columns), None)
     if value is None:
         raise DatasetError(
             f"{file} has the columns {', '.join(columns) or 'none'}",

@@ -7,6 +7,7 @@ import tarfile
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,25 +30,26 @@ class TextDataset(IndexedDataset):
 
     Args:
         texts: Texts in UTF-8, ordered by class and then in a stable order.
-        labels: Integers (N,).
+        labels: Integers (N,), or 0 and 1 for each class, (N, classes) uint8.
     """
 
     in_memory = True
     is_text = True
 
     def __init__(
-        self, texts: list[bytes], labels: NDArray[np.int64], *, name: str, split: str, classes: tuple[str, ...]
+        self, texts: list[bytes], labels: NDArray[Any], *, name: str, split: str, classes: tuple[str, ...]
     ) -> None:
         super().__init__(name=name, split=split, classes=classes)
         self._bytes = np.frombuffer(b"".join(texts), np.uint8)
         self._ends = np.cumsum([0, *map(len, texts)])
         self._labels = labels
+        self.multi_label = labels.ndim == 2
         self.input_dtype = "uint8"
 
     def __len__(self) -> int:
         return len(self._labels)
 
-    def labels(self) -> NDArray[np.int64]:
+    def labels(self) -> NDArray[Any]:
         return self._labels
 
     def fetch(self, indices: Indices) -> tuple[list[Tensor], Tensor]:

@@ -14,6 +14,7 @@ from kdcache.core.errors import UsageError
 from kdcache.core.plugins import did_you_mean
 from kdcache.core.progress import log
 from kdcache.core.specs import number, split_options, split_spec
+from kdcache.data.dataset import IndexedDataset
 from kdcache.data.loader import Batch
 from kdcache.data.soft_targets import SoftTargets
 from kdcache.distill import losses
@@ -62,7 +63,10 @@ def distillation_objective(config: StudentConfig) -> Objective:
 
     def objective(logits_bc: Tensor, batch: Batch, epochs_done: float = 0.0) -> dict[str, Tensor]:
         assert batch.soft_targets is not None, "distillation needs joined batches"
-        soft = kd_from_cache(logits_bc, batch.soft_targets, temperature=config.temperature)
+        if batch.labels.ndim == 2:
+            soft = losses.binary_kd(logits_bc, batch.soft_targets.logits(), temperature=config.temperature)
+        else:
+            soft = kd_from_cache(logits_bc, batch.soft_targets, temperature=config.temperature)
         hard = label_loss(logits_bc, batch, label_smoothing=config.label_smoothing)
         return {"loss": config.alpha * soft + (1 - config.alpha) * hard, "kd": soft, "cross_entropy": hard}
 
@@ -88,8 +92,12 @@ def kd_from_cache(student_bc: Tensor, soft_targets: SoftTargets, *, temperature:
 def label_loss(logits_bc: Tensor, batch: Batch, *, label_smoothing: float = 0.0) -> Tensor:
     """Cross entropy with the labels; of mixed inputs with both labels of each, by their parts.
 
+    Where a sample belongs to several classes, it is that of each class alone.
+
     Where samples have no label, the mean is over those that have one, and 0 where none has.
     """
+    if batch.labels.ndim == 2:
+        return losses.binary_cross_entropy(logits_bc, batch.labels, label_smoothing=label_smoothing)
     if batch.labelled is not None:
         total = losses.labelled_cross_entropy(logits_bc, batch.labels, label_smoothing=label_smoothing)
         # A mean over the batch of all processes, as a part of which this process's loss is weighed.
@@ -122,6 +130,7 @@ class Loss:
         temperature: Default temperature, where it is not the student's.
         one_label: Whether inputs must have one label each, so that none can be mixed.
         needs_labels: Whether it has nothing to compare with where no sample is labelled.
+        multi_label: Whether it is for samples of several classes each; losses of features are for all.
         whole_rows: Whether it needs the teacher's logits of all classes.
         across_batch: Whether it compares samples of a batch with each other, so that it needs all of them.
         dump_options: Options of dump-teacher, beside `--features`, that store the features it needs.
@@ -134,6 +143,7 @@ class Loss:
     temperature: float | None = None
     one_label: bool = False
     needs_labels: bool = False
+    multi_label: bool = False
     whole_rows: bool = False
     across_batch: bool = False
     dump_options: str = ""
@@ -172,6 +182,10 @@ LOSSES: dict[str, Loss] = {
     "kd": Loss(function=kd_from_cache, arguments=(STUDENT, SOFT_TARGETS)),
     "soft_cross_entropy": Loss(function=losses.soft_cross_entropy, whole_rows=True),
     "logit_mse": Loss(function=losses.logit_mse, whole_rows=True),
+    "binary_kd": Loss(function=losses.binary_kd, multi_label=True, whole_rows=True),
+    "binary_cross_entropy": Loss(
+        function=losses.binary_cross_entropy, arguments=(STUDENT, LABELS), needs_labels=True, multi_label=True
+    ),
     "decoupled_kd": Loss(
         function=losses.decoupled_kd, arguments=(STUDENT, TEACHER, LABELS), one_label=True, whole_rows=True
     ),
@@ -219,6 +233,31 @@ class ObjectiveSpec:
     @property
     def loss(self) -> Loss:
         return LOSSES[self.name]
+
+
+def check_kind_of_labels(
+    specs: Sequence[ObjectiveSpec], config: StudentConfig, dataset: IndexedDataset, recipe: ViewRecipe
+) -> None:
+    """Refuse objectives of one class per sample where there are several, and the other way round.
+
+    Raises:
+        UsageError: an objective is of the other kind; inputs of several classes are mixed.
+    """
+    kinds, several = {False: "one class", True: "any number of classes"}, dataset.multi_label
+    for spec in specs:
+        if not spec.loss.features and spec.loss.multi_label != several:
+            fitting = [name for name, each in LOSSES.items() if each.features or each.multi_label == several]
+            raise UsageError(
+                f"--objective {spec.name} is for samples of {kinds[not several]}, and those of {dataset.name} have "
+                f"{kinds[several]}",
+                f"one of {', '.join(fitting)}",
+                "softmax makes classes exclude each other; binary_kd looks at each alone",
+            )
+    if dataset.multi_label and recipe.mix != NONE:
+        raise UsageError(
+            f"the samples of {dataset.name} have any number of classes, and inputs are mixed ({recipe.mix})",
+            "inputs that are not mixed",
+        )
 
 
 def check_unlabelled(

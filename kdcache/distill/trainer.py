@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import chain
@@ -26,7 +25,7 @@ from kdcache.distill.optim import AveragedWeights, build_optimizer, learning_rat
 from kdcache.distill.run_state import Description, RunState, Stateful
 from kdcache.distill.step_records import StepRecords
 from kdcache.distill.training_data import TrainingData
-from kdcache.distill.training_step import TrainingStep
+from kdcache.distill.training_step import TrainingStep, count_hits
 from kdcache.models.device import (
     evaluation_mode,
     floating_dtype,
@@ -37,7 +36,7 @@ from kdcache.models.device import (
     synchronize,
 )
 from kdcache.models.distributed import Processes, accumulating, is_lost, lost_processes, synchronized_batchnorm
-from kdcache.models.evaluate import evaluate_model
+from kdcache.models.evaluate import Evaluation, MultiLabelEvaluation, evaluate_model, evaluate_multi_label
 
 # The metric that needs a teacher, and no labels.
 AGREEMENT = "agreement"
@@ -151,6 +150,12 @@ class _Loop:
         self.learning_rate = 0.0
 
     @property
+    def metric(self) -> str:
+        """What the best epoch is best in; of samples with several classes the mean average precision, if not chosen."""
+        several = self.data.views.dataset.multi_label
+        return "map" if several and self.config.metric == "accuracy" else self.config.metric
+
+    @property
     def result_module(self) -> nn.Module:
         return self.average.module if self.average is not None else self.module
 
@@ -196,7 +201,7 @@ class _Loop:
     def _epoch(self, epoch: int) -> dict[str, Any]:
         self._start(epoch)
         self.module.train()
-        correct = torch.zeros((), dtype=torch.int64, device=self.device)
+        correct = torch.zeros((), device=self.device)
         first_step = epoch * len(self.batches)
         with (
             memory_errors(self.config.batch_size),
@@ -219,7 +224,7 @@ class _Loop:
             "epoch": epoch + 1,
             **({} if self.data.views.recipe.is_plain(1) else {"view": self.batches.view}),
             **records.means(),
-            **({"train_accuracy": int(correct) / records.labelled} if records.labelled else {}),
+            **({"train_accuracy": float(correct) / records.labelled} if records.labelled else {}),
             "learning_rate": self.learning_rate,
             "seconds": seconds,
         }
@@ -235,13 +240,13 @@ class _Loop:
         """One step; returns how many samples of the batch were right, and the objective's scalars."""
         batch = batch.to(self.device)
         self.optimizer.zero_grad(set_to_none=True)
-        hits = torch.zeros((), dtype=torch.int64, device=self.device)
+        hits = torch.zeros((), device=self.device)
         means: dict[str, Tensor] = {}
         parts = self._parts(batch)
         for at, part in enumerate(parts):
             with accumulating(self.step) if at + 1 < len(parts) else contextlib.nullcontext():
                 logits, values = self._backward(part, epoch, step)
-            hits += (logits.argmax(dim=1) == part.main_labels)[: part.counted].sum()
+            hits += count_hits(logits, part)
             weight = part.counted / batch.counted if batch.counted else 1.0
             for name, value in values.items():
                 means[name] = means[name] + weight * value.detach() if at else weight * value.detach()
@@ -318,17 +323,17 @@ class _Loop:
         """Whether this epoch's weights are the best so far; without a validation part the last epoch's are."""
         if not len(self.data.validation_indices):
             return last
-        found = evaluate_model(
+        evaluate = evaluate_multi_label if self.data.views.dataset.multi_label else evaluate_model
+        found: Evaluation | MultiLabelEvaluation = evaluate(
             self.result_module,
             self.data.views.dataset,
             preprocess=self.data.preprocessor,
             config=self.config,
             indices=self.data.validation_indices,
-            teacher=self.data.teacher if self.config.metric == AGREEMENT else None,
+            teacher=self.data.teacher if self.metric == AGREEMENT else None,
             processes=self.processes,
         )
-        scores = {"accuracy": found.accuracy, "nll": found.nll, AGREEMENT: found.agreement}
-        entry |= {f"val_{name}": score for name, score in scores.items() if score is not None and not math.isnan(score)}
+        entry |= {f"val_{name}": score for name, score in found.scores.items()}
         score = self._score(entry)
         improved = score > self.state.best
         self.state.best = max(self.state.best, score)
@@ -336,8 +341,8 @@ class _Loop:
 
     def _score(self, entry: dict[str, Any]) -> float:
         """What an epoch has of the validation metric, larger being better."""
-        score = float(entry[f"val_{self.config.metric}"])
-        return -score if self.config.metric == "nll" else score
+        score = float(entry[f"val_{self.metric}"])
+        return -score if self.metric == "nll" else score
 
     def _is_out_of_patience(self) -> bool:
         history, patience = self.state.history, self.config.patience
@@ -348,7 +353,7 @@ class _Loop:
         if waited >= patience:
             log(
                 f"stopped after epoch {len(scores)} of {self.config.epochs}: {counted(waited, 'epoch')} without a "
-                f"better validation {self.config.metric} (--patience {patience})"
+                f"better validation {self.metric} (--patience {patience})"
             )
         return waited >= patience
 

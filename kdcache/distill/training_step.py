@@ -56,3 +56,11 @@ class _Compiled:
             self._compiled = None
         self._worked = True
         return result
+
+
+def count_hits(logits_bc: Tensor, batch: Batch) -> Tensor:
+    """How many samples of a batch are right, (); of samples with several classes, the share of those that are."""
+    if batch.labels.ndim == 1:
+        return (logits_bc.argmax(dim=1) == batch.main_labels)[: batch.counted].sum()
+    right: Tensor = ((logits_bc > 0) == batch.labels.bool()).float().mean(dim=1)
+    return right[: batch.counted].sum()

@@ -272,6 +272,8 @@ def describe(built: BuiltModel, dataset: IndexedDataset) -> dict[str, Any]:
             "input_shape": None if dataset.input_shape is None else list(dataset.input_shape),
             "input_dtype": dataset.input_dtype,
             "is_text": dataset.is_text,
+            # Left out of others: what a run of an older version recorded is compared when it is continued.
+            **({"multi_label": True} if dataset.multi_label else {}),
         }
     }
 

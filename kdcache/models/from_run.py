@@ -43,6 +43,7 @@ class TrainedNetwork:
         input_shape: Shape of one shared input of the training split, channels first; None where they differ in size.
         input_dtype: Dtype of the shared inputs, such as `uint8`.
         is_text: Whether the shared inputs are texts, as UTF-8.
+        multi_label: Whether a sample belongs to any number of classes.
         dataset: Spec of the training dataset.
         data_root: Data root of the training dataset.
         taught_by: Digests of the views that the network was trained on, per cache; empty where none are recorded.
@@ -56,6 +57,7 @@ class TrainedNetwork:
     input_shape: tuple[int, ...] | None
     input_dtype: str
     is_text: bool
+    multi_label: bool
     dataset: str
     data_root: str | None
     taught_by: list[list[str]]
@@ -119,6 +121,7 @@ def load_trained(folder: Path) -> TrainedNetwork:
         input_shape=dataset.input_shape,
         input_dtype=dataset.input_dtype,
         is_text=dataset.is_text,
+        multi_label=bool(facts.get("multi_label")),
         dataset=dataset.name,
         data_root=dataset.data_root,
         taught_by=checkpoint.get("rows") or [],

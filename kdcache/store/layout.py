@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -60,6 +61,7 @@ def build_arrays(
     feature_dtype: str | None = None,
     compression: str = "auto",
     shard_rows: int | None = None,
+    label_shape: tuple[int, ...] = (),
 ) -> tuple[int, tuple[ArrayRecord, ...]]:
     """Shard size and array records of a split: encoded logits, features, checksums of the shared inputs, labels.
 
@@ -67,6 +69,7 @@ def build_arrays(
         features: Shapes of one row, by name of the array.
         feature_dtype: Dtype of features; None takes the encoding's.
         compression: `none`, `zstd:LEVEL`, or `auto`, which is the encoding's own and none for features.
+        label_shape: Shape of one label: () for one class, (classes,) for 0 and 1 of each.
 
     Raises:
         UsageError: a compression or a shard size that there is not.
@@ -93,6 +96,8 @@ def build_arrays(
     ]
     checksums = ArrayRecord(name="input_crc32c", dtype="uint32", chunk_rows=shard_rows)
     labels = ArrayRecord(name="labels", dtype="int64", chunk_rows=shard_rows, per_view=False)
+    if label_shape:
+        labels = replace(labels, dtype="uint8", row_shape=label_shape, row_names=("class",))
     return shard_rows, (*rows, checksums, labels)
 
 

@@ -385,6 +385,11 @@ class Manifest:
                 return record
         raise KeyError(name)
 
+    @property
+    def multi_label(self) -> bool:
+        """Whether a sample belongs to any number of classes: its label is 0 and 1 for each."""
+        return self.array("labels").row_shape != ()
+
     def rows_of(self, shard: int) -> range:
         """The sample indices of one shard."""
         start = shard * self.shard_rows

@@ -109,7 +109,7 @@ def seal(writer: SplitWriter, encoding: Encoding) -> Manifest:
     labels = reader.span("labels", 0, range(manifest.dataset.length))
     facts = all_facts(writer.storage, manifest, range(manifest.views))
     mixed = manifest.recipe.mix != NONE and not manifest.recipe.is_plain(0)
-    labelled = int((labels != UNLABELLED).sum())
+    labelled = 0 if manifest.multi_label else int((labels != UNLABELLED).sum())
     accuracy = None
     if labelled and not mixed:
         accuracy = _correct(reader, encoding, labels, None if facts is None else facts[0]) / labelled

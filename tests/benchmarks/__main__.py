@@ -4,7 +4,19 @@ from __future__ import annotations
 
 import argparse
 
-from tests.benchmarks import crashes, dump, encodings, memory, objectives, reading, remote, sweep, training, views
+from tests.benchmarks import (
+    crashes,
+    dump,
+    encodings,
+    labels,
+    memory,
+    objectives,
+    reading,
+    remote,
+    sweep,
+    training,
+    views,
+)
 
 BENCHMARKS = {
     "training": training.run,
@@ -16,6 +28,7 @@ BENCHMARKS = {
     "crashes": crashes.run,
     "views": views.run,
     "objectives": objectives.run,
+    "labels": labels.run,
     "sweep": sweep.run,
 }
 

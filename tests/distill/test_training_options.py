@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -170,11 +171,11 @@ def scripted(monkeypatch, accuracies, nlls=None):
     """Validation results, in turn."""
     results = iter(zip(accuracies, nlls or [1.0] * len(accuracies), strict=True))
 
-    class Found:
-        def __init__(self, accuracy, nll):
-            self.accuracy, self.nll = accuracy, nll
+    def found(*_, **__):
+        accuracy, nll = next(results)
+        return SimpleNamespace(scores={"accuracy": accuracy, "nll": nll})
 
-    monkeypatch.setattr(loop, "evaluate_model", lambda *_, **__: Found(*next(results)))
+    monkeypatch.setattr(loop, "evaluate_model", found)
 
 
 def test_training_stops_when_nothing_gets_better(monkeypatch, capsys):

@@ -12,7 +12,7 @@ from kdcache.apps.report.cost import logits_of, measure_cost
 from kdcache.apps.report.metrics import Agreement, MeasuredRun, Predictions, agree, evaluate_logits
 from kdcache.apps.report.runs import CachedTeacher, Run, open_runs, teacher_of
 from kdcache.core.config import ReportArgs
-from kdcache.core.errors import CacheNotFound, DatasetError
+from kdcache.core.errors import CacheNotFound, DatasetError, UsageError
 from kdcache.core.progress import log
 from kdcache.core.rng import keyed_sample
 from kdcache.data.dataset import IndexedDataset, labelled_samples
@@ -121,6 +121,12 @@ class Study:
             except DatasetError as problem:
                 self._miss(f"Nothing is measured on the {split} split: {problem.found}.")
                 continue
+            if found.multi_label:
+                raise UsageError(
+                    f"the samples of {found.name} have any number of classes each",
+                    "one class per sample, which the report's figures are of",
+                    "see kdcache evaluate and kdcache compare",
+                )
             if not len(labelled_samples(found)):
                 self._miss(f"Nothing is measured on the {split} split: it is unlabelled.")
                 continue

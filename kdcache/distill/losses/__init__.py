@@ -12,6 +12,8 @@ from kdcache.distill.losses.features import (
     similarity_preserving,
 )
 from kdcache.distill.losses.logits import (
+    binary_cross_entropy,
+    binary_kd,
     decoupled_kd,
     dist,
     hard_cross_entropy,
@@ -27,6 +29,8 @@ from kdcache.distill.losses.topk import topk_kd
 
 __all__ = [
     "attention_transfer",
+    "binary_cross_entropy",
+    "binary_kd",
     "contrastive",
     "decoupled_kd",
     "dist",

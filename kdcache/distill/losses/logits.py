@@ -73,6 +73,50 @@ def labelled_cross_entropy(student_logits_bc: Tensor, labels_b: Tensor, *, label
     )
 
 
+def binary_cross_entropy(student_logits_bc: Tensor, labels_bc: Tensor, *, label_smoothing: float = 0.0) -> Tensor:
+    """Cross entropy of σ(logit) with 0 and 1 for each class, where a sample belongs to any number of classes.
+
+    Args:
+        student_logits_bc: (batch, classes).
+        labels_bc: 0 and 1, (batch, classes), of any dtype.
+        label_smoothing: part of each label's weight spread evenly over 0 and 1.
+
+    Returns:
+        A scalar: the mean over batch and classes.
+
+    Raises:
+        ValueError: the shapes differ.
+    """
+    student, labels = pair(student_logits_bc, labels_bc.to(student_logits_bc.dtype))
+    targets = labels * (1 - label_smoothing) + label_smoothing / 2
+    return F.binary_cross_entropy_with_logits(student, targets)
+
+
+def binary_kd(student_logits_bc: Tensor, teacher_logits_bc: Tensor, *, temperature: float) -> Tensor:
+    """T² · KL between the Bernoulli distributions σ(teacher / T) and σ(student / T) of each class.
+
+    What `kd` (Hinton et al., 2015) is for one class per sample; used for several in Yang et al., 2023 (L2D).
+
+    Args:
+        student_logits_bc: (batch, classes).
+        teacher_logits_bc: (batch, classes), not probabilities.
+        temperature: T, above 0.
+
+    Returns:
+        A scalar: the mean over batch and classes; times the number of classes it is their sum.
+
+    Raises:
+        ValueError: the shapes differ, or T is not above 0.
+    """
+    student, teacher = pair(student_logits_bc, teacher_logits_bc)
+    _check_temperature(temperature)
+    scaled = teacher / temperature
+    targets = scaled.sigmoid()
+    cross = F.binary_cross_entropy_with_logits(student / temperature, targets)
+    entropy = F.binary_cross_entropy_with_logits(scaled, targets)
+    return temperature**2 * (cross - entropy)
+
+
 def mixed_cross_entropy(
     student_logits_bc: Tensor,
     labels_b: Tensor,

@@ -21,6 +21,8 @@ from kdcache.store.cache import Cache
 # Datasets whose name is a place: they are identified by their content.
 _NAMED_BY_PLACE = ("folder:", "text-folder:", "csv:", "hf-dataset:", "py:")
 
+_LABELS = {False: "one class", True: "several classes"}
+
 # Location of a dataset, which may change.
 _PLACES = frozenset({"data_root"})
 
@@ -30,8 +32,8 @@ INPUTS_AT_ONCE = 4096
 
 
 def known_column(cache: Cache, name: str, view: int = 0) -> NDArray[np.int64]:
-    """A column of integers, (samples,), as int64; -1, which no row holds, where a partial cache has none."""
-    values = np.full(len(cache), -1, np.int64)
+    """A column of integers, (samples, *row_shape), as int64; -1, which no row holds, where a partial cache has none."""
+    values = np.full((len(cache), *cache.manifest.array(name).row_shape), -1, np.int64)
     samples = cache.samples(view)
     values[samples] = cache.reader.rows(name, view, samples)
     return values
@@ -81,6 +83,7 @@ def check_recorded(cache: Cache, views: Views) -> None:
         ("split", record.split, dataset.split),
         ("length", record.length, len(dataset)),
         ("class list", record.classes, dataset.classes),
+        ("labels of", _LABELS[cache.manifest.multi_label], _LABELS[dataset.multi_label]),
         ("dtype of the shared input", record.input_dtype, dataset.input_dtype),
         ("shape of the shared input", record.input_shape, dataset.input_shape),
     ]
@@ -177,15 +180,21 @@ def _mismatch(cache: Cache, cached: str, given: str) -> CacheMismatch:
 def label_mismatch(
     where: str, indices: NDArray[np.int64], cached: NDArray[np.int64], given: NDArray[np.int64]
 ) -> CacheMismatch:
-    at = int(np.flatnonzero(cached != given)[0])
-    reordered = len(cached) > 1 and np.array_equal(np.sort(cached), np.sort(given))
+    apart = (cached != given).reshape(len(cached), -1).any(axis=1)
+    at = int(np.flatnonzero(apart)[0])
+    reordered = len(cached) > 1 and np.array_equal(np.sort(cached, axis=0), np.sort(given, axis=0))
+    there, here = (_shown_label(values[at]) for values in (cached, given))
     kind = "the same labels in another order" if reordered else "other labels"
     return CacheMismatch(
-        f"the student's data has {kind}: sample {indices[at]} has label {given[at]}, in {where} it has {cached[at]} "
-        f"({int((cached != given).sum())} of {len(cached)} differ)",
+        f"the student's data has {kind}: sample {indices[at]} has label {here}, in {where} it has {there} "
+        f"({int(apart.sum())} of {len(cached)} differ)",
         "the samples that the teacher answered for, in the same order",
         "give the dataset in the teacher's order and with its labels, or dump the teacher over this data",
     )
+
+
+def _shown_label(label: Any) -> Any:
+    return label if np.ndim(label) == 0 else np.flatnonzero(label).tolist()
 
 
 def check_crcs(

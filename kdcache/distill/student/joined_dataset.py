@@ -207,9 +207,11 @@ class JoinedDataset(Dataset[Any]):
         return [keys.joined(item, row) for item, row in zip(items, rows, strict=True)]
 
     def _compare_labels(self, items: Sequence[Any], indices: Sequence[int], samples: NDArray[np.int64]) -> None:
-        where = [f"item {index}" for index in indices]
-        given = np.array([self._keys.label_of(*each) for each in zip(items, where, strict=True)], np.int64)
-        if len(wrong := np.flatnonzero(given != self._logits.labels[samples])):
+        classes = len(self._cache.classes) if self._cache.manifest.multi_label else None
+        numbered = zip(items, indices, strict=True)
+        given = np.array([self._keys.number_of(item, f"item {index}", classes) for item, index in numbered], np.int64)
+        apart = (given != self._logits.labels[samples]).reshape(len(samples), -1).any(axis=1)
+        if len(wrong := np.flatnonzero(apart)):
             at = int(wrong[0])
             raise CacheMismatch(
                 f"item {indices[at]} has label {given[at]}, and in {self._cache.place} sample {samples[at]} has "

@@ -14,6 +14,7 @@ from torch.utils.data import ConcatDataset, Subset
 from kdcache.core.errors import CacheMismatch, DatasetError
 from kdcache.core.json_records import brief
 from kdcache.data.dataset import is_bare_input
+from kdcache.data.labels import label_vector
 from kdcache.store.manifest import UNLABELLED
 
 Key = str | int
@@ -44,11 +45,20 @@ class ItemKeys:
         """
         return _part(item, self.input, -2, "input", where)
 
-    def label_of(self, item: Any, where: str) -> int:
-        """The label of an item, as an integer; -1 where the item is an input alone."""
-        if is_bare_input(item):
-            return UNLABELLED
-        return _integer(_part(item, self.label, -1, "label", where), f"the label of {where}")
+    def label_of(self, item: Any, where: str) -> Any:
+        """The label of an item, as it is; -1 where the item is an input alone."""
+        return UNLABELLED if is_bare_input(item) else _part(item, self.label, -1, "label", where)
+
+    def number_of(self, item: Any, where: str, classes: int | None) -> int | list[int]:
+        """The label of an item as a class index; with `classes` as 0 and 1 for each of them.
+
+        Raises:
+            DatasetError: it is neither.
+        """
+        label = self.label_of(item, where)
+        if classes is not None:
+            return [int(each) for each in label_vector(label, classes, where)]
+        return UNLABELLED if label is None else _integer(label, f"the label of {where}")
 
     def index_of(self, item: Any, where: str) -> int:
         """The number of an item's sample in the cache."""
@@ -74,7 +84,7 @@ class ItemKeys:
         parts[_position(self.input, -2)] = value
         return tuple(parts)
 
-    def made(self, value: Any, label: int) -> Any:
+    def made(self, value: Any, label: Any) -> Any:
         """An item of an input that was made anew, and its label."""
         if isinstance(self.input, str):
             return {self.input: value, self.label: label}
@@ -91,7 +101,7 @@ class Pairs:
     def __len__(self) -> int:
         return len(self._dataset)
 
-    def __getitem__(self, index: int) -> tuple[Any, int]:
+    def __getitem__(self, index: int) -> tuple[Any, Any]:
         item, where = self._dataset[index], f"item {index}"
         return self._keys.input_of(item, where), self._keys.label_of(item, where)
 

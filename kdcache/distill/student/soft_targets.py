@@ -85,7 +85,7 @@ class CachedTargets:
         self._caches, self._sources, self._schedule = caches, sources, schedule or always(0)
         self._weights = weights
         self._labels_n = torch.from_numpy(known_column(caches[0], "labels"))
-        self._all_labelled = not (self._labels_n == UNLABELLED).any()
+        self._all_labelled = caches[0].manifest.multi_label or not (self._labels_n == UNLABELLED).any()
         self._features, self._negatives, self._seed = features, negatives or {}, seed
         self._epoch = self._step = 0
         self._view = -1
@@ -108,7 +108,7 @@ class CachedTargets:
         """
         where = self._caches[0].place
         cached = self._labels_n[batch.indices]
-        if not torch.equal(cached, batch.labels):
+        if not torch.equal(cached, batch.labels.long()):
             raise label_mismatch(where, batch.indices.numpy(), cached.numpy(), batch.labels.numpy())
         wanted = batch.indices.numpy()
         if batch.input_crc32c is not None:

@@ -31,6 +31,7 @@ from kdcache.data.preprocess import Preprocessor, as_preprocessor
 from kdcache.data.views import Views
 from kdcache.distill.objective import (
     check_encoding,
+    check_kind_of_labels,
     check_unlabelled,
     distillation_objective,
     label_objective,
@@ -127,7 +128,10 @@ def train_student(
         log(f"{config.epochs} epochs over {len(used)} of {available} views: {', '.join(map(str, used[:12]))}")
         log(views.remember(used, input_memory))
     samples = _samples(caches, used)
-    labelled = samples[known_column(caches[0], "labels")[samples] != UNLABELLED]
+    labelled = samples
+    if not manifest.multi_label:
+        labelled = samples[known_column(caches[0], "labels")[samples] != UNLABELLED]
+    check_kind_of_labels(specs, config, indexed, manifest.recipe)
     if len(labelled) < len(samples):
         check_unlabelled(len(labelled), len(samples), specs, config, manifest.recipe)
         if not config.distill:

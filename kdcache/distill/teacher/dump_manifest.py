@@ -46,6 +46,7 @@ def build_manifest(
         features={feature.array: shape for feature, shape in features.items()},
         compression=config.compression,
         shard_rows=config.shard_rows,
+        label_shape=(len(dataset.classes),) if dataset.multi_label else (),
     )
     return Manifest(
         dataset=DatasetRecord(
@@ -71,7 +72,8 @@ def build_manifest(
         encoding=encoding.spec,
         temperatures=encoding.temperatures,
         constants=constant_records(encoding),
-        facts=fact_names(encoding),
+        # Of softmax, which several classes of a sample do not have.
+        facts=() if dataset.multi_label else fact_names(encoding),
         features=(*features, *_head_features(encoding)),
         shard_rows=shard_rows,
         seed=config.seed,

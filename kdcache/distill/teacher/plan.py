@@ -29,6 +29,30 @@ from kdcache.store.storage.base import Storage
 from kdcache.store.storage.registry import Location, open_storage
 
 
+def _check_multi_label(samples: IndexedDataset, config: DumpConfig, outputs: OutputRecord | None) -> None:
+    """Refuse what supposes one class per sample, where samples have any number.
+
+    Raises:
+        UsageError: mixed inputs, probabilities, or an encoding that is exact for softmax only.
+    """
+    if not samples.multi_label:
+        return
+    fitting = ("float16", "float32", "float64", "head")
+    refused = {
+        f"--mix {config.mix}": config.mix != NONE,
+        "--teacher-outputs probabilities": outputs is not None and outputs.kind != "logits",
+        f"--encoding {config.encoding}": config.encoding.partition(":")[0] not in fitting,
+        "--max-kl": config.max_kl is not None,
+    }
+    for what, given in refused.items():
+        if given:
+            raise UsageError(
+                f"{what} is given, and the samples of {samples.name} have any number of classes each",
+                f"logits before the sigmoid, in one of {', '.join(fitting)}, of inputs that are not mixed",
+                f"leave out {what}",
+            )
+
+
 @dataclass(frozen=True, kw_only=True)
 class DumpRequest:
     """The arguments of `dump_teacher`, which describes them, with `policy` for what may be stored already."""
@@ -68,6 +92,7 @@ class DumpRequest:
         if self.augment is not None and config.augment != NONE:
             raise UsageError(f"augment is given twice, as an object and as {config.augment!r}", "one of the two")
         recipe = ViewRecipe(augment=config.augment, mix=config.mix, seed=config.view_seed, plain_view=config.plain_view)
+        _check_multi_label(self.samples, config, self.outputs)
         views = Views(self.samples, recipe, transform=self.augment)
         views.probe()
         count = config.views + self.policy.add_views

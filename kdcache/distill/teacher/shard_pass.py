@@ -107,7 +107,7 @@ def _check_shard(dump: PreparedDump, view: int, samples: range, rows: Rows, *, r
     if dump.teacher.head is not None:
         dump.teacher.head.check(rows[HEAD_ERROR], first_sample=samples.start)
     check_stored_kind(logits, network.outputs, narrow=network.narrow)
-    if not report:
+    if not report or dump.views.dataset.multi_label:
         return
     if network.outputs.kind == "logits" and looks_like_sigmoid(logits):
         log(
