@@ -242,7 +242,7 @@ class _Loop:
         self.optimizer.zero_grad(set_to_none=True)
         hits = torch.zeros((), device=self.device)
         means: dict[str, Tensor] = {}
-        parts = self._parts(batch)
+        parts = self._split(batch)
         for at, part in enumerate(parts):
             with accumulating(self.step) if at + 1 < len(parts) else contextlib.nullcontext():
                 logits, values = self._backward(part, epoch, step)
@@ -261,7 +261,7 @@ class _Loop:
                 self.average.update(self.module)
         return hits, means
 
-    def _parts(self, batch: Batch) -> list[Batch]:
+    def _split(self, batch: Batch) -> list[Batch]:
         """The parts of a batch that are computed one after the other."""
         count = self.config.grad_accumulation
         if count == 1:

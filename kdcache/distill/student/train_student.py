@@ -29,13 +29,12 @@ from kdcache.data.dataset import as_indexed
 from kdcache.data.loader import BatchRequest, batch_loader
 from kdcache.data.preprocess import Preprocessor, as_preprocessor
 from kdcache.data.views import Views
-from kdcache.distill.objective import (
+from kdcache.distill.objective import distillation_objective, label_objective, parse_objectives
+from kdcache.distill.objective_checks import (
+    check_accumulation,
     check_encoding,
     check_kind_of_labels,
     check_unlabelled,
-    distillation_objective,
-    label_objective,
-    parse_objectives,
 )
 from kdcache.distill.student.composite_objective import CompositeObjective
 from kdcache.distill.student.join_checks import check_ensemble, check_join, inputs_all_checked, known_column
@@ -112,13 +111,7 @@ def train_student(
     used = used_in(config.epochs)
     check_ensemble(caches, used)
     specs = parse_objectives(config.objective, config)
-    if config.grad_accumulation > 1 and (whole := [spec.name for spec in specs if spec.loss.across_batch]):
-        raise UsageError(
-            f"--grad-accumulation {config.grad_accumulation} is given, and --objective {whole[0]} compares the samples "
-            "of a batch with each other",
-            "the whole batch at once",
-            "leave out --grad-accumulation, or give another objective",
-        )
+    check_accumulation(specs, config)
     if config.distill:
         for each in caches:
             check_encoding(each.encoding, specs, config)
