@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import importlib
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -182,12 +184,23 @@ def _load(library: Any, place: str, download: bool) -> Mapping[str, Any]:
     if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
         found = library.load_from_disk(place)
         return found if isinstance(found, Mapping) else {"train": found}
-    if not folder.exists() and not download:
-        config = library.DownloadConfig(local_files_only=True)
-        loaded: Mapping[str, Any] = library.load_dataset(place, download_config=config)
-    else:
-        loaded = library.load_dataset(str(folder.absolute()) if folder.exists() else place)
+    with nullcontext() if download else _offline():
+        loaded: Mapping[str, Any] = library.load_dataset(str(folder.absolute()) if folder.exists() else place)
     return loaded
+
+
+@contextmanager
+def _offline() -> Iterator[None]:
+    """Keep Hugging Face's libraries off the network, where they would try for half a minute before they give up."""
+    settings = [importlib.import_module(name) for name in ("datasets.config", "huggingface_hub.constants")]
+    before = [module.HF_HUB_OFFLINE for module in settings]
+    for module in settings:
+        module.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        for module, value in zip(settings, before, strict=True):
+            module.HF_HUB_OFFLINE = value
 
 
 def _columns(library: Any, spec: str, features: Mapping[str, Any]) -> tuple[str, str | None]:

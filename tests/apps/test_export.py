@@ -116,7 +116,7 @@ def logits_of(run, inputs):
         ("mlp", {"mean": (0.5, 0.4, 0.3), "std": (0.1, 0.2, 0.3)}),
         ("resnet8x4", {}),
         ("cnn", {"size": 20}),
-        ("torchvision:resnet18", {"size": 32}),
+        ("torchvision:squeezenet1_1", {"size": 32}),
     ],
 )
 def test_images_get_the_students_logits_in_batches_of_any_size(root, tmp_path, model, settings, form):

@@ -69,8 +69,8 @@ def test_a_dump_by_torchrun_is_the_dump_of_one_process(folder):
 
 def test_a_killed_process_is_restarted_and_the_run_ends_equal(folder, monkeypatch):
     """Process 1 is killed in the second epoch; torchrun starts both again, and they continue from `last.pt`."""
-    (folder / "mine.py").write_text(STUDENT)
-    learn = ("train-student", "--cache", "single.zarr", "--student", "py:mine:student", "--epochs", "3")
+    (folder / "own_student.py").write_text(STUDENT)
+    learn = ("train-student", "--cache", "single.zarr", "--student", "py:own_student:student", "--epochs", "3")
     learn = (*learn, "--device", "cpu", "--batch-size", "128", "--json")
 
     def whole(rank):

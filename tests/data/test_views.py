@@ -140,7 +140,7 @@ def expected():
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than a small machine has cores
 @pytest.mark.parametrize(
     ("context", "workers", "size", "backwards"),
-    [(None, 0, 4, False), (None, 0, 11, True), ("fork", 2, 3, True), ("spawn", 2, 5, False)],
+    [(None, 0, 4, False), (None, 0, 11, True), ("fork", 2, 3, True), ("spawn", 1, 5, False)],
 )
 def test_shared_inputs_are_the_same_in_every_worker_batch_and_order(expected, context, workers, size, backwards):
     requests = []

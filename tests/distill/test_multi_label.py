@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 import kdcache
 from kdcache import DumpConfig, StudentConfig, TrainConfig, dump_teacher, losses, open_cache, train_student
+from kdcache.apps.export_module import metadata
 from kdcache.core.errors import CacheMismatch, DatasetError, UsageError
 from kdcache.data.dataset import as_indexed
 from kdcache.data.registry import open_dataset
@@ -21,6 +22,7 @@ from kdcache.distill.objective import label_objective
 from kdcache.distill.trainer import train
 from kdcache.distill.training_data import training_data
 from kdcache.models.evaluate import MultiLabelEvaluation, evaluate_multi_label
+from kdcache.models.from_run import load_trained
 from kdcache.store.inspect import verify_cache
 from kdcache.store.manifest import Preprocess
 from tests.helpers import Network, answer, refused, synthetic, tensors
@@ -267,9 +269,9 @@ def test_the_pipeline_on_a_csv_file(tmp_path, monkeypatch):
     predicted = answer("predict", "--run", "t", "0.png", "1.png", "--device", "cpu", "--threshold", "0.3")
     for each in predicted["predictions"]:
         assert all(found["probability"] >= 0.3 for found in each["answers"])
-    answer("export", "--run", "s", "--out", "s.pt2")
+    assert metadata(load_trained(tmp_path / "s"), torch.zeros(2, 3, 4, 4))["probabilities"] == "sigmoid"
     assert "any number of classes each" in refused(2, "report", "s", "--out", "r.html", "--device", "cpu")
     assert "any number of classes each" in refused(2, "plot-temperature", "c.zarr", "--out", "t.png")
-    sweep = ("sweep", "--cache", "c.zarr", "--student", "mlp", "--out", "sweep", "--temperature", "1,4", "--jobs", "1")
+    sweep = ("sweep", "--cache", "c.zarr", "--student", "mlp", "--out", "sweep", "--temperature", "4", "--jobs", "1")
     swept = answer(*sweep, "--epochs", "2", "--val-fraction", "0.2", *common)
     assert all(0 < row["score"] <= 1 for row in swept["settings"])

@@ -179,7 +179,8 @@ def test_every_objective_is_learnt_and_leaves_the_student_alone(paths, spec):
 
 
 def test_every_objective_is_tried():
-    assert {spec.partition(":")[0].replace("-", "_") for spec in SPECS} == set(LOSSES)
+    of_several_classes = {"binary_kd", "binary_cross_entropy"}  # in test_multi_label.py
+    assert {spec.partition(":")[0].replace("-", "_") for spec in SPECS} == set(LOSSES) - of_several_classes
 
 
 @pytest.mark.parametrize("settings", [{"row_source": "streamed"}, {"cache_on_device": True}])

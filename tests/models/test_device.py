@@ -50,6 +50,8 @@ def numbers(*shape):
 LABELS = torch.arange(6) % 4
 LOSSES = {
     "hard_cross_entropy": lambda: losses.hard_cross_entropy(numbers(6, 4), LABELS, label_smoothing=0.1),
+    "binary_cross_entropy": lambda: losses.binary_cross_entropy(numbers(6, 4), torch.ones(6, 4)),
+    "binary_kd": lambda: losses.binary_kd(numbers(6, 4), numbers(6, 4), temperature=2.0),
     "labelled_cross_entropy": lambda: losses.labelled_cross_entropy(numbers(6, 4), LABELS - 1),
     "mixed_cross_entropy": lambda: losses.mixed_cross_entropy(numbers(6, 4), LABELS, LABELS, torch.rand(6)),
     "kd": lambda: losses.kd(numbers(6, 4), numbers(6, 4), temperature=2.0),
