@@ -45,8 +45,9 @@ class CachedDataModule(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Shuffled batches of the training data; each process has its own part."""
-        ranks = (1, 0) if self.trainer is None else (self.trainer.world_size, self.trainer.global_rank)
-        return DataLoader(self._train, sampler=EpochSampler(self._train, *ranks, seed=self._seed), **self._options)
+        size, rank = (1, 0) if self.trainer is None else (self.trainer.world_size, self.trainer.global_rank)
+        sampler = EpochSampler(self._train, num_replicas=size, rank=rank, seed=self._seed)
+        return DataLoader(self._train, sampler=sampler, **self._options)
 
     def val_dataloader(self) -> Any:
         """Batches of the validation data in order; none where there are none."""

@@ -57,7 +57,7 @@ class DistillationTrainer(Trainer):
         self.temperature, self.alpha = temperature, alpha
         # The loss is a mean over its batch, which Trainer then divides by the batches of a step.
         self.model_accepts_loss_kwargs = False
-        self.data_collator = TeacherLogitsCollator(self.data_collator)
+        self.data_collator: Any = TeacherLogitsCollator(self.data_collator)
         self.add_callback(_EpochCallback(self.train_dataset))
 
     def compute_loss(

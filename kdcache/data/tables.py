@@ -192,7 +192,7 @@ def _load(library: Any, place: str, download: bool) -> Mapping[str, Any]:
 @contextmanager
 def _offline() -> Iterator[None]:
     """Keep Hugging Face's libraries off the network, where they would try for half a minute before they give up."""
-    settings = [importlib.import_module(name) for name in ("datasets.config", "huggingface_hub.constants")]
+    settings: list[Any] = [importlib.import_module(name) for name in ("datasets.config", "huggingface_hub.constants")]
     before = [module.HF_HUB_OFFLINE for module in settings]
     for module in settings:
         module.HF_HUB_OFFLINE = True
