@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import time
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -70,6 +71,8 @@ class Ledger:
         blocks = -(-manifest.shards // self._block)
         views = manifest.views if views is None else views
         self._entries = np.zeros((views, blocks * self._block, width), "<u8")
+        # Before the blocks, because a worker that seals the split writes these first and removes the parts last.
+        parts = self._new_parts() if views > len(manifest.view_sha256) else {}
         for view in range(views):
             for block in range(blocks):
                 try:
@@ -78,22 +81,27 @@ class Ledger:
                     if not salvage:
                         raise
                     self.damaged.append((view, block))
-        if views > len(manifest.view_sha256):
-            self.refresh()
+        self._add(parts)
 
     def refresh(self) -> None:
         """Read the entries that other workers have added since."""
+        self._add(self._new_parts())
+
+    def _new_parts(self) -> dict[tuple[int, int], Part]:
         new = [
             unit
             for unit in list_parts(self._storage)
             if unit not in self.parts and unit[0] < len(self._entries) and unit[1] < self._manifest.shards
         ]
         with ThreadPoolExecutor(self._storage.in_flight) as pool:
-            for unit, part in zip(new, pool.map(self._read_part, new), strict=True):
-                if part is not None:
-                    self.parts[unit] = part
-                    if unit not in self.suspended:
-                        self.set(*unit, part.entry)
+            found = zip(new, pool.map(self._read_part, new), strict=True)
+            return {unit: part for unit, part in found if part is not None}
+
+    def _add(self, parts: Mapping[tuple[int, int], Part]) -> None:
+        self.parts |= parts
+        for unit, part in parts.items():
+            if unit not in self.suspended:
+                self.set(*unit, part.entry)
 
     def _read_part(self, unit: tuple[int, int]) -> Part | None:
         try:
