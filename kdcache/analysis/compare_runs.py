@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from kdcache.core.command_result import Report
-from kdcache.core.run_dir import read_result
+from kdcache.core.run_dir import main_score, read_result
 from kdcache.core.text_table import text_table
 
 
@@ -25,9 +25,9 @@ def compare_runs(paths: Sequence[str]) -> Report:
 
 def _cell(row: dict[str, Any], column: str) -> str:
     if column == "accuracy":
-        if "test_map" in row:
-            return f"mAP {row['test_map']:.2%}"
-        return "-" if row["test_accuracy"] is None else f"{row['test_accuracy']:.2%}"
+        score = main_score(row, "test")
+        kind = "cosine " if "test_cosine" in row else "mAP " if "test_map" in row else ""
+        return "-" if score is None else f"{kind}{score:.2%}"
     if column == "parameters":
         return f"{row['parameters']:,}"
     if column == "s/epoch":

@@ -20,6 +20,7 @@ from kdcache.core.progress import Progress
 from kdcache.core.rng import keyed_sample
 from kdcache.core.text_table import text_table
 from kdcache.store.cache import Cache, open_cache
+from kdcache.store.manifest import ONE_CLASS
 
 FEWEST_PANELS, MOST_PANELS = 2, 6
 # Number of temperatures of the curves, evenly spaced on a logarithmic axis.
@@ -121,10 +122,9 @@ def _check_cache(settings: PlotTemperatureArgs, cache: Cache) -> None:
             "a cache with the logits of every class, such as float16 or quantized:8",
             "choose another cache",
         )
-    if cache.manifest.multi_label:
-        raise UsageError(
-            f"the samples of {cache.place} have any number of classes each", "one class per sample: softmax is drawn"
-        )
+    if cache.manifest.answers != ONE_CLASS:
+        holds = "embeddings" if cache.manifest.is_embedding else "logits of samples with any number of classes each"
+        raise UsageError(f"{cache.place} holds {holds}", "one class per sample: softmax is drawn")
     if len(cache.classes) < 2:
         raise UsageError(
             f"{cache.place} has {len(cache.classes)} class",

@@ -23,10 +23,9 @@ from kdcache.core.plugins import require_extra
 from kdcache.core.progress import log
 from kdcache.data.dataset import IndexedDataset
 from kdcache.data.loader import BatchRequest, batch_loader
-from kdcache.models.build import check_classes, open_data
 from kdcache.models.device import evaluation_mode
 from kdcache.models.forward import ForwardPass
-from kdcache.models.from_run import TrainedNetwork, load_trained
+from kdcache.models.from_run import TrainedNetwork, load_trained, open_split
 
 # Batch size of the comparison, after a batch of one sample. Small, so that texts come in several lengths.
 COMPARED_BATCH = 16
@@ -64,8 +63,7 @@ def export(settings: ExportArgs) -> Report:
     for module in format_.modules:
         require_extra(module, settings.format, f"--format {settings.format}")
     trained = load_trained(Path(settings.run))
-    dataset = open_data(settings, settings.dataset or trained.dataset, settings.split, hint=trained.data_root)
-    check_classes(str(trained.checkpoint), trained.classes, dataset)
+    dataset = open_split(trained, settings, settings.split)
     batches = _compared(trained, dataset, settings.samples)
     example = _example(trained, batches[1].inputs)
     facts = metadata(trained, example)

@@ -101,7 +101,8 @@ def metadata(trained: TrainedNetwork, example: Tensor) -> dict[str, Any]:
         "model": trained.spec,
         "dataset": trained.dataset,
         "classes": list(trained.classes),
-        "probabilities": "sigmoid" if trained.multi_label else "softmax",
+        # Of an embedding there are none, and its classes are its dimensions.
+        "probabilities": None if trained.embedding else "sigmoid" if trained.multi_label else "softmax",
         "preprocess": to_json(trained.preprocessor.record),
         "geometry": "before" if trained.preprocessor.has_geometry else "none",
         "input": {

@@ -5,16 +5,15 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from kdcache.analysis.calibration import reliability_of
-from kdcache.analysis.confusion import MATRIX_CLASSES, class_accuracy, confusion_matrix
-from kdcache.analysis.matrix_plots import plot_confusion
+from kdcache.apps.scores import evaluation_text, measured, per_class, plot_matrix, samples_of, worst
 from kdcache.core.command_result import Report
 from kdcache.core.config import (
     DumpConfig,
@@ -28,15 +27,16 @@ from kdcache.core.config import (
     TrainTeacherArgs,
     VerifyArgs,
 )
-from kdcache.core.errors import CacheDamaged
+from kdcache.core.errors import CacheDamaged, CacheNotFound
 from kdcache.core.json_records import counted, to_json
 from kdcache.core.options import default_values, narrow
 from kdcache.core.plugins import require_extra
 from kdcache.core.progress import log
-from kdcache.core.run_dir import LAST, RunFolder
+from kdcache.core.run_dir import LAST, RunFolder, read_config
 from kdcache.core.text_table import text_table
 from kdcache.core.workers import Worker, launched_process, restarts, worker_of
-from kdcache.data.dataset import IndexedDataset
+from kdcache.data.dataset import ANY_CLASS, IndexedDataset, labelled_samples
+from kdcache.data.embedding import EmbeddingDataset, as_taught, known_classes
 from kdcache.data.loader import BatchRequest, batch_loader
 from kdcache.data.views import Views
 from kdcache.distill.objective import label_objective
@@ -53,18 +53,20 @@ from kdcache.models.build import build, check_classes, dataset_preprocess, descr
 from kdcache.models.checkpoints import fit_weights, load_weights, read_checkpoint
 from kdcache.models.device import evaluation_mode, floating_dtype, worker_device
 from kdcache.models.distributed import Processes, lost_processes, processes_of
-from kdcache.models.evaluate import Evaluation, MultiLabelEvaluation, evaluate_model, evaluate_multi_label
+from kdcache.models.evaluate import Evaluation
+from kdcache.models.evaluate_multi_label import MultiLabelEvaluation
+from kdcache.models.evaluators import evaluator_of
 from kdcache.models.feature_hooks import list_layers
-from kdcache.models.from_run import load_trained
+from kdcache.models.from_run import load_trained, open_split
 from kdcache.models.registry import BuiltModel, count_parameters
 from kdcache.models.teacher import load_teacher
-from kdcache.store.cache import open_cache
+from kdcache.store.cache import cache_splits, open_cache
 from kdcache.store.inspect import verify_cache
 from kdcache.store.layout import predicted_bytes
-from kdcache.store.manifest import Preprocess, ViewRecipe
+from kdcache.store.manifest import EMBEDDING, Preprocess, ViewRecipe
 
-# Of the classes with the lowest accuracy, so many are printed; --json has all.
-WORST_CLASSES = 5
+# Gives the teacher's answers to the samples with given indices.
+Teacher = Callable[[NDArray[np.int64]], NDArray[Any]]
 
 
 @contextlib.contextmanager
@@ -89,7 +91,7 @@ def _train_teacher(settings: TrainTeacherArgs, processes: Processes, device: str
     recipe = ViewRecipe(augment=settings.augment, mix=settings.mix, seed=settings.seed)
     default = dataset_preprocess(dataset)
     built = build(settings.model, dataset, settings, settings.seed, default, training=True, recipe=recipe)
-    test = open_test(settings, settings.dataset)
+    test = _judged(open_test(settings, settings.dataset), None)
     run = _run_folder("train-teacher", settings, built, processes)
     description = describe(built, dataset)
     config = dataclasses.replace(narrow(TrainConfig, settings), device=device)
@@ -133,14 +135,19 @@ def _load_teacher(settings: DumpTeacherArgs, dataset: IndexedDataset, recipe: Vi
         settings.checkpoint,
         dataset,
         recipe,
-        kind=settings.teacher_outputs,
+        kind=settings.teacher_outputs if settings.task == "classification" else settings.task,
         class_map=settings.class_map,
         checkpoint_key=settings.checkpoint_key,
     )
 
 
+def _open_for_dump(settings: DumpTeacherArgs, split: str) -> IndexedDataset:
+    # What has no classes is no fault where the answer is a vector.
+    return open_data(settings, settings.dataset, split, classes=ANY_CLASS if settings.task == EMBEDDING else ())
+
+
 def _list_layers(settings: DumpTeacherArgs) -> Report:
-    dataset = open_data(settings, settings.dataset, settings.split[0])
+    dataset = _open_for_dump(settings, settings.split[0])
     built = _load_teacher(settings, dataset, ViewRecipe())
     preprocessor, device = built.preprocessor, torch.device("cpu")
     (batch,) = batch_loader(dataset, [BatchRequest(np.arange(1))], preprocessor=preprocessor, device=device)
@@ -153,7 +160,7 @@ def _list_layers(settings: DumpTeacherArgs) -> Report:
 
 
 def _dump_split(settings: DumpTeacherArgs, split: str, worker: Worker) -> Report:
-    dataset = open_data(settings, settings.dataset, split)
+    dataset = _open_for_dump(settings, split)
     recipe = ViewRecipe(augment=settings.augment, mix=settings.mix, seed=settings.view_seed)
     built = _load_teacher(settings, dataset, recipe)
     device = worker_device(settings.device, worker.local_index)
@@ -210,13 +217,17 @@ def _dump_split(settings: DumpTeacherArgs, split: str, worker: Worker) -> Report
         "pending_shards": result.pending_shards,
     }
     known = "not known: view 0 is mixed, or unlabelled" if accuracy is None else f"{accuracy:.2%}"
-    if result.manifest.multi_label and result.manifest.complete:
+    if result.manifest.is_embedding:
+        known = ""
+    elif result.manifest.multi_label and result.manifest.complete:
         scores = _teacher_scores(settings.out, split)
         data["teacher_scores"], known = scores, f"mAP {scores['map']:.2%}"
     state = (
         f"{counted(result.pending_shards, 'shard')} left to other workers"
         if result.pending_shards
         else f"teacher accuracy {known}"
+        if known
+        else counted(len(result.manifest.dataset.classes), "dimension")
     )
     return Report(
         data,
@@ -238,7 +249,8 @@ def _encoding_table(estimates: Sequence[EncodingEstimate]) -> list[str]:
         ]
         for each in estimates
     ]
-    title = f"logits before compression, and mean KL in nats on {SAMPLES} samples or fewer:"
+    measured = f", and mean KL in nats on {SAMPLES} samples or fewer" if temperatures else ""
+    title = f"the teacher's outputs before compression{measured}:"
     return [title, *text_table(header, rows, numbers=header[1:])]
 
 
@@ -251,8 +263,9 @@ def verify_with_teacher(settings: VerifyArgs) -> Report:
     for split in data["splits"]:
         cache = open_cache(settings.cache, split)
         local = cache.local
-        names = cache.manifest.dataset.classes
+        names = known_classes(cache.manifest)
         dataset = open_data(settings, settings.dataset or local.dataset, split, hint=local.data_root, classes=names)
+        dataset = as_taught(dataset, cache.manifest)
         recipe = cache.manifest.recipe
         built = load_teacher(
             settings,
@@ -318,12 +331,16 @@ def _train_student(settings: TrainStudentArgs, processes: Processes, device: str
     manifest = caches[0].manifest
     local = caches[0].local
     spec = settings.dataset or local.dataset
-    names = manifest.dataset.classes
+    names = known_classes(manifest)
     dataset = open_data(settings, spec, manifest.dataset.split, hint=local.data_root, classes=names)
+    dataset = as_taught(dataset, manifest)
     default, recipe = manifest.teacher.preprocess, manifest.recipe
     check_recorded(caches[0], Views(dataset, recipe))  # before the student sees an input
     built = _build_student(settings, dataset, default, recipe)
     test = open_test(settings, spec, hint=local.data_root, classes=names)
+    test = None if test is None else as_taught(test, manifest)
+    teacher = None if test is None or len(caches) > 1 else _answers(settings.cache[0], test)
+    test = _judged(test, teacher)
     config = dataclasses.replace(narrow(StudentConfig, settings), device=device)
     run = _run_folder("train-student", settings, built, processes)
     result = learn_from_cache(
@@ -337,7 +354,38 @@ def _train_student(settings: TrainStudentArgs, processes: Processes, device: str
         processes=processes,
     )
     role = "student distilled" if config.distill else "student alone"
-    return _conclude(role, built, result, test, config, run, processes, plots=settings.plots)
+    return _conclude(role, built, result, test, config, run, processes, teacher=teacher, plots=settings.plots)
+
+
+def _judged(test: IndexedDataset | None, teacher: Teacher | None) -> IndexedDataset | None:
+    """The test split, if there is something to judge by; said before the training, not after it."""
+    if test is None or teacher is not None:
+        return test
+    if isinstance(test, EmbeddingDataset):
+        log("no score on the test split will be given: the cache has no answers to it; dump it too, by --split test")
+        return None
+    if not len(labelled_samples(test)):
+        log(
+            f"no accuracy on a test split will be given: that of {test.name} is unlabelled, and the cache has no "
+            "answers to it"
+        )
+        return None
+    return test
+
+
+def _answers(cache_path: str, dataset: IndexedDataset) -> Teacher | None:
+    """The teacher's answers to the plain samples of a split, where a cache has them.
+
+    Raises:
+        CacheMismatch: it has those to other samples.
+    """
+    if dataset.split not in cache_splits(cache_path):
+        return None
+    cache = open_cache(cache_path, dataset.split, allow_partial=True)
+    if not cache.complete or not cache.manifest.recipe.is_plain(0):
+        return None
+    check_join(cache, Views(dataset, cache.manifest.recipe))
+    return cache.rows
 
 
 def _build_student(
@@ -364,24 +412,48 @@ def evaluate(settings: EvaluateArgs) -> Report:
     """Judge a run's best checkpoint on a split of the dataset it was trained on."""
     folder = Path(settings.run)
     trained = load_trained(folder)
-    dataset = open_data(settings, settings.dataset or trained.dataset, settings.split, hint=trained.data_root)
-    check_classes(str(trained.checkpoint), trained.classes, dataset)
-    evaluate_on = evaluate_multi_label if dataset.multi_label else evaluate_model
-    evaluation: Evaluation | MultiLabelEvaluation = evaluate_on(
-        trained.module, dataset, preprocess=trained.preprocessor, config=narrow(InferenceConfig, settings)
+    dataset = open_split(trained, settings, settings.split)
+    teacher = _named_answers(settings, folder, dataset)
+    evaluation = evaluator_of(dataset)(
+        trained.module,
+        dataset,
+        preprocess=trained.preprocessor,
+        config=narrow(InferenceConfig, settings),
+        indices=None if teacher is None else np.arange(len(dataset)),
+        teacher=teacher,
     )
     data = {
         "run": settings.run,
         "split": settings.split,
-        "samples": _samples(evaluation),
+        "samples": samples_of(evaluation),
         "checkpoint": str(trained.checkpoint),
-        **_measured(evaluation, dataset),
-        "classes": _per_class(evaluation, dataset),
+        **measured(evaluation, dataset),
+        "classes": per_class(evaluation, dataset),
     }
     if settings.plots and isinstance(evaluation, Evaluation):
-        data |= _plot(evaluation, dataset, folder)
-    text = _evaluation_text(evaluation, dataset)
-    return Report(data, f"{text}\n{worst}" if (worst := _worst(data["classes"])) else text)
+        data |= plot_matrix(evaluation, dataset, folder)
+    return Report(data, "\n".join(filter(None, (evaluation_text(evaluation, dataset), worst(data["classes"])))))
+
+
+def _named_answers(settings: EvaluateArgs, folder: Path, dataset: IndexedDataset) -> Teacher | None:
+    """The teacher's answers in the cache that is given, or of embeddings in the one that the run learned from.
+
+    Raises:
+        CacheNotFound: it does not have this split.
+    """
+    path = settings.cache
+    if path is None and isinstance(dataset, EmbeddingDataset):
+        (path, *_) = read_config(folder)["cache"]
+    if path is None:
+        return None
+    found = _answers(path, dataset)
+    if found is None:
+        raise CacheNotFound(
+            f"the cache {path} has no answers to the plain samples of the split {dataset.split!r}",
+            "a finished split, or one whose first view is the plain sample",
+            f"dump it: dump-teacher --split {dataset.split}; or give another one by --cache",
+        )
+    return found
 
 
 def _run_folder(
@@ -411,6 +483,7 @@ def _conclude(
     run: RunFolder | None,
     processes: Processes,
     *,
+    teacher: Teacher | None = None,
     plots: bool,
 ) -> Report:
     """Judge the best checkpoint of a finished run on the test split, and keep what there is to say."""
@@ -427,14 +500,19 @@ def _conclude(
         if run is not None:
             load_weights(built.module, run.best)
         processes.synchronize(built.module.state_dict())
-        evaluate_on = evaluate_multi_label if test.multi_label else evaluate_model
-        evaluation: Evaluation | MultiLabelEvaluation = evaluate_on(
-            built.module, test, preprocess=built.preprocessor, config=config, processes=processes
+        evaluation = evaluator_of(test)(
+            built.module,
+            test,
+            preprocess=built.preprocessor,
+            config=config,
+            indices=None if teacher is None else np.arange(len(test)),
+            teacher=teacher,
+            processes=processes,
         )
-        data |= _measured(evaluation, test)
-        text = f"{text}\n{_evaluation_text(evaluation, test)}"
+        data |= measured(evaluation, test)
+        text = f"{text}\n{evaluation_text(evaluation, test)}"
         if plots and run is not None and isinstance(evaluation, Evaluation):
-            data |= _plot(evaluation, test, run.path)
+            data |= plot_matrix(evaluation, test, run.path)
     if run is not None:
         run.save_result(data)
     return Report(data, text, silent=run is None)
@@ -444,73 +522,3 @@ def _check_plots(wanted: bool) -> None:
     """Know before the training that nothing could be drawn after it."""
     if wanted:
         require_extra("matplotlib", "plots", "--plots")
-
-
-def _plot(evaluation: Evaluation, dataset: IndexedDataset, folder: Path) -> dict[str, str]:
-    classes = len(dataset.classes)
-    if classes > MATRIX_CLASSES:
-        log(f"no confusion matrix is drawn: {classes:,} classes are more than {MATRIX_CLASSES:,}")
-        return {}
-    path = folder / f"confusion-{dataset.split}.png"
-    plot_confusion(confusion_matrix(evaluation.true_n, evaluation.predicted_n, classes), dataset.classes, path)
-    return {"confusion": str(path)}
-
-
-def _samples(evaluation: Evaluation | MultiLabelEvaluation) -> int:
-    return len(evaluation.true_n if isinstance(evaluation, Evaluation) else evaluation.true_nc)
-
-
-def _measured(evaluation: Evaluation | MultiLabelEvaluation, dataset: IndexedDataset) -> dict[str, Any]:
-    """The numbers of a split, and a few of its samples."""
-    if isinstance(evaluation, MultiLabelEvaluation):
-        return {f"{dataset.split}_{name}": score for name, score in evaluation.scores.items()}
-    ece = reliability_of(evaluation.top_n, evaluation.predicted_n == evaluation.true_n).ece
-    return {
-        f"{dataset.split}_accuracy": evaluation.accuracy,
-        f"{dataset.split}_nll": evaluation.nll,
-        f"{dataset.split}_ece": ece,
-        "examples": [
-            {"sample": at, "true": int(evaluation.true_n[at]), "predicted": int(evaluation.predicted_n[at])}
-            for at in evaluation.shown
-        ],
-    }
-
-
-def _per_class(evaluation: Evaluation | MultiLabelEvaluation, dataset: IndexedDataset) -> list[dict[str, Any]]:
-    """Samples and accuracy, or average precision, of each class; None where it has no samples."""
-    if isinstance(evaluation, MultiLabelEvaluation):
-        found = zip(dataset.classes, evaluation.true_nc.sum(axis=0), evaluation.average_precision_c, strict=True)
-        return [
-            {"class": name, "samples": int(count), "average_precision": float(score) if count else None}
-            for name, count, score in found
-        ]
-    counts, shares = class_accuracy(evaluation.true_n, evaluation.predicted_n, len(dataset.classes))
-    return [
-        {"class": name, "samples": int(count), "accuracy": float(share) if count else None}
-        for name, count, share in zip(dataset.classes, counts, shares, strict=True)
-    ]
-
-
-def _worst(classes: list[dict[str, Any]]) -> str:
-    """The classes with the lowest accuracy, or average precision, where not all are right."""
-    score = "accuracy" if "accuracy" in classes[0] else "average_precision"
-    wrong = sorted((each for each in classes if each["samples"] and each[score] < 1), key=lambda each: each[score])
-    listed = [f"{each['class']} {each[score]:.1%} of {each['samples']:,}" for each in wrong[:WORST_CLASSES]]
-    return f"lowest {score.replace('_', ' ')} by class: {', '.join(listed)}" if listed else ""
-
-
-def _evaluation_text(evaluation: Evaluation | MultiLabelEvaluation, dataset: IndexedDataset) -> str:
-    if isinstance(evaluation, MultiLabelEvaluation):
-        scores = evaluation.scores
-        return (
-            f"{dataset.split} mAP {scores['map']:.2%}, micro F1 {scores['micro_f1']:.2%}, macro F1 "
-            f"{scores['macro_f1']:.2%}, NLL {scores['nll']:.4f} per class on {_samples(evaluation):,} samples"
-        )
-    data = _measured(evaluation, dataset)
-    names = dataset.classes
-    shown = [f"{names[each['true']]} → {names[each['predicted']]}" for each in data["examples"]]
-    return (
-        f"{dataset.split} accuracy {evaluation.accuracy:.2%}, NLL {evaluation.nll:.4f}, "
-        f"ECE {data[f'{dataset.split}_ece']:.2%} on {_samples(evaluation):,} samples\n"
-        f"{len(shown)} samples spread over the split, true → predicted: {', '.join(shown)}"
-    )

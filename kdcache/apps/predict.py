@@ -51,6 +51,12 @@ def predict(settings: PredictArgs) -> Report:
         ModelError: the network answers with something that is no probability.
     """
     trained = load_trained(Path(settings.run))
+    if trained.embedding:
+        raise UsageError(
+            f"the run at {settings.run} answers with a vector",
+            "a run on classes",
+            "export it, or call it from Python: kdcache.models.from_run.load_trained gives the network",
+        )
     _check_kind(trained, settings)
     items = [item for given in settings.inputs for item in _items(given, trained, settings.inputs)]
     inputs = GivenInputs(items, trained, resize=settings.resize_images)

@@ -23,12 +23,13 @@ from kdcache.core.file_lock import PathLock
 from kdcache.core.json_records import to_json
 from kdcache.core.options import merge, narrow
 from kdcache.core.progress import log
+from kdcache.core.run_dir import main_score
 from kdcache.core.text_table import text_table
 from kdcache.core.workers import launched_process
 from kdcache.models.build import build, open_data
 from kdcache.models.teacher import load_teacher
 from kdcache.store.cache import open_cache
-from kdcache.store.manifest import NONE
+from kdcache.store.manifest import NONE, Manifest
 
 RESULT, HEAT_MAP = "sweep.json", "sweep.png"
 
@@ -91,7 +92,9 @@ def sweep(settings: SweepArgs) -> Report:
             "start it without torchrun; train-student trains one student on several GPUs",
         )
     for path in settings.cache:
-        mix = open_cache(path, allow_partial=settings.allow_partial).manifest.recipe.mix
+        manifest = open_cache(path, allow_partial=settings.allow_partial).manifest
+        _check_embedding(settings, manifest)
+        mix = manifest.recipe.mix
         if settings.val_fraction and mix != NONE:
             raise UsageError(
                 f"--val-fraction is {settings.val_fraction:g}, and the inputs of {path} are mixed ({mix}) with any "
@@ -124,6 +127,20 @@ def _check(settings: SweepArgs) -> None:
             f"--alpha {','.join(map(str, settings.alpha))} is given beside --objective",
             "one of the two: an objective has its own weights",
             "leave out --alpha, or write the weights as kd:weight=0.9",
+        )
+
+
+def _check_embedding(settings: SweepArgs, manifest: Manifest) -> None:
+    """Refuse what supposes classes, where the teacher answers with a vector."""
+    if not manifest.is_embedding:
+        return
+    if settings.teacher:
+        raise UsageError("--teacher is given, and the cache holds embeddings", "a teacher of classes", "leave it out")
+    if not settings.objective:
+        raise UsageError(
+            "no --objective is given, and the cache holds embeddings, without labels to weigh against",
+            "the objectives to try",
+            "give --objective cosine --objective feature_mse, for example",
         )
 
 
@@ -178,8 +195,8 @@ def _rows(grid: Sequence[Setting], seeds: Sequence[int], outcomes: dict[str, Out
     for setting in grid:
         runs = [f"{setting.folder}-seed{seed}" for seed in seeds]
         done = [outcomes[run] for run in runs if outcomes[run].result]
-        measured = [each.result.get("test_map", each.result["test_accuracy"]) for each in done if each.result]
-        tests = [accuracy for accuracy in measured if accuracy is not None]
+        measured = [main_score(each.result, "test") for each in done if each.result]
+        tests = [score for score in measured if score is not None]
         validations = [each.val_accuracy for each in done if each.val_accuracy is not None]
         rows.append(
             {
@@ -261,8 +278,8 @@ def _lines(rows: list[dict[str, Any]], data: dict[str, Any], out: Path) -> list[
         lines.append("in the order of the grid: without --val-fraction nothing is held out that could choose a setting")
     else:
         lines.append(
-            "sorted by accuracy (mAP with several classes per sample) on the validation part of the training split; "
-            "the test split chooses nothing"
+            "sorted by accuracy (mAP with several classes per sample, cosine similarity of embeddings) on the "
+            "validation part of the training split; the test split chooses nothing"
         )
     lines.append(
         f"training took {data['train_seconds']:,.1f} s of all students together; {out / RESULT} has every number"

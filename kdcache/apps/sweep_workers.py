@@ -25,7 +25,7 @@ from kdcache.core.errors import KdcacheError
 from kdcache.core.options import default_values
 from kdcache.core.plugins import describe
 from kdcache.core.progress import Progress, log
-from kdcache.core.run_dir import CONFIG, RESULT, RunFolder, read_metrics, read_result
+from kdcache.core.run_dir import CONFIG, RESULT, RunFolder, main_score, read_metrics, read_result
 from kdcache.models.device import device_count
 from kdcache.store.storage.registry import StorageOptions, process_options, set_process_options
 
@@ -179,7 +179,7 @@ def _finished(job: Job) -> Outcome | None:
 
 
 def _outcome(folder: Path) -> Outcome:
-    found = [entry.get("val_map", entry.get("val_accuracy")) for entry in read_metrics(folder)]
+    found = [main_score(entry, "val") for entry in read_metrics(folder)]
     validations = [score for score in found if score is not None]
     return Outcome(result=read_result(folder), val_accuracy=max(validations, default=None))
 
@@ -187,8 +187,8 @@ def _outcome(folder: Path) -> Outcome:
 def _said(outcome: Outcome) -> str:
     if outcome.result is None:
         return f"FAILED: {outcome.error}"
-    accuracy = outcome.result["test_accuracy"]
-    return "finished" if accuracy is None else f"test accuracy {accuracy:.2%}"
+    score = main_score(outcome.result, "test")
+    return "finished" if score is None else f"finished, test score {score:.2%}"
 
 
 def _train(settings: dict[str, Any], slot: Slot, log_path: str) -> Outcome:

@@ -245,9 +245,10 @@ class TrainConfig(RuntimeConfig):
     )
     metric: str = option(
         "accuracy",
-        "What best.pt is best in on the held-out part: accuracy (map, the mean average precision, for several classes "
-        "per sample); nll, the negative log-likelihood; or agreement with the teacher, which needs no labels.",
-        choices=("accuracy", "map", "nll", "agreement"),
+        "What best.pt is best in on the held-out part: accuracy (for several classes per sample map, the mean average "
+        "precision; for embeddings cosine, or retrieval of the same neighbours); nll, the negative log-likelihood; or "
+        "agreement with the teacher, which needs no labels.",
+        choices=("accuracy", "map", "nll", "agreement", "cosine", "retrieval"),
         only_with=("val_fraction",),
     )
     patience: int | None = option(
@@ -354,6 +355,11 @@ class DumpTeacherArgs(DumpConfig, TeacherOutputConfig, DatasetConfig, InputConfi
     teacher: str = option("cnn", MODEL_HELP)
     checkpoint: str | None = option(None, "The teacher's weights: .pt, .pth or .safetensors.")
     checkpoint_key: str | None = option(None, CHECKPOINT_KEY_HELP)
+    task: str = option(
+        "classification",
+        "What the teacher answers: classification, or embedding, a vector of any meaning.",
+        choices=("classification", "embedding"),
+    )
     split: tuple[str, ...] = option(("train",), "Split to dump; repeat for several.")
     out: str = option(
         "",
@@ -418,6 +424,11 @@ class EvaluateArgs(InferenceConfig, DatasetConfig):
 
     run: str = option("", "Folder of a run.", required=True)
     split: str = option("test", "Split to evaluate on.")
+    cache: str | None = option(
+        None,
+        "Cache with the teacher's answers to this split, to compare with. [default: for embeddings the run's]",
+        url=True,
+    )
     plots: bool = option(False, "Plot a confusion matrix into the run's folder (extra: plots).")
 
 

@@ -231,6 +231,14 @@ def _damaged(file: Path, problem: ValueError) -> UsageError:
     return UsageError(f"{file} is damaged: {problem}", "a finished run", "take the run from a copy, or train it again")
 
 
+def main_score(values: dict[str, Any], part: str) -> float | None:
+    """The score that runs are compared by, of a result (`test`) or an epoch's metrics (`val`): cosine similarity of
+    embeddings, mean average precision of several classes per sample, else accuracy; None where it is not known.
+    """
+    found = (values.get(f"{part}_{name}") for name in ("cosine", "map", "accuracy"))
+    return next((float(score) for score in found if score is not None), None)
+
+
 def read_result(path: Path) -> dict[str, Any]:
     """What a finished run printed with --json.
 

@@ -24,6 +24,9 @@ from kdcache.store.manifest import UNLABELLED
 
 Indices = Sequence[int] | NDArray[np.int64]
 
+# Classes of samples whose labels are not looked at, because a vector answers for them.
+ANY_CLASS = ("any",)
+
 
 class IndexedDataset(ABC):
     """Samples `0 <= i < N`, always the same ones.
@@ -178,7 +181,8 @@ class MapDataset(IndexedDataset):
         # A hint for sizing networks: samples that differ later are still refused when they are stacked.
         probed = rng.keyed_sample(len(self), 16, 0, "input shape").tolist()
         value, label = self._read(probed[0])
-        self.is_text, self.multi_label = isinstance(value, str), is_vector(label)
+        self._ignores_labels = classes == ANY_CLASS
+        self.is_text, self.multi_label = isinstance(value, str), is_vector(label) and not self._ignores_labels
         if labels is not None:
             _check_labels(labels, self)
         probes = [self._item(index)[0] for index in probed]
@@ -271,6 +275,8 @@ class MapDataset(IndexedDataset):
         image = as_sequence(value, where) if isinstance(value, str | list) else as_input(value, where)
         if self.input_dtype and dtype_name(image) != self.input_dtype:
             raise DatasetError(f"{where} has dtype {dtype_name(image)}", f"{self.input_dtype}, as the others have")
+        if self._ignores_labels:
+            return image, UNLABELLED
         if self.multi_label:
             return image, self._vector(given_label, index, where)
         try:
@@ -323,7 +329,7 @@ def as_indexed(
             also be (index, token ids, label).
         name: how manifests call it.
         classes: names of the classes; taken from `.classes`, or counted in `.targets` or `.labels`, where not given.
-        default_classes: names of the classes where it does not tell them.
+        default_classes: names of the classes where it does not tell them; `ANY_CLASS` to leave labels aside.
 
     Raises:
         DatasetError: it is a stream, it is empty, its classes are unknown, or a first sample is not such a pair.
@@ -353,6 +359,8 @@ def as_indexed(
         ) from problem
     if not count:
         raise DatasetError(f"{name} has no samples", "at least one")
+    if tuple(default_classes) == ANY_CLASS:
+        return MapDataset(dataset, np.full(count, UNLABELLED), name=name, split=split, classes=ANY_CLASS)
     if classes is None and labels is not None and labels.ndim == 1 and labels.max() >= 0:
         classes = [str(label) for label in range(int(labels.max()) + 1)]
     classes = classes or default_classes

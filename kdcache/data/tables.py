@@ -17,7 +17,7 @@ from kdcache.core.errors import DatasetError, KdcacheError
 from kdcache.core.json_records import brief
 from kdcache.core.plugins import describe, require_extra
 from kdcache.core.progress import log
-from kdcache.data.dataset import IndexedDataset, as_indexed
+from kdcache.data.dataset import ANY_CLASS, IndexedDataset, as_indexed
 from kdcache.data.labels import label_vector
 from kdcache.data.raw_input import read_image
 from kdcache.data.text_files import TextDataset
@@ -61,7 +61,8 @@ def open_csv(spec: str, split: str, classes: Sequence[str] = ()) -> IndexedDatas
     """
     file = Path(spec.partition(":")[2])
     table = _read_csv(file)
-    names = tuple(classes) or _classes(name for _, row in table.rows for name in table.names(row))
+    own = _classes(name for _, row in table.rows for name in table.names(row))
+    names = own or tuple(classes) if tuple(classes) == ANY_CLASS else tuple(classes) or own
     if not names:
         raise DatasetError(
             f"{file} has no labels", "the names of the classes that the teacher tells apart", "give --classes FILE"

@@ -119,7 +119,7 @@ class Loss:
     Attributes:
         function: Pure function of tensors; its keyword-only parameters are the options of its spec.
         arguments: Positional arguments of the function, in their order.
-        features: Whether student and teacher are features, and not logits.
+        features: Whether student and teacher are features or embeddings, and not logits.
         comparable: Makes the student's features comparable with the teacher's: takes the shapes of one sample's
             features, student first, and returns a projection of the student's, or None where none is needed. Raises
             ValueError with the shapes that would be comparable. None where any shapes are.
@@ -187,6 +187,7 @@ LOSSES: dict[str, Loss] = {
     ),
     "dist": Loss(function=losses.dist, whole_rows=True, across_batch=True),
     "standardized_kd": Loss(function=losses.standardized_kd, whole_rows=True),
+    "cosine": Loss(function=losses.cosine, features=True, comparable=_projected_vectors),
     "feature_mse": Loss(function=losses.feature_mse, features=True, comparable=_projected),
     "attention_transfer": Loss(
         function=losses.attention_transfer, features=True, comparable=_same_maps, dump_options="--pool none"

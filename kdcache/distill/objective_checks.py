@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from kdcache.core.config import StudentConfig
 from kdcache.core.errors import UsageError
 from kdcache.core.progress import log
 from kdcache.data.dataset import IndexedDataset
+from kdcache.data.embedding import EmbeddingDataset
 from kdcache.distill.objective import LOSSES, ObjectiveSpec
 from kdcache.store.encodings.base import Encoding, chosen_temperature
-from kdcache.store.manifest import NONE, ViewRecipe
+from kdcache.store.manifest import NONE, Manifest, ViewRecipe
 
 
 def check_encoding(encoding: Encoding, specs: Sequence[ObjectiveSpec], config: StudentConfig) -> None:
@@ -43,14 +45,38 @@ def check_encoding(encoding: Encoding, specs: Sequence[ObjectiveSpec], config: S
         chosen_temperature(encoding, temperature)
 
 
-def check_kind_of_labels(
-    specs: Sequence[ObjectiveSpec], config: StudentConfig, dataset: IndexedDataset, recipe: ViewRecipe
-) -> None:
-    """Refuse objectives of one class per sample where there are several, and the other way round.
+def with_default_objective(config: StudentConfig, manifest: Manifest) -> StudentConfig:
+    """The settings with the objective `cosine`, where a cache holds embeddings and none is given.
 
     Raises:
-        UsageError: an objective is of the other kind; inputs of several classes are mixed.
+        UsageError: the weight of the labels is given, which embeddings do not have.
     """
+    if not manifest.is_embedding or not config.distill or config.objective:
+        return config
+    if config.alpha != StudentConfig().alpha:
+        raise UsageError(
+            f"--alpha {config.alpha:g} weighs the teacher against labels, and the cache holds embeddings",
+            "no --alpha: the teacher's vectors are all that there is to learn",
+            "leave it out",
+        )
+    return replace(config, objective=("cosine",))
+
+
+def check_kind_of_labels(specs: Sequence[ObjectiveSpec], dataset: IndexedDataset, recipe: ViewRecipe) -> None:
+    """Refuse objectives of one class per sample where there are several, and the other way round; and objectives of
+    classes where the teacher answers with a vector.
+
+    Raises:
+        UsageError: an objective is of another kind; inputs of several classes are mixed.
+    """
+    if isinstance(dataset, EmbeddingDataset):
+        if of_classes := [spec.name for spec in specs if not spec.loss.features]:
+            raise UsageError(
+                f"--objective {of_classes[0]} compares classes, and the cache holds embeddings",
+                f"one of {', '.join(name for name, each in LOSSES.items() if each.features)}",
+                "leave it out for cosine",
+            )
+        return
     kinds, several = {False: "one class", True: "any number of classes"}, dataset.multi_label
     for spec in specs:
         if not spec.loss.features and spec.loss.multi_label != several:

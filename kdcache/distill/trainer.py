@@ -36,10 +36,10 @@ from kdcache.models.device import (
     synchronize,
 )
 from kdcache.models.distributed import Processes, accumulating, is_lost, lost_processes, synchronized_batchnorm
-from kdcache.models.evaluate import Evaluation, MultiLabelEvaluation, evaluate_model, evaluate_multi_label
+from kdcache.models.evaluators import default_metric, evaluator_of
 
-# The metric that needs a teacher, and no labels.
-AGREEMENT = "agreement"
+# Metrics that need a teacher, and no labels.
+TEACHER_METRICS = ("agreement", "cosine", "retrieval")
 # Below this scale of the loss no float16 gradient overflows because of the scale: it is the network that is not finite.
 SMALLEST_SCALE = 2.0**-24
 
@@ -151,9 +151,9 @@ class _Loop:
 
     @property
     def metric(self) -> str:
-        """What the best epoch is best in; of samples with several classes the mean average precision, if not chosen."""
-        several = self.data.views.dataset.multi_label
-        return "map" if several and self.config.metric == "accuracy" else self.config.metric
+        """What the best epoch is best in."""
+        chosen = self.config.metric
+        return default_metric(self.data.views.dataset) if chosen == "accuracy" else chosen
 
     @property
     def result_module(self) -> nn.Module:
@@ -323,14 +323,14 @@ class _Loop:
         """Whether this epoch's weights are the best so far; without a validation part the last epoch's are."""
         if not len(self.data.validation_indices):
             return last
-        evaluate = evaluate_multi_label if self.data.views.dataset.multi_label else evaluate_model
-        found: Evaluation | MultiLabelEvaluation = evaluate(
+        dataset = self.data.views.dataset
+        found = evaluator_of(dataset)(
             self.result_module,
-            self.data.views.dataset,
+            dataset,
             preprocess=self.data.preprocessor,
             config=self.config,
             indices=self.data.validation_indices,
-            teacher=self.data.teacher if self.metric == AGREEMENT else None,
+            teacher=self.data.teacher if self.metric in TEACHER_METRICS else None,
             processes=self.processes,
         )
         entry |= {f"val_{name}": score for name, score in found.scores.items()}

@@ -16,7 +16,8 @@ from kdcache.core.config import DatasetConfig, InputConfig
 from kdcache.core.errors import CheckpointError, DatasetError, ModelError, UsageError
 from kdcache.core.json_records import counted, from_json, to_json
 from kdcache.core.progress import log
-from kdcache.data.dataset import IndexedDataset, labelled_samples
+from kdcache.data.dataset import IndexedDataset
+from kdcache.data.embedding import EmbeddingDataset
 from kdcache.data.loader import BatchRequest, batch_loader
 from kdcache.data.preprocess import Preprocessor
 from kdcache.data.registry import open_dataset
@@ -84,14 +85,10 @@ def open_test(
 ) -> IndexedDataset | None:
     """Open the test split; None, with a message, where there is none. Called before training, to report it early."""
     try:
-        test = open_data(settings, spec, "test", hint, classes)
+        return open_data(settings, spec, "test", hint, classes)
     except DatasetError as problem:
         log(f"no accuracy on a test split will be given: {problem}")
         return None
-    if len(labelled_samples(test)) == 0:
-        log(f"no accuracy on a test split will be given: that of {spec} is unlabelled")
-        return None
-    return test
 
 
 def dataset_preprocess(dataset: IndexedDataset) -> Preprocess:
@@ -136,6 +133,7 @@ def construct(
     checkpoint: dict[str, Any] | None = None,
     classes: tuple[str, ...] | None = None,
     checkpoint_key: str | None = None,
+    encoder: bool = False,
 ) -> BuiltModel:
     """Build a network without a forward pass.
 
@@ -143,6 +141,7 @@ def construct(
 
     Args:
         classes: Names of the network's outputs; None takes the dataset's classes.
+        encoder: Whether an `hf:` model of texts is to give vectors, and not classes.
         checkpoint_key: Entry of the checkpoint that holds the weights, where several fit.
     """
     checkpoint, classes = checkpoint or {}, classes or dataset.classes
@@ -150,7 +149,15 @@ def construct(
         default = recorded_preprocess(checkpoint, Path(spec))
     if is_sequences(dataset):
         return _build_reader(
-            spec, dataset, settings, seed, default, training=training, checkpoint=checkpoint, classes=classes
+            spec,
+            dataset,
+            settings,
+            seed,
+            default,
+            training=training,
+            checkpoint=checkpoint,
+            classes=classes,
+            encoder=encoder,
         )
     if reads_sequences(spec):
         raise ModelError(
@@ -207,6 +214,7 @@ def _build_reader(
     training: bool,
     checkpoint: dict[str, Any],
     classes: tuple[str, ...],
+    encoder: bool,
 ) -> BuiltModel:
     """A network for texts or token ids."""
     if settings.mean or settings.size or settings.resize or settings.crop:
@@ -237,6 +245,7 @@ def _build_reader(
         max_tokens=settings.max_tokens or (default.max_tokens if checkpoint else None),
         # A checkpoint brings its own head, whose number of classes the weights of the hub need not have.
         replace_head=training or "kdcache" in checkpoint,
+        encoder=encoder,
     )
 
 
@@ -274,6 +283,7 @@ def describe(built: BuiltModel, dataset: IndexedDataset) -> dict[str, Any]:
             "is_text": dataset.is_text,
             # Left out of others: what a run of an older version recorded is compared when it is continued.
             **({"multi_label": True} if dataset.multi_label else {}),
+            **({"embedding": True} if isinstance(dataset, EmbeddingDataset) else {}),
         }
     }
 

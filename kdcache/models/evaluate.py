@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import zip_longest
 from typing import Any
 
@@ -16,7 +15,6 @@ from torch import Tensor, nn
 
 from kdcache.core.config import InferenceConfig
 from kdcache.core.errors import DatasetError
-from kdcache.core.plugins import require_extra
 from kdcache.core.progress import Progress
 from kdcache.data.dataset import IndexedDataset, labelled_samples
 from kdcache.data.loader import Batch, batch_loader, consecutive_batches
@@ -82,59 +80,6 @@ class Evaluation:
         """Positions of a few samples spread evenly over all: a sorted dataset has its classes one after another."""
         count = len(self.true_n)
         return [(2 * at + 1) * count // (2 * min(SHOWN_SAMPLES, count)) for at in range(min(SHOWN_SAMPLES, count))]
-
-
-@dataclass(frozen=True, kw_only=True)
-class MultiLabelEvaluation:
-    """A network's logits for samples that belong to any number of classes, against their labels.
-
-    Attributes:
-        true_nc: 0 and 1 for each class, (n, classes) uint8.
-        logits_nc: Logits, (n, classes) float32; a class is predicted where σ(logit) is at least 0.5.
-        teacher_nc: The teacher's logits, likewise; None where they were not asked for.
-    """
-
-    true_nc: NDArray[np.uint8]
-    logits_nc: NDArray[np.float32]
-    teacher_nc: NDArray[np.float32] | None = None
-
-    @property
-    def predicted_nc(self) -> NDArray[np.bool_]:
-        """Predicted classes, (n, classes)."""
-        return self.logits_nc >= 0
-
-    @cached_property
-    def average_precision_c(self) -> NDArray[np.float64]:
-        """Average precision of each class, (classes,), by scikit-learn; nan for a class without a sample.
-
-        Raises:
-            MissingExtra: scikit-learn is not installed.
-        """
-        metrics = require_extra("sklearn.metrics", "multilabel", "the scores of several classes")
-        found = np.full(self.true_nc.shape[1], np.nan)
-        for at in np.flatnonzero(self.true_nc.any(axis=0)):
-            found[at] = metrics.average_precision_score(self.true_nc[:, at], self.logits_nc[:, at])
-        return found
-
-    @cached_property
-    def scores(self) -> dict[str, float]:
-        """Scores by name.
-
-        `map` is the mean average precision over the classes that have samples, `micro_f1` and `macro_f1` are at 0.5,
-        `nll` is the binary cross entropy per class in nats, and `agreement`, with a teacher, the share of equal
-        decisions.
-        """
-        metrics = require_extra("sklearn.metrics", "multilabel", "the scores of several classes")
-        logits, labels = torch.from_numpy(self.logits_nc), torch.from_numpy(self.true_nc).float()
-        scores = {
-            "map": float(np.nanmean(self.average_precision_c)) if self.true_nc.any() else 0.0,
-            "micro_f1": float(metrics.f1_score(self.true_nc, self.predicted_nc, average="micro", zero_division=0)),
-            "macro_f1": float(metrics.f1_score(self.true_nc, self.predicted_nc, average="macro", zero_division=0)),
-            "nll": float(nn.functional.binary_cross_entropy_with_logits(logits, labels)),
-        }
-        if self.teacher_nc is not None:
-            scores["agreement"] = float(((self.teacher_nc >= 0) == self.predicted_nc).mean())
-        return scores
 
 
 def predict_batches(
@@ -220,36 +165,17 @@ def evaluate_model(
             kl = (other.exp() * (other - log_p)).nan_to_num().sum(dim=1)
             part = (*part, other.argmax(dim=1).cpu(), kl.cpu())
         parts.append(part)
-    # Process `rank` takes batches rank, rank + size, rank + 2 size, …
-    dealt = zip_longest(*processes.gather_objects(parts))
-    parts = [part for turn in dealt for part in turn if part is not None]
     names = ("true_n", "predicted_n", "top_n", "nll_n", "teacher_n", "kl_n")
-    columns = [torch.cat(each).numpy() for each in zip(*parts, strict=True)]
-    return Evaluation(**dict(zip(names, columns, strict=False)))
+    return Evaluation(**dict(zip(names, gathered(parts, processes), strict=False)))
 
 
-def evaluate_multi_label(
-    module: nn.Module,
-    dataset: IndexedDataset,
-    *,
-    preprocess: Preprocess | Preprocessor,
-    config: InferenceConfig,
-    indices: NDArray[np.int64] | None = None,
-    teacher: Callable[[NDArray[np.int64]], NDArray[Any]] | None = None,
-    processes: Processes | None = None,
-) -> MultiLabelEvaluation:
-    """Compare a network's logits with the labels of samples that belong to any number of classes.
+def gathered(parts: Sequence[tuple[Tensor, ...]], processes: Processes) -> list[NDArray[Any]]:
+    """The columns of all batches of `predict_batches`, in the order of the samples, in every process.
 
-    Arguments as for `evaluate_model`.
+    Args:
+        parts: Columns of each batch of this process, on the host.
     """
-    processes = processes or Processes()
-    parts: list[tuple[NDArray[Any], ...]] = []
-    title = f"evaluate {dataset.split}"
-    for batch, logits_bc in predict_batches(
-        module, dataset, preprocess=preprocess, config=config, indices=indices, title=title, processes=processes
-    ):
-        part: tuple[NDArray[Any], ...] = (batch.labels.numpy(), logits_bc.float().cpu().numpy())
-        parts.append(part if teacher is None else (*part, teacher(batch.indices.numpy()).astype(np.float32)))
-    dealt = zip_longest(*processes.gather_objects(parts))
-    columns = [np.concatenate(each) for each in zip(*(part for turn in dealt for part in turn if part), strict=True)]
-    return MultiLabelEvaluation(**dict(zip(("true_nc", "logits_nc", "teacher_nc"), columns, strict=False)))
+    # Process `rank` takes batches rank, rank + size, rank + 2 size, …
+    dealt = zip_longest(*processes.gather_objects(list(parts)))
+    ordered = [part for turn in dealt for part in turn if part is not None]
+    return [torch.cat(each).numpy() for each in zip(*ordered, strict=True)]

@@ -8,13 +8,14 @@ from typing import Any, NoReturn
 
 from torch import nn
 
-from kdcache.core.config import InputConfig
+from kdcache.core.config import DatasetConfig, InputConfig
 from kdcache.core.errors import CheckpointError, DatasetError
 from kdcache.core.progress import log
 from kdcache.core.run_dir import BEST, RESULT, read_config
-from kdcache.data.dataset import IndexedDataset, Indices
+from kdcache.data.dataset import ANY_CLASS, IndexedDataset, Indices
+from kdcache.data.embedding import EmbeddingDataset
 from kdcache.data.preprocess import Preprocessor
-from kdcache.models.build import construct, recorded_preprocess
+from kdcache.models.build import check_classes, construct, open_data, recorded_preprocess
 from kdcache.models.checkpoints import fit_weights, read_checkpoint
 from kdcache.store.manifest import Preprocess
 
@@ -44,6 +45,7 @@ class TrainedNetwork:
         input_dtype: Dtype of the shared inputs, such as `uint8`.
         is_text: Whether the shared inputs are texts, as UTF-8.
         multi_label: Whether a sample belongs to any number of classes.
+        embedding: Whether its answer is a vector, and its classes are the dimensions of that.
         dataset: Spec of the training dataset.
         data_root: Data root of the training dataset.
         taught_by: Digests of the views that the network was trained on, per cache; empty where none are recorded.
@@ -58,6 +60,7 @@ class TrainedNetwork:
     input_dtype: str
     is_text: bool
     multi_label: bool
+    embedding: bool
     dataset: str
     data_root: str | None
     taught_by: list[list[str]]
@@ -122,8 +125,29 @@ def load_trained(folder: Path) -> TrainedNetwork:
         input_dtype=dataset.input_dtype,
         is_text=dataset.is_text,
         multi_label=bool(facts.get("multi_label")),
+        embedding=bool(facts.get("embedding")),
         dataset=dataset.name,
         data_root=dataset.data_root,
         taught_by=checkpoint.get("rows") or [],
         checkpoint=path,
     )
+
+
+def open_split(trained: TrainedNetwork, settings: DatasetConfig, split: str) -> IndexedDataset:
+    """A split of the dataset that a network was trained on, or of another one with the same classes.
+
+    Raises:
+        DatasetError: it cannot be opened.
+        ModelError: it has other classes.
+    """
+    dataset = open_data(
+        settings,
+        settings.dataset or trained.dataset,
+        split,
+        hint=trained.data_root,
+        classes=ANY_CLASS if trained.embedding else trained.classes,
+    )
+    if trained.embedding:
+        return EmbeddingDataset(dataset, len(trained.classes))
+    check_classes(str(trained.checkpoint), trained.classes, dataset)
+    return dataset

@@ -1,4 +1,4 @@
-"""Classifiers of the Hugging Face hub or of a local folder: of texts with their tokenizer, of images with theirs."""
+"""Networks of the Hugging Face hub or of a local folder: of texts with their tokenizer, of images with theirs."""
 
 from __future__ import annotations
 
@@ -37,16 +37,41 @@ class SequenceClassifier(nn.Module):
         return cast(Tensor, self.model(input_ids=ids_bt, attention_mask=(ids_bt != self.pad_id).long()).logits)
 
 
-def load_classifier(
-    spec: str, name: str, classes: tuple[str, ...], *, replace_head: bool, max_tokens: int | None
+class TextEncoder(nn.Module):
+    """An encoder of the library transformers, whose answer is the mean of its tokens' vectors (Sentence-BERT, Reimers
+    and Gurevych, 2019, arXiv 1908.10084).
+    """
+
+    def __init__(self, model: nn.Module, pad_id: int) -> None:
+        super().__init__()
+        self.model = model
+        self.pad_id = pad_id
+
+    def forward(self, ids_bt: Tensor) -> Tensor:
+        """Token ids (B, tokens) int64 to vectors (B, width)."""
+        mask_bt = (ids_bt != self.pad_id).long()
+        vectors_btd = cast(Tensor, self.model(input_ids=ids_bt, attention_mask=mask_bt).last_hidden_state)
+        weights = mask_bt.unsqueeze(2).to(vectors_btd.dtype)
+        return (vectors_btd * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1)
+
+
+def load_text_model(
+    spec: str,
+    name: str,
+    classes: tuple[str, ...],
+    *,
+    replace_head: bool,
+    max_tokens: int | None,
+    encoder: bool = False,
 ) -> tuple[nn.Module, Preprocessor]:
-    """Load a trained sequence classifier with its tokenizer.
+    """Load a trained sequence classifier, or encoder, with its tokenizer.
 
     Args:
         name: Name on the hub, or a local folder written by `save_pretrained`, with its tokenizer.
         classes: Classes of the dataset.
         replace_head: Whether to initialise a new head if that of the weights has another number of classes.
         max_tokens: Maximum length of a text; None takes the classifier's, up to 512.
+        encoder: Whether it is to give vectors, and not classes.
 
     Raises:
         ModelError: it cannot be fetched or read, takes fewer tokens, or its tokenizer is written in
@@ -56,7 +81,7 @@ def load_classifier(
     transformers = require_extra("transformers", "hf", spec)
     try:
         with _quiet(transformers):
-            config, tokenizer, model = _loaded(transformers, name, len(classes), replace_head)
+            config, tokenizer, model = _loaded(transformers, name, len(classes), replace_head, encoder)
     except Exception as problem:  # the hub's client raises errors of several libraries
         raise ModelError(
             f"{spec} could not be read or fetched: {type(problem).__name__}: {str(problem)[:300]}",
@@ -75,7 +100,7 @@ def load_classifier(
         vocabulary_size=own.vocabulary_size,
         tokenizer_sha256=own.sha256,
     )
-    module = SequenceClassifier(model.float(), own.pad_id).eval()
+    module = (TextEncoder if encoder else SequenceClassifier)(model.float(), own.pad_id).eval()
     longest = record.max_tokens or 1
     try:
         with torch.no_grad():
@@ -87,10 +112,12 @@ def load_classifier(
     return module.train(), Preprocessor(record, own)
 
 
-def _loaded(transformers: Any, name: str, num_classes: int, replace_head: bool) -> tuple[Any, Any, Any]:
+def _loaded(transformers: Any, name: str, num_classes: int, replace_head: bool, encoder: bool) -> tuple[Any, Any, Any]:
     """Config, tokenizer and model."""
     config = transformers.AutoConfig.from_pretrained(name)
     tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+    if encoder:
+        return config, tokenizer, transformers.AutoModel.from_pretrained(name)
     head: dict[str, Any] = {}
     if replace_head and config.num_labels != num_classes:
         head = {"num_labels": num_classes, "ignore_mismatched_sizes": True}

@@ -19,7 +19,7 @@ from kdcache.core.plugins import PREFIX, call_with_accepted, describe, did_you_m
 from kdcache.core.specs import split_spec
 from kdcache.data.preprocess import Preprocessor
 from kdcache.models.cnn import NETWORKS
-from kdcache.models.huggingface import class_names, image_classifier, load_classifier
+from kdcache.models.huggingface import class_names, image_classifier, load_text_model
 from kdcache.models.pretrained import Published, timm_model, torchvision_model
 from kdcache.models.rnn import TEXT_NETWORKS, build_text_network, check_text_network
 from kdcache.store.manifest import OutputRecord, Preprocess
@@ -176,6 +176,7 @@ def build_text_model(
     preprocessor: Preprocessor | None,
     max_tokens: int | None = None,
     replace_head: bool = False,
+    encoder: bool = False,
 ) -> BuiltModel:
     """Build a model that takes token ids; the counterpart of `build_model`.
 
@@ -184,14 +185,20 @@ def build_text_model(
             called with those of `num_classes`, `vocabulary_size` and `pad_id` that it takes.
         preprocessor: Preprocessing of a model without its own; for `hf:`, that of the checkpoint, if there is one.
         max_tokens: Maximum length of a text, for `hf:`.
+        encoder: Whether an `hf:` model is to give vectors, and not classes.
 
     Raises:
         ModelError, MissingExtra: as for `build_model`, and if the model takes no token ids.
     """
     with _initial_weights(seed):
         if has_own_tokenizer(spec):
-            module, own = load_classifier(
-                spec, spec.removeprefix("hf:"), classes, replace_head=replace_head, max_tokens=max_tokens
+            module, own = load_text_model(
+                spec,
+                spec.removeprefix("hf:"),
+                classes,
+                replace_head=replace_head,
+                max_tokens=max_tokens,
+                encoder=encoder,
             )
             if preprocessor is not None and preprocessor.record != own.record:
                 raise ModelError(
@@ -200,7 +207,7 @@ def build_text_model(
                     "the tokenizer that it was trained with",
                     "give the folder its tokenizer back; the run's tokenizer.json is a copy of it",
                 )
-            names = class_names(module.get_submodule("model").config)
+            names = None if encoder else class_names(module.get_submodule("model").config)
             return BuiltModel(module=module, preprocessor=own, spec=spec, has_weights=True, class_names=names)
         assert preprocessor is not None, "a model without a tokenizer of its own"
         record = preprocessor.record

@@ -7,20 +7,22 @@ from typing import Any
 
 from kdcache.core.config import InputConfig
 from kdcache.core.errors import UsageError
-from kdcache.data.dataset import IndexedDataset
+from kdcache.core.plugins import PREFIX
+from kdcache.data.dataset import ANY_CLASS, IndexedDataset
 from kdcache.data.views import Views
 from kdcache.models.build import construct, dataset_preprocess, probe_model
 from kdcache.models.checkpoints import fit_weights, read_checkpoint
+from kdcache.models.embedding import Penultimate
+from kdcache.models.huggingface import TextEncoder
 from kdcache.models.registry import BuiltModel
 from kdcache.models.teacher_outputs import (
-    LOGITS,
     check_class_names,
     class_names,
     head_width,
     read_class_map,
     resolve_columns,
 )
-from kdcache.store.manifest import OutputRecord, ViewRecipe
+from kdcache.store.manifest import EMBEDDING, LOGITS_KIND, OutputRecord, ViewRecipe
 
 
 def load_teacher(
@@ -30,15 +32,18 @@ def load_teacher(
     dataset: IndexedDataset,
     recipe: ViewRecipe,
     *,
-    kind: str = LOGITS,
+    kind: str = LOGITS_KIND,
     class_map: str | None = None,
     outputs: OutputRecord | None = None,
     checkpoint_key: str | None = None,
 ) -> BuiltModel:
     """Load a teacher with its weights and the conversion of its outputs to logits of the dataset's classes.
 
+    Where its answer is to be an embedding, a `py:` factory returns that itself, a text model of `hf:` averages the
+    vectors of its tokens, and of any other classifier it is the input of the last linear layer.
+
     Args:
-        kind: Kind of its outputs, `logits` or `probabilities`.
+        kind: Kind of its outputs, `logits`, `probabilities` or `embedding`.
         class_map: JSON file that maps each class to a teacher's output; None takes the outputs in order.
         outputs: Kind and class map as recorded in a cache, instead of both.
         checkpoint_key: Entry of the checkpoint that holds the weights, where several fit.
@@ -53,19 +58,27 @@ def load_teacher(
     wanted = read_class_map(class_map, dataset.classes) if class_map else {}
     if outputs is not None:
         kind, wanted = outputs.kind, dict(zip(dataset.classes, outputs.columns, strict=False))
-    default = dataset_preprocess(dataset)
-    heads = _head_classes(checkpoint, wanted) if wanted else dataset.classes
+    encoder = kind == EMBEDDING
+    heads = dataset.classes
+    if wanted or encoder:
+        heads = _head_classes(checkpoint, wanted) if checkpoint or wanted else ANY_CLASS
     built = construct(
         spec,
         dataset,
         settings,
         0,
-        default,
+        dataset_preprocess(dataset),
         training=False,
         checkpoint=checkpoint,
         classes=heads,
         checkpoint_key=checkpoint_key,
+        encoder=encoder,
     )
+    if encoder:
+        _fit(built, checkpoint, checkpoint_path, checkpoint_key)
+        returns_vectors = spec.startswith(PREFIX) or isinstance(built.module, TextEncoder)
+        module = built.module if returns_vectors else Penultimate(built.module)
+        return replace(built, module=module, outputs=OutputRecord(kind=kind))
     names = class_names(built.module, built.class_names, checkpoint)
     columns: tuple[int, ...] = ()
     if wanted:
@@ -75,15 +88,20 @@ def load_teacher(
         check_class_names(checkpoint_path or spec, names, dataset.classes, exact="kdcache" in checkpoint)
     built = replace(built, outputs=OutputRecord(kind=kind, columns=columns))
     probe_model(built, Views(dataset, recipe), 0)
-    if checkpoint_path:
-        fit_weights(built.module, checkpoint, checkpoint_path, key=checkpoint_key)
+    _fit(built, checkpoint, checkpoint_path, checkpoint_key)
+    return built
+
+
+def _fit(built: BuiltModel, checkpoint: dict[str, Any], path: str | None, key: str | None) -> None:
+    """Load the teacher's weights, where they did not come with its spec."""
+    if path:
+        fit_weights(built.module, checkpoint, path, key=key)
     elif not built.has_weights:
         raise UsageError(
-            f"the teacher {spec} has random weights",
+            f"the teacher {built.spec} has random weights",
             "a trained teacher",
             "give --checkpoint FILE; kdcache train-teacher makes one (best.pt)",
         )
-    return built
 
 
 def _head_classes(checkpoint: dict[str, Any], class_map: dict[str, int | str]) -> tuple[str, ...]:

@@ -14,9 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from kdcache.core.errors import ModelError, TeacherOutputError, UsageError
-from kdcache.store.manifest import OutputRecord
-
-LOGITS, PROBABILITIES = "logits", "probabilities"
+from kdcache.store.manifest import EMBEDDING, LOGITS_KIND, PROBABILITIES, OutputRecord
 
 # Of a sum of probabilities from 1: float32 sums to within 1e-6, a narrower dtype to within some 1e-2.
 _SUM_TOLERANCE, _SUM_TOLERANCE_NARROW = 1e-3, 2e-2
@@ -61,10 +59,10 @@ def check_kind(output_bk: NDArray[Any], record: OutputRecord, *, narrow: bool) -
     Raises:
         TeacherOutputError: it is of the other kind.
     """
-    if output_bk.ndim != 2 or output_bk.shape[1] < 2:
+    if record.kind == EMBEDDING or output_bk.ndim != 2 or output_bk.shape[1] < 2:
         return
     given, tolerance = _are_probabilities(output_bk, narrow), _SUM_TOLERANCE_NARROW if narrow else _SUM_TOLERANCE
-    if given and record.kind == LOGITS:
+    if given and record.kind == LOGITS_KIND:
         raise TeacherOutputError(
             f"the teacher returns probabilities: none of {len(output_bk)} rows has a negative value, and each sums to "
             f"1 within {tolerance:g}",

@@ -18,7 +18,7 @@ from kdcache.store.encodings.registry import encoding_named
 from kdcache.store.facts import fact_names
 from kdcache.store.inspect import describe_fidelity
 from kdcache.store.layout import build_arrays
-from kdcache.store.manifest import Manifest, SourceRecord, recorded_sha256
+from kdcache.store.manifest import ONE_CLASS, Manifest, SourceRecord, recorded_sha256
 from kdcache.store.resume import ResumePolicy, find_dump
 from kdcache.store.seal import commit_outputs, seal
 from kdcache.store.storage.base import Storage
@@ -106,7 +106,7 @@ def _plan(cache: Cache, source: Storage, config: ConvertConfig) -> _Conversion:
         features=features,
         shard_rows=shard_rows,
         view_sha256=(),
-        facts=() if same else fact_names(encoding),
+        facts=() if same or old.answers != ONE_CLASS else fact_names(encoding),
         fidelity=old.fidelity if same else (),
         changed_predictions=old.changed_predictions if same else None,
         converted_from=SourceRecord(
@@ -124,7 +124,14 @@ def _target(cache: Cache, config: ConvertConfig) -> Encoding:
     """
     spec = config.encoding or cache.encoding.spec
     temperatures = config.temperatures or cache.encoding.temperatures
-    wanted = encoding_named(spec, len(cache.classes), temperatures)
+    answers = cache.manifest.answers
+    if config.max_kl is not None and answers != ONE_CLASS:
+        raise UsageError(
+            f"--max-kl {config.max_kl:g} is given, and {cache.place} holds the answer {answers} to each sample",
+            "logits of one class, between whose softmaxes there is a divergence",
+            "leave it out",
+        )
+    wanted = encoding_named(spec, len(cache.classes), temperatures, answers=answers)
     if wanted.spec == cache.encoding.spec and wanted.temperatures == cache.encoding.temperatures:
         return cache.encoding
     if not cache.encoding.dense:

@@ -104,7 +104,7 @@ def _describe(place: str, manifest: Manifest, data: dict[str, Any], local: Local
     committed, shards = data["committed_shards"], counted(data["shards"], "shard")
     dataset, teacher = manifest.dataset, manifest.teacher
     logits = manifest.arrays[0]
-    unknown = "not known: view 0 is mixed" if manifest.complete else "not known yet"
+    unknown = "not known: view 0 is mixed, or unlabelled" if manifest.complete else "not known yet"
     accuracy = unknown if teacher.accuracy is None else f"{teacher.accuracy:.2%} on this split"
     state = "complete" if manifest.complete else f"incomplete: {committed} of {shards} committed"
     if manifest.extending:
@@ -127,10 +127,13 @@ def _describe(place: str, manifest: Manifest, data: dict[str, Any], local: Local
         "citation": manifest.citation or "not given",
         "dataset": f"{dataset.name}, split {dataset.split}, {counted(dataset.length, 'sample')}, "
         f"{dataset.input_dtype} {shape}",
-        "classes": f"{len(dataset.classes)}: {classes}",
-        "labels": f"sha256 {dataset.labels_sha256}",
+        "classes": f"none: an embedding of {counted(len(dataset.classes), 'dimension')}"
+        if manifest.is_embedding
+        else f"{len(dataset.classes)}: {classes}",
+        "labels": "none" if manifest.is_embedding else f"sha256 {dataset.labels_sha256}",
         "inputs": f"sha256 of a sample {dataset.sample_sha256}",
-        "teacher": f"{teacher.spec}, {teacher.parameters:,} parameters, accuracy {accuracy}",
+        "teacher": f"{teacher.spec}, {teacher.parameters:,} parameters"
+        + ("" if manifest.is_embedding else f", accuracy {accuracy}"),
         "weights": f"sha256 {teacher.weights_sha256}",
         "preprocessing": preprocess,
         "views": _describe_views(manifest),

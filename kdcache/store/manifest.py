@@ -37,6 +37,11 @@ NOT_IDENTITY = frozenset(
 UNLABELLED = -1
 NONE = "none"
 
+# Kinds of a teacher's outputs.
+LOGITS_KIND, PROBABILITIES, EMBEDDING = "logits", "probabilities", "embedding"
+# What a teacher says of a sample, beside `EMBEDDING`: logits of a softmax, or of a sigmoid for each class.
+ONE_CLASS, SEVERAL_CLASSES = "one class", "several classes"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Preprocess:
@@ -94,7 +99,7 @@ class DatasetRecord:
 
     Attributes:
         name: Spec of the dataset without the path of a machine, such as `mnist` or `folder:images`.
-        classes: Class names; a label is a position in this tuple.
+        classes: Class names; a label is a position in this tuple. Of embeddings, the numbers of their dimensions.
         input_dtype: Dtype of the shared input, such as `uint8`.
         input_shape: Shape of one shared input, channels first; None where samples differ in size.
         sample_sha256: Fingerprint of a keyed sample of the shared inputs (indices, shapes and bytes).
@@ -126,17 +131,20 @@ class OutputRecord:
     """Conversion of a teacher's outputs to logits of the dataset's classes.
 
     Attributes:
-        kind: `logits`, or `probabilities`, of which the logarithm is taken.
+        kind: `logits`; `probabilities`, of which the logarithm is taken; or `embedding`, a vector that is no
+            classification, whose dimensions stand in place of the classes.
         columns: Column of the teacher's output for each class of the dataset; empty where its outputs are the
             dataset's classes in their order.
     """
 
-    kind: str = "logits"
+    kind: str = LOGITS_KIND
     columns: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.kind not in ("logits", "probabilities"):
-            raise ValueError(f"kind is {self.kind!r}: a teacher returns logits or probabilities")
+        if self.kind not in (LOGITS_KIND, PROBABILITIES, EMBEDDING):
+            raise ValueError(f"kind is {self.kind!r}: a teacher returns logits, probabilities or an embedding")
+        if self.kind == EMBEDDING and self.columns:
+            raise ValueError(f"columns is {self.columns}: an embedding has no classes to choose")
         if len(set(self.columns)) != len(self.columns) or any(column < 0 for column in self.columns):
             raise ValueError(f"columns is {self.columns}: each class needs an output of its own, counted from 0")
 
@@ -389,6 +397,18 @@ class Manifest:
     def multi_label(self) -> bool:
         """Whether a sample belongs to any number of classes: its label is 0 and 1 for each."""
         return self.array("labels").row_shape != ()
+
+    @property
+    def answers(self) -> str:
+        """What the teacher says of a sample: `ONE_CLASS`, `SEVERAL_CLASSES` or `EMBEDDING`."""
+        if self.is_embedding:
+            return EMBEDDING
+        return SEVERAL_CLASSES if self.multi_label else ONE_CLASS
+
+    @property
+    def is_embedding(self) -> bool:
+        """Whether the teacher's answer is a vector, and not logits of classes."""
+        return self.teacher.outputs.kind == EMBEDDING
 
     def rows_of(self, shard: int) -> range:
         """The sample indices of one shard."""

@@ -24,7 +24,8 @@ from kdcache.distill.student.train_student import train_student
 from kdcache.distill.teacher.dump import dump_teacher
 from kdcache.distill.trainer import train
 from kdcache.distill.training_data import training_data
-from kdcache.models.evaluate import evaluate_model, evaluate_multi_label
+from kdcache.models.evaluate import evaluate_model
+from kdcache.models.evaluate_multi_label import evaluate_multi_label
 from kdcache.models.registry import build_model
 from kdcache.store.manifest import UNLABELLED, Preprocess
 

@@ -13,7 +13,7 @@ from kdcache import losses
 LN2, LN3, HALF_ROOT = math.log(2), math.log(3), math.sqrt(0.5)
 LOGITS = ("soft_cross_entropy", "logit_mse", "decoupled_kd", "dist", "standardized_kd")
 RELATIONAL = ("similarity_preserving", "relational_distance", "relational_angle")
-FEATURES = ("feature_mse", "attention_transfer", *RELATIONAL)
+FEATURES = ("cosine", "feature_mse", "attention_transfer", *RELATIONAL)
 ALL = (*LOGITS, *FEATURES, "contrastive", "mixed_cross_entropy")
 ZERO_AT_THE_TEACHER = ("logit_mse", "decoupled_kd", "standardized_kd", *FEATURES)
 OPTIONS = {
@@ -62,6 +62,8 @@ def make_inputs(name, seed, batch=4, scale=1.0):
             return *same(batch, classes), labels()
         case "feature_mse":
             return same(batch, 3, 2)
+        case "cosine":
+            return same(batch, 4)
         case "attention_transfer":
             return normal(batch, 3, 2, 3), normal(batch, 2, 2, 3)
         case "similarity_preserving" | "relational_distance" | "relational_angle":
@@ -259,6 +261,8 @@ BY_HAND = {
         ),
     ],
     "feature_mse": [(([[[1.0], [2.0]], [[0.0], [-2.0]]], [[[0.0], [0.0]], [[0.0], [1.0]]]), {}, 14 / 4)],
+    # Cosines 0 and −1 / √2.
+    "cosine": [(([[2.0, 0.0], [-1.0, 0.0]], [[0.0, 5.0], [3.0, 3.0]]), {}, 1 + HALF_ROOT / 2)],
     # Means of squares (3, 4) and (1, 0): as unit vectors (0.6, 0.8) and (1, 0).
     "attention_transfer": [
         (([[[[1.0, 0.0]], [[root(5), -root(8)]]]], [[[[-7.0, 0.0]]]]), {}, (0.4**2 + 0.8**2) / 2),
@@ -429,7 +433,7 @@ def test_a_shift_of_a_rows_logits_changes_nothing(name):
         assert loss_of(name, *moved, **options).item() == pytest.approx(loss, rel=1e-9)
 
 
-@pytest.mark.parametrize("name", ["standardized_kd", "attention_transfer", *RELATIONAL, "contrastive"])
+@pytest.mark.parametrize("name", ["standardized_kd", "cosine", "attention_transfer", *RELATIONAL, "contrastive"])
 def test_positive_scaling_changes_nothing(name):
     inputs, options = make_inputs(name, 2), options_of(name)
     loss = loss_of(name, *inputs, **options).item()
@@ -439,7 +443,7 @@ def test_positive_scaling_changes_nothing(name):
             assert loss_of(name, *scaled, **options).item() == pytest.approx(loss, rel=1e-5)
 
 
-@pytest.mark.parametrize("name", ["standardized_kd", "attention_transfer", "contrastive"])
+@pytest.mark.parametrize("name", ["standardized_kd", "cosine", "attention_transfer", "contrastive"])
 def test_each_sample_has_its_own_scale(name):
     inputs, options = make_inputs(name, 2), options_of(name)
     scales = np.array([0.5, 3.0, 1.0, 20.0]).reshape(-1, *[1] * (inputs[0].ndim - 1))
@@ -567,6 +571,7 @@ TORCH = {
     "decoupled_kd": (torch_decoupled_kd, {"temperature": 2.0}),
     "dist": (torch_dist, {}),
     "standardized_kd": (torch_standardized_kd, {}),
+    "cosine": (lambda s, t: torch.nn.CosineEmbeddingLoss()(s, t, torch.ones(len(s))), {}),
     "feature_mse": (torch.nn.MSELoss(), {}),
     "attention_transfer": (
         lambda s, t: F.mse_loss(*(F.normalize(each.pow(2).mean(1).flatten(1)) for each in (s, t))),
@@ -734,7 +739,7 @@ def refused(name, inputs, *shown):
         assert str(shape) in str(caught.value)
 
 
-@pytest.mark.parametrize("name", [*LOGITS, "feature_mse", "contrastive"])
+@pytest.mark.parametrize("name", [*LOGITS, "cosine", "feature_mse", "contrastive"])
 @pytest.mark.parametrize("shape", [(2, 4), (1, 3), (2, 1), (3, 3), (3,), (2, 3, 1)])
 def test_another_shape_is_refused_with_both(name, shape):
     more = {"decoupled_kd": [[0, 1]], "contrastive": [np.ones((5, 3))]}.get(name, [])

@@ -21,7 +21,7 @@ from kdcache.data.registry import open_dataset
 from kdcache.distill.objective import label_objective
 from kdcache.distill.trainer import train
 from kdcache.distill.training_data import training_data
-from kdcache.models.evaluate import MultiLabelEvaluation, evaluate_multi_label
+from kdcache.models.evaluate_multi_label import MultiLabelEvaluation, evaluate_multi_label
 from kdcache.models.from_run import load_trained
 from kdcache.store.inspect import verify_cache
 from kdcache.store.manifest import Preprocess

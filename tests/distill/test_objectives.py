@@ -152,6 +152,7 @@ SPECS = {
     "dist": "plain",
     "standardized_kd": "plain",
     "hard_cross_entropy": "plain",
+    "cosine:layer=penultimate": "pooled",
     "feature_mse:layer=penultimate": "pooled",
     "feature_mse:layer=conv.2,student-layer=conv.2": "whole",
     "attention_transfer:layer=conv.2,student-layer=conv.2,weight=100": "whole",

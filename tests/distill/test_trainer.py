@@ -292,7 +292,7 @@ def test_validation_chooses_the_best_and_trains_on_no_sample_of_its_own(tmp_path
         right = np.arange(10) < 10 * next(accuracies)
         return Evaluation(true_n=right * 1, predicted_n=np.ones(10, np.int64), top_n=right * 1.0, nll_n=right * 0.0)
 
-    monkeypatch.setattr("kdcache.distill.trainer.evaluate_model", judge)
+    monkeypatch.setattr("kdcache.distill.trainer.evaluator_of", lambda _: judge)
     settings = config(epochs=4, val_fraction=0.3)
     result, _ = fit(
         settings,

@@ -175,7 +175,7 @@ def scripted(monkeypatch, accuracies, nlls=None):
         accuracy, nll = next(results)
         return SimpleNamespace(scores={"accuracy": accuracy, "nll": nll})
 
-    monkeypatch.setattr(loop, "evaluate_model", found)
+    monkeypatch.setattr(loop, "evaluator_of", lambda _: found)
 
 
 def test_training_stops_when_nothing_gets_better(monkeypatch, capsys):

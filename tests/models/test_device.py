@@ -63,6 +63,7 @@ LOSSES = {
     "decoupled_kd": lambda: losses.decoupled_kd(numbers(6, 4), numbers(6, 4), LABELS, temperature=2.0),
     "dist": lambda: losses.dist(numbers(6, 4), numbers(6, 4)),
     "standardized_kd": lambda: losses.standardized_kd(numbers(6, 4), numbers(6, 4)),
+    "cosine": lambda: losses.cosine(numbers(6, 5), numbers(6, 5)),
     "feature_mse": lambda: losses.feature_mse(numbers(6, 5), numbers(6, 5)),
     "attention_transfer": lambda: losses.attention_transfer(numbers(6, 2, 3, 3), numbers(6, 5, 3, 3)),
     "similarity_preserving": lambda: losses.similarity_preserving(numbers(6, 5), numbers(6, 7)),

@@ -10,9 +10,9 @@ from torch import nn
 from kdcache.analysis.calibration import reliability
 from kdcache.analysis.confusion import confusion_matrix
 from kdcache.analysis.distributions import negative_log_likelihood, softmax
-from kdcache.apps.pipeline import _measured, _per_class, _plot, _worst
 from kdcache.apps.report.metrics import evaluate_logits
 from kdcache.apps.report.sections import errors
+from kdcache.apps.scores import measured, per_class, plot_matrix, worst
 from kdcache.core.config import RuntimeConfig
 from kdcache.data.dataset import ArrayDataset
 from kdcache.models.evaluate import Evaluation, evaluate_model
@@ -36,10 +36,10 @@ def test_memory_grows_with_classes_and_not_with_their_square(tmp_path, capfd):
     assert found.accuracy in (0, 0.25, 0.5)
     assert answers.confusion_cc is None
     assert "No confusion matrix is drawn of 60,000 classes" in section.figures[0].caption
-    assert _plot(found, dataset, tmp_path) == {}
+    assert plot_matrix(found, dataset, tmp_path) == {}
     assert "more than 1,000" in capfd.readouterr().err
     assert list(tmp_path.iterdir()) == []
-    assert len(_per_class(found, dataset)) == MANY
+    assert len(per_class(found, dataset)) == MANY
     with pytest.raises(ValueError, match="at most 1000"):
         confusion_matrix(found.true_n, found.predicted_n, MANY)
 
@@ -59,14 +59,14 @@ def test_nll_ece_and_class_accuracy_are_those_of_the_logits():
         logits = network(inputs.float() / 255).numpy()
     true = labels.numpy()
     found = evaluate_model(network, dataset, preprocess=Preprocess(), config=RuntimeConfig(device="cpu", batch_size=7))
-    data = _measured(found, dataset)
+    data = measured(found, dataset)
     assert data["train_nll"] == pytest.approx(negative_log_likelihood(logits, true).mean(), rel=1e-5)
     assert data["train_ece"] == pytest.approx(reliability(softmax(logits), true).ece, abs=1e-6)
     assert data["train_accuracy"] == (logits.argmax(1) == true).mean()
-    for at, each in enumerate(_per_class(found, dataset)):
+    for at, each in enumerate(per_class(found, dataset)):
         assert each["class"] == f"class {at}"
         assert each["samples"] == (true == at).sum()
         assert each["accuracy"] == pytest.approx((logits.argmax(1) == true)[true == at].mean())
     shares = [{"class": "a", "samples": 4, "accuracy": 0.5}, {"class": "b", "samples": 0, "accuracy": None}]
-    assert _worst(shares) == "lowest accuracy by class: a 50.0% of 4"
-    assert _worst([{"class": "a", "samples": 4, "accuracy": 1.0}]) == ""
+    assert worst(shares) == "lowest accuracy by class: a 50.0% of 4"
+    assert worst([{"class": "a", "samples": 4, "accuracy": 1.0}]) == ""

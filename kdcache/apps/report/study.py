@@ -16,8 +16,9 @@ from kdcache.core.errors import CacheNotFound, DatasetError, UsageError
 from kdcache.core.progress import log
 from kdcache.core.rng import keyed_sample
 from kdcache.data.dataset import IndexedDataset, labelled_samples
-from kdcache.models.build import check_classes, open_data
+from kdcache.models.build import check_classes
 from kdcache.models.device import resolve_device
+from kdcache.models.from_run import open_split
 from kdcache.models.registry import weights_sha256
 
 # Tolerated difference of recorded and measured accuracy, for the arithmetic of another device.
@@ -110,14 +111,14 @@ class Study:
         """Datasets of the splits that can be opened."""
         trained, data = opened[0].trained, {}
         for split in (TEST, TRAIN):
-            try:
-                found = open_data(
-                    self._settings,
-                    self._settings.dataset or trained.dataset,
-                    split,
-                    hint=trained.data_root,
-                    classes=trained.classes,
+            if trained.embedding:
+                raise UsageError(
+                    f"the run at {opened[0].folder} answers with a vector",
+                    "runs on classes, which the report's figures are of",
+                    "see kdcache evaluate and kdcache compare",
                 )
+            try:
+                found = open_split(trained, self._settings, split)
             except DatasetError as problem:
                 self._miss(f"Nothing is measured on the {split} split: {problem.found}.")
                 continue

@@ -6,6 +6,7 @@ float64 in gives float64 out; float16 and bfloat16 are computed in float32.
 from kdcache.distill.losses.features import (
     attention_transfer,
     contrastive,
+    cosine,
     feature_mse,
     relational_angle,
     relational_distance,
@@ -32,6 +33,7 @@ __all__ = [
     "binary_cross_entropy",
     "binary_kd",
     "contrastive",
+    "cosine",
     "decoupled_kd",
     "dist",
     "feature_mse",

@@ -27,6 +27,22 @@ def feature_mse(student_features: Tensor, teacher_features: Tensor) -> Tensor:
     return F.mse_loss(*pair(student_features, teacher_features))
 
 
+def cosine(student_embeddings_bd: Tensor, teacher_embeddings_bd: Tensor) -> Tensor:
+    """1 − the cosine of the angle between the two embeddings of a sample; the mean over the batch, 0 to 2.
+
+    Args:
+        student_embeddings_bd: (batch, width), projected to the teacher's width where that differs.
+        teacher_embeddings_bd: of the same shape.
+
+    Raises:
+        ValueError: the shapes differ, or are not (batch, width).
+    """
+    student, teacher = pair(student_embeddings_bd, teacher_embeddings_bd)
+    if student.ndim != 2:
+        raise ValueError(f"embeddings have shape {tuple(student.shape)}: needed is (batch, width)")
+    return 1 - (unit(student, dim=1) * unit(teacher, dim=1)).sum(dim=1).mean()
+
+
 def attention_transfer(student_maps_bchw: Tensor, teacher_maps_bchw: Tensor) -> Tensor:
     """Attention maps: the mean over channels of squares, one vector per sample, L2-normalised; the mean squared
     difference of these (Zagoruyko and Komodakis, 2017, arXiv 1612.03928).

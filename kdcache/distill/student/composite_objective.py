@@ -15,16 +15,23 @@ from kdcache.distill.objective import BATCH, LABELS, NEGATIVES, SOFT_TARGETS, ST
 from kdcache.models.device import evaluation_mode, floating_dtype
 from kdcache.models.distributed import Processes
 from kdcache.models.feature_hooks import PENULTIMATE, FeatureHooks, pool_features
+from kdcache.models.forward import output_logits
+from kdcache.store.encodings.base import EMBEDDINGS
 from kdcache.store.manifest import NONE, FeatureRecord, Manifest
+
+# The answer itself, in place of a layer.
+OUTPUT = "output"
 
 
 def stored_feature(manifest: Manifest, spec: ObjectiveSpec) -> FeatureRecord:
-    """The stored features that a term needs.
+    """The stored features that a term needs; of embeddings the embedding, unless it names a layer.
 
     Raises:
         CacheMismatch: the cache does not hold them.
         UsageError: it holds several, and the term does not say which.
     """
+    if manifest.is_embedding and spec.layer in ("", OUTPUT):
+        return FeatureRecord(layer=OUTPUT, pool=NONE, array=EMBEDDINGS)
     stored = manifest.features
     layer = spec.layer or (stored[0].layer if len(stored) == 1 else "")
     if stored and not layer:
@@ -82,8 +89,11 @@ class CompositeObjective(nn.Module):
                     f"{spec.name} needs one label per sample, and inputs are mixed ({manifest.recipe.mix})",
                     "another objective, or a cache without --mix",
                 )
-        self._layers = {at: specs[at].student_layer or PENULTIMATE for at in self._features}
-        self._taps = FeatureHooks(student, list(dict.fromkeys(self._layers.values())))
+        self._layers = {
+            at: specs[at].student_layer or (OUTPUT if feature.array == EMBEDDINGS else PENULTIMATE)
+            for at, feature in self._features.items()
+        }
+        self._taps = FeatureHooks(student, [each for each in dict.fromkeys(self._layers.values()) if each != OUTPUT])
         self._projections = nn.ModuleDict()
         try:
             self._add_projections(student, inputs, manifest, seed)
@@ -93,12 +103,14 @@ class CompositeObjective(nn.Module):
 
     def _add_projections(self, student: nn.Module, inputs: Tensor, manifest: Manifest, seed: int) -> None:
         with evaluation_mode(student):
-            student(inputs)
-            found = self._taps.take()
+            output = output_logits(student(inputs))
+            found = self._taps.take() | {OUTPUT: output}
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(rng.generator_seed(seed, "projection"))
             for at, feature in self._features.items():
-                teacher_shape = tuple(manifest.array(feature.array).row_shape)
+                teacher_shape: tuple[int, ...] = (len(manifest.dataset.classes),)
+                if feature.array != EMBEDDINGS:
+                    teacher_shape = tuple(manifest.array(feature.array).row_shape)
                 student_shape = tuple(_pooled_like(found[self._layers[at]], teacher_shape).shape[1:])
                 comparable = self._specs[at].loss.comparable
                 try:
@@ -116,12 +128,13 @@ class CompositeObjective(nn.Module):
 
     @property
     def arrays(self) -> list[str]:
-        """Names of the feature arrays that the terms need."""
-        return list(dict.fromkeys(feature.array for feature in self._features.values()))
+        """Names of the feature arrays that the terms need, beside embeddings."""
+        arrays = dict.fromkeys(feature.array for feature in self._features.values())
+        return [array for array in arrays if array != EMBEDDINGS]
 
     @property
     def negatives(self) -> dict[str, int]:
-        """Number of rows of other samples that the terms need, by feature array."""
+        """Number of rows of other samples that the terms need, by feature array, or `embeddings`."""
         wanted: dict[str, int] = {}
         for at, feature in self._features.items():
             if NEGATIVES in self._specs[at].loss.arguments:
@@ -130,7 +143,7 @@ class CompositeObjective(nn.Module):
 
     def forward(self, logits_bc: Tensor, batch: Batch, epochs_done: float = 0.0) -> dict[str, Tensor]:
         """The sum as `loss`, and each term without its weight by name."""
-        caught: Mapping[str, Tensor] = self._taps.take() if self._features else {}
+        caught: Mapping[str, Tensor] = self._taps.take() | {OUTPUT: logits_bc}
         values: dict[str, Tensor] = {}
         total = torch.zeros((), dtype=logits_bc.dtype, device=logits_bc.device)
         for at, spec in enumerate(self._specs):
@@ -165,9 +178,13 @@ class CompositeObjective(nn.Module):
         self._taps.close()
 
     def _feature_arguments(self, at: int, batch: Batch, caught: Mapping[str, Tensor]) -> dict[str, Any]:
-        assert batch.features is not None, "the join brings the features that `arrays` names"
         array = self._features[at].array
-        teacher = batch.features[array]
+        if array == EMBEDDINGS:
+            assert batch.soft_targets is not None, "distillation needs joined batches"
+            teacher = batch.soft_targets.logits()
+        else:
+            assert batch.features is not None, "the join brings the features that `arrays` names"
+            teacher = batch.features[array]
         student = _pooled_like(caught[self._layers[at]], tuple(teacher.shape[1:]))
         if str(at) in self._projections:
             projection = self._projections[str(at)]

@@ -17,6 +17,7 @@ from kdcache.core.plugins import describe
 from kdcache.core.system import physical_memory_bytes
 from kdcache.data.augment import Transform
 from kdcache.data.dataset import IndexedDataset, Renumbered, as_indexed
+from kdcache.data.embedding import as_taught, known_classes
 from kdcache.data.shared_memo import shared_memory
 from kdcache.data.views import Views, name_of
 from kdcache.distill.student.join_checks import SAMPLED_INPUTS, check_join
@@ -111,7 +112,7 @@ def join(
         temperature,
         keys=keys,
         numbers=numbers,
-        check_labels=verify_inputs != "off",
+        check_labels=verify_inputs != "off" and not cache.manifest.is_embedding,
     )
 
 
@@ -127,7 +128,10 @@ def _comparable(
         numbers = np.array([keys.index_of(dataset[at], f"item {at}") for at in probed], np.int64)
         checked_numbers(numbers, len(probed), len(cache))
         pairs = Subset(pairs, probed)
-    indexed = as_indexed(pairs, name=record.name, split=record.split, default_classes=record.classes)
+    classes = known_classes(cache.manifest)
+    indexed = as_taught(
+        as_indexed(pairs, name=record.name, split=record.split, default_classes=classes), cache.manifest
+    )
     return (indexed if numbers is None else Renumbered(indexed, numbers, len(cache))), numbers
 
 

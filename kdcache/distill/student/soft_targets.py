@@ -17,6 +17,7 @@ from kdcache.distill.student.join_checks import check_crcs, known_column, label_
 from kdcache.models.device import memory_errors
 from kdcache.store.cache import Cache
 from kdcache.store.chunk_reader import ChunkReader
+from kdcache.store.encodings.base import EMBEDDINGS
 from kdcache.store.manifest import UNLABELLED
 from kdcache.store.row_source import Rows, RowSource
 from kdcache.store.sampler import Schedule, always
@@ -119,8 +120,9 @@ class CachedTargets:
         whole = wanted if batch.share is None else batch.share.indices
         part = slice(None) if batch.share is None else slice(batch.share.start, batch.share.stop)
         if self._features is not None:
-            features = _tensors(self._features.rows(whole), part)
-            batch = batch._replace(features=features, negatives=self._draw_negatives(whole))
+            batch = batch._replace(features=_tensors(self._features.rows(whole), part))
+        if self._negatives:
+            batch = batch._replace(negatives=self._draw_negatives(whole))
         parts = [
             (cache.encoding, _tensors(source.rows(whole), part))
             for cache, source in zip(self._caches, self._sources, strict=True)
@@ -129,10 +131,8 @@ class CachedTargets:
             batch = batch._replace(labelled=int((self._labels_n[whole] != UNLABELLED).sum()))
         return batch._replace(soft_targets=SoftTargets(parts, self._weights, tail=self._tail))
 
-    def _draw_negatives(self, wanted: NDArray[np.int64]) -> dict[str, Tensor] | None:
-        """Features of samples drawn from the whole cache, without those of the batch."""
-        if not self._negatives or self._features is None:
-            return None
+    def _draw_negatives(self, wanted: NDArray[np.int64]) -> dict[str, Tensor]:
+        """Features, or embeddings, of samples drawn from the whole cache, without those of the batch."""
         count, samples = max(self._negatives.values()), len(self._labels_n)
         raw = np.random.Philox(key=key(self._seed, "negatives", self._epoch, self._step)).random_raw(2 * count)
         self._step += 1
@@ -144,7 +144,9 @@ class CachedTargets:
                 "negatives that are not in the batch",
                 "use a smaller --batch-size",
             )
-        rows = _tensors(self._features.rows(others))
+        rows = {} if self._features is None else _tensors(self._features.rows(others))
+        if EMBEDDINGS in self._negatives:
+            rows[EMBEDDINGS] = self._caches[0].encoding.decode(_tensors(self._sources[0].rows(others)))
         return {name: rows[name][:wished] for name, wished in self._negatives.items()}
 
 

@@ -26,6 +26,7 @@ from kdcache.core.specs import parse_bytes
 from kdcache.data.augment import Transform
 from kdcache.data.batch_sampler import samples_record, split_validation
 from kdcache.data.dataset import as_indexed
+from kdcache.data.embedding import as_taught, known_classes
 from kdcache.data.loader import BatchRequest, batch_loader
 from kdcache.data.preprocess import Preprocessor, as_preprocessor
 from kdcache.data.views import Views
@@ -35,11 +36,12 @@ from kdcache.distill.objective_checks import (
     check_encoding,
     check_kind_of_labels,
     check_unlabelled,
+    with_default_objective,
 )
 from kdcache.distill.student.composite_objective import CompositeObjective
 from kdcache.distill.student.join_checks import check_ensemble, check_join, inputs_all_checked, known_column
 from kdcache.distill.student.soft_targets import CachedTargets, DeviceSource
-from kdcache.distill.trainer import AGREEMENT, OnStep, TrainResult, train
+from kdcache.distill.trainer import TEACHER_METRICS, OnStep, TrainResult, train
 from kdcache.distill.training_data import TrainingData
 from kdcache.models.device import floating_dtype, memory_errors, move_to, resolve_device
 from kdcache.models.distributed import Processes
@@ -93,7 +95,9 @@ def train_student(
     caches = _open_caches(cache, config)
     manifest = caches[0].manifest
     record = manifest.dataset
-    indexed = as_indexed(dataset, name=record.name, split=record.split, default_classes=record.classes)
+    config = with_default_objective(config, manifest)
+    indexed = as_indexed(dataset, name=record.name, split=record.split, default_classes=known_classes(manifest))
+    indexed = as_taught(indexed, manifest)
     if out is not None and processes.first:
         paths = [each.url for each in caches]
         settings = {"cache": paths, **to_json(config)}
@@ -124,15 +128,23 @@ def train_student(
     labelled = samples
     if not manifest.multi_label:
         labelled = samples[known_column(caches[0], "labels")[samples] != UNLABELLED]
-    check_kind_of_labels(specs, config, indexed, manifest.recipe)
-    if len(labelled) < len(samples):
+    check_kind_of_labels(specs, indexed, manifest.recipe)
+    if manifest.is_embedding:
+        if not config.distill:
+            raise UsageError(
+                "--no-distill is given, and the cache holds embeddings", "the teacher's vectors", "leave it out"
+            )
+    elif len(labelled) < len(samples):
         check_unlabelled(len(labelled), len(samples), specs, config, manifest.recipe)
         if not config.distill:
             samples = labelled
-    if config.metric == AGREEMENT and not config.distill:
-        raise UsageError("--metric agreement is given with --no-distill", "a teacher", "give --metric accuracy or nll")
+    without_labels = manifest.is_embedding or config.metric in TEACHER_METRICS
+    if config.metric in TEACHER_METRICS and not config.distill:
+        raise UsageError(
+            f"--metric {config.metric} is given with --no-distill", "a teacher", "give --metric accuracy or nll"
+        )
     train_indices, validation_indices = split_validation(samples, config.val_fraction, config.seed)
-    if config.metric != AGREEMENT and len(validation_indices):
+    if not without_labels and len(validation_indices):
         validation_indices = np.intersect1d(validation_indices, labelled)
         if not len(validation_indices):
             raise UsageError(

@@ -22,7 +22,7 @@ from kdcache.store.encodings.head import FEATURES
 from kdcache.store.facts import fact_names
 from kdcache.store.layout import build_arrays
 from kdcache.store.local_paths import portable_spec
-from kdcache.store.manifest import DatasetRecord, FeatureRecord, Manifest, TeacherRecord
+from kdcache.store.manifest import ONE_CLASS, DatasetRecord, FeatureRecord, Manifest, TeacherRecord
 
 
 def build_manifest(
@@ -31,11 +31,13 @@ def build_manifest(
     teacher_name: str,
     config: DumpConfig,
     encoding: Encoding,
+    answers: str,
     features: dict[FeatureRecord, tuple[int, ...]],
 ) -> Manifest:
     """The manifest of a dump, without its results.
 
     Args:
+        answers: What the teacher says of a sample, as `Manifest.answers` names it.
         features: With the shape of one row as it is stored.
     """
     dataset = views.dataset
@@ -72,8 +74,8 @@ def build_manifest(
         encoding=encoding.spec,
         temperatures=encoding.temperatures,
         constants=constant_records(encoding),
-        # Of softmax, which several classes of a sample do not have.
-        facts=() if dataset.multi_label else fact_names(encoding),
+        # Of softmax, which neither several classes of a sample nor embeddings have.
+        facts=fact_names(encoding) if answers == ONE_CLASS else (),
         features=(*features, *_head_features(encoding)),
         shard_rows=shard_rows,
         seed=config.seed,

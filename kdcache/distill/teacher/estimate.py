@@ -14,7 +14,6 @@ from kdcache.distill.teacher.probe import find_head
 from kdcache.distill.teacher.teacher_pass import HEAD_ERROR, Rows
 from kdcache.models.feature_hooks import PENULTIMATE
 from kdcache.store.encodings.base import LOGITS, Encoding
-from kdcache.store.encodings.registry import encoding_named
 from kdcache.store.facts import kl, temperatures_of
 
 SAMPLES = 64
@@ -25,7 +24,10 @@ CANDIDATES = (
 
 
 def compare_encodings(dump: PreparedDump) -> tuple[EncodingEstimate, ...]:
-    """Encode the logits of a few samples in every way that suits the teacher, largest first."""
+    """Encode the outputs for a few samples in every way that suits the teacher, largest first.
+
+    The loss of an encoding is measured where each sample has one class.
+    """
     if dump.teacher.head is None:
         with contextlib.suppress(KdcacheError):  # a teacher without a linear layer has no head
             dump.teacher.head = find_head(dump.teacher.network, dump.views)
@@ -48,7 +50,7 @@ def _outputs(dump: PreparedDump) -> Rows:
 
 
 def _bound(dump: PreparedDump, spec: str, rows: Rows) -> Encoding:
-    encoding = encoding_named(spec, len(dump.views.dataset.classes), dump.config.temperatures)
+    encoding = dump.encoding_named(spec)
     if encoding.source != PENULTIMATE:
         return encoding
     head = dump.teacher.head
@@ -62,7 +64,7 @@ def _estimate(dump: PreparedDump, encoding: Encoding, rows: Rows) -> EncodingEst
     encoded = encoding.encode(rows[encoding.source], first_sample=0)
     losses = {
         f"{each:g}": float(kl(rows[LOGITS], encoding.decode(encoded, temperature=each), each).mean())
-        for each in temperatures_of(encoding)
+        for each in (temperatures_of(encoding) if dump.manifest.facts else ())
     }
     constants = sum(values.nbytes for values in encoding.constants().values())
     per_row = encoding.bytes_per_row()

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from kdcache.core.errors import ModelError, TeacherOutputError
 from kdcache.models.forward import ForwardPass
-from kdcache.models.teacher_outputs import PROBABILITIES
 from kdcache.store.encodings.head import BIAS, WEIGHT
+from kdcache.store.manifest import PROBABILITIES
 
 # Largest difference between the logits and those of the head, relative to 1 + |logit|; for narrow dtypes the second.
 TOLERANCE, NARROW_TOLERANCE = 1e-3, 5e-2

@@ -11,44 +11,61 @@ from torch import nn
 from kdcache.core.config import DumpConfig
 from kdcache.core.errors import TeacherOutputError, UsageError
 from kdcache.data.augment import Transform
-from kdcache.data.dataset import IndexedDataset, as_indexed
+from kdcache.data.dataset import ANY_CLASS, IndexedDataset, as_indexed
 from kdcache.data.determinism import check_deterministic
+from kdcache.data.embedding import EmbeddingDataset
 from kdcache.data.preprocess import Preprocessor, as_preprocessor
 from kdcache.data.views import Views
 from kdcache.distill.teacher.dump_manifest import build_manifest
 from kdcache.distill.teacher.probe import TeacherProbe, find_head
 from kdcache.distill.teacher.teacher_pass import TeacherPass
 from kdcache.models.device import move_to, resolve_device
+from kdcache.models.embedding import embedding_width
 from kdcache.models.feature_hooks import PENULTIMATE
 from kdcache.models.forward import ForwardPass
+from kdcache.store.encodings.base import Encoding
 from kdcache.store.encodings.registry import encoding_named
 from kdcache.store.layout import predicted_bytes
-from kdcache.store.manifest import NONE, FeatureRecord, Manifest, OutputRecord, Preprocess, ViewRecipe
+from kdcache.store.manifest import (
+    EMBEDDING,
+    LOGITS_KIND,
+    NONE,
+    ONE_CLASS,
+    SEVERAL_CLASSES,
+    FeatureRecord,
+    Manifest,
+    OutputRecord,
+    Preprocess,
+    ViewRecipe,
+)
 from kdcache.store.resume import ResumePolicy, find_dump
 from kdcache.store.storage.base import Storage
 from kdcache.store.storage.registry import Location, open_storage
 
 
-def _check_multi_label(samples: IndexedDataset, config: DumpConfig, outputs: OutputRecord | None) -> None:
-    """Refuse what supposes one class per sample, where samples have any number.
+def _check_no_softmax(answers: str, name: str, config: DumpConfig, outputs: OutputRecord) -> None:
+    """Refuse what supposes one class per sample, where samples have any number, or where vectors are stored.
 
     Raises:
-        UsageError: mixed inputs, probabilities, or an encoding that is exact for softmax only.
+        UsageError: a bound of the KL divergence; with several classes mixed inputs, or probabilities.
     """
-    if not samples.multi_label:
-        return
-    fitting = ("float16", "float32", "float64", "head")
+    several = answers == SEVERAL_CLASSES
     refused = {
-        f"--mix {config.mix}": config.mix != NONE,
-        "--teacher-outputs probabilities": outputs is not None and outputs.kind != "logits",
-        f"--encoding {config.encoding}": config.encoding.partition(":")[0] not in fitting,
-        "--max-kl": config.max_kl is not None,
+        "--max-kl": config.max_kl is not None and answers != ONE_CLASS,
+        f"--mix {config.mix}": several and config.mix != NONE,
+        "--teacher-outputs probabilities": several and outputs.kind != LOGITS_KIND,
     }
     for what, given in refused.items():
+        if given and several:
+            raise UsageError(
+                f"{what} is given, and the samples of {name} have any number of classes each",
+                "logits before the sigmoid, of inputs that are not mixed",
+                f"leave out {what}",
+            )
         if given:
             raise UsageError(
-                f"{what} is given, and the samples of {samples.name} have any number of classes each",
-                f"logits before the sigmoid, in one of {', '.join(fitting)}, of inputs that are not mixed",
+                f"{what} is given, and the teacher returns an embedding",
+                "logits, between whose softmaxes there is a divergence",
                 f"leave out {what}",
             )
 
@@ -76,9 +93,37 @@ class DumpRequest:
             DatasetError: a stream, or a dataset that gives another input at a second look.
         """
         split = self.split or (self.dataset.split if isinstance(self.dataset, IndexedDataset) else "train")
-        samples = as_indexed(self.dataset, name=type(self.dataset).__name__, split=split)
+        any_class = ANY_CLASS if self.output_record.kind == EMBEDDING else ()
+        samples = as_indexed(self.dataset, name=type(self.dataset).__name__, split=split, default_classes=any_class)
         check_deterministic(samples)
+        if self.output_record.kind == EMBEDDING and not isinstance(samples, EmbeddingDataset):
+            # Labels say nothing about a vector, so that students need none.
+            samples = EmbeddingDataset(samples, embedding_width(self._forward_pass(samples), samples))
         return samples
+
+    @property
+    def output_record(self) -> OutputRecord:
+        """Kind of the teacher's outputs."""
+        return self.outputs or OutputRecord()
+
+    @property
+    def answers(self) -> str:
+        """What the teacher says of a sample, as `Manifest.answers` names it."""
+        if self.output_record.kind == EMBEDDING:
+            return EMBEDDING
+        return SEVERAL_CLASSES if self.samples.multi_label else ONE_CLASS
+
+    def _forward_pass(self, samples: IndexedDataset) -> ForwardPass:
+        device = resolve_device(self.config.device)
+        return ForwardPass(
+            move_to(self.teacher, device),
+            as_preprocessor(self.preprocess or Preprocess()),
+            device,
+            classes=len(samples.classes),
+            amp=self.config.amp,
+            outputs=self.outputs,
+            error=TeacherOutputError,
+        )
 
     @cached_property
     def views(self) -> Views:
@@ -92,7 +137,7 @@ class DumpRequest:
         if self.augment is not None and config.augment != NONE:
             raise UsageError(f"augment is given twice, as an object and as {config.augment!r}", "one of the two")
         recipe = ViewRecipe(augment=config.augment, mix=config.mix, seed=config.view_seed, plain_view=config.plain_view)
-        _check_multi_label(self.samples, config, self.outputs)
+        _check_no_softmax(self.answers, self.samples.name, config, self.output_record)
         views = Views(self.samples, recipe, transform=self.augment)
         views.probe()
         count = config.views + self.policy.add_views
@@ -106,19 +151,10 @@ class DumpRequest:
 
     def teacher_pass(self) -> TeacherPass:
         """The teacher on its device."""
-        config, device = self.config, resolve_device(self.config.device)
-        network = ForwardPass(
-            move_to(self.teacher, device),
-            as_preprocessor(self.preprocess or Preprocess()),
-            device,
-            classes=len(self.samples.classes),
-            amp=config.amp,
-            outputs=self.outputs,
-            error=TeacherOutputError,
-        )
-        layers = dict.fromkeys(config.features)
+        layers, pool = dict.fromkeys(self.config.features), self.config.pool
         return TeacherPass(
-            network, [FeatureRecord(layer=each, pool=config.pool, array=f"features.{each}") for each in layers]
+            self._forward_pass(self.samples),
+            [FeatureRecord(layer=each, pool=pool, array=f"features.{each}") for each in layers],
         )
 
 
@@ -178,8 +214,7 @@ class PreparedDump:
         self.request, self.config, self.policy = request, request.config, request.policy
         self.root: Storage = open_storage(request.out)
         self.views = request.views
-        classes = len(request.samples.classes)
-        self.encoding = encoding_named(self.config.encoding, classes, self.config.temperatures)
+        self.encoding = self.encoding_named(self.config.encoding)
         self.teacher = request.teacher_pass()
         if self.encoding.source == PENULTIMATE:
             self.teacher.head = find_head(self.teacher.network, self.views)
@@ -193,6 +228,7 @@ class PreparedDump:
             request.teacher_name or type(request.teacher).__name__,
             self.config,
             self.encoding,
+            request.answers,
             {feature: shapes[feature.array] for feature in self.teacher.features},
         )
         existing = find_dump(self.root, self.manifest, self.policy)
@@ -206,3 +242,12 @@ class PreparedDump:
             bytes=predicted_bytes(target) - finished,
             free_bytes=self.root.free_bytes(),
         )
+
+    def encoding_named(self, spec: str) -> Encoding:
+        """An encoding for this teacher's outputs.
+
+        Raises:
+            UsageError: there is no such encoding, or not for these.
+        """
+        classes = len(self.request.samples.classes)
+        return encoding_named(spec, classes, self.config.temperatures, answers=self.request.answers)

@@ -20,7 +20,7 @@ from kdcache.distill.teacher.teacher_pass import HEAD_ERROR, Rows
 from kdcache.models.teacher_outputs import check_stored_kind, looks_like_sigmoid
 from kdcache.store.claims import Unit
 from kdcache.store.encodings.base import LOGITS
-from kdcache.store.manifest import NONE
+from kdcache.store.manifest import EMBEDDING, NONE
 from kdcache.store.seal import commit_outputs
 from kdcache.store.writer import SplitWriter
 
@@ -107,7 +107,7 @@ def _check_shard(dump: PreparedDump, view: int, samples: range, rows: Rows, *, r
     if dump.teacher.head is not None:
         dump.teacher.head.check(rows[HEAD_ERROR], first_sample=samples.start)
     check_stored_kind(logits, network.outputs, narrow=network.narrow)
-    if not report or dump.views.dataset.multi_label:
+    if not report or dump.views.dataset.multi_label or network.outputs.kind == EMBEDDING:
         return
     if network.outputs.kind == "logits" and looks_like_sigmoid(logits):
         log(

@@ -15,6 +15,8 @@ from kdcache.core.errors import UsageError
 
 # Name of the array of plain logits, and of the teacher's output.
 LOGITS = "logits"
+# Name of the array of embeddings.
+EMBEDDINGS = "embeddings"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

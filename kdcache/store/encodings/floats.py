@@ -13,24 +13,26 @@ from kdcache.store.encodings.base import LOGITS, Encoding, StoredArray
 
 
 class FloatEncoding(Encoding):
-    """Every logit as one floating-point number, in the array `logits`.
+    """Every logit as one floating-point number.
 
     Args:
         dtype: `float16`, `float32` or `float64`.
+        array: Name of the array: `logits` or `embeddings`.
     """
 
-    def __init__(self, dtype: str, classes: int) -> None:
+    def __init__(self, dtype: str, classes: int, array: str = LOGITS) -> None:
         self.spec = self.feature_dtype = dtype
-        self.classes = classes
+        self.classes, self._array = classes, array
 
     def arrays(self) -> tuple[StoredArray, ...]:
-        return (StoredArray(name=LOGITS, dtype=self.spec, row_shape=(self.classes,), row_names=("class",)),)
+        axis = "class" if self._array == LOGITS else "dimension"
+        return (StoredArray(name=self._array, dtype=self.spec, row_shape=(self.classes,), row_names=(axis,)),)
 
     def encode(self, values_nx: NDArray[Any], *, first_sample: int) -> dict[str, NDArray[Any]]:
-        return {LOGITS: as_floats(values_nx, self.spec, first_sample=first_sample)}
+        return {self._array: as_floats(values_nx, self.spec, first_sample=first_sample, name=self._array)}
 
     def decode(self, rows: Mapping[str, Any], *, temperature: float | None = None) -> Any:
-        return rows[LOGITS]
+        return rows[self._array]
 
 
 def as_bounded(values: NDArray[Any], largest: float, *, spec: str, first_sample: int, name: str) -> NDArray[np.float32]:

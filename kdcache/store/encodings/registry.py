@@ -7,12 +7,12 @@ from collections.abc import Callable
 from kdcache.core.errors import UsageError
 from kdcache.core.plugins import did_you_mean
 from kdcache.core.specs import number, split_spec
-from kdcache.store.encodings.base import LOGITS, Encoding
+from kdcache.store.encodings.base import EMBEDDINGS, LOGITS, Encoding
 from kdcache.store.encodings.floats import FloatEncoding
 from kdcache.store.encodings.head import HeadEncoding
 from kdcache.store.encodings.quantized import QuantizedEncoding
 from kdcache.store.encodings.topk import TopKEncoding
-from kdcache.store.manifest import Manifest
+from kdcache.store.manifest import EMBEDDING, ONE_CLASS, SEVERAL_CLASSES, Manifest
 
 # By name: takes the number behind the colon (None without one), the number of classes, and temperatures.
 Factory = Callable[[int | None, int, tuple[float, ...]], Encoding]
@@ -35,16 +35,28 @@ KINDS: dict[str, Factory] = {
     "topk": _topk,
     "head": lambda bits, classes, _: HeadEncoding(bits, classes),
 }
+# Those that keep what is no softmax, and why others do not.
+_FITTING = {
+    SEVERAL_CLASSES: ("float16", "float32", "float64", "head"),
+    EMBEDDING: ("float16", "float32", "float64"),
+}
+_WHY_NOT = {
+    SEVERAL_CLASSES: "which is exact for a softmax only, and the samples have any number of classes each",
+    EMBEDDING: "which is for logits, and the teacher returns an embedding",
+}
 # What `KINDS` are called on the command line, with what stands behind the colon.
 SPECS = ("float16", "float32", "float64", "quantized:BITS", "topk:K", "head", "head:BITS")
 
 
-def encoding_named(spec: str, classes: int, temperatures: tuple[float, ...] = ()) -> Encoding:
+def encoding_named(
+    spec: str, classes: int, temperatures: tuple[float, ...] = (), *, answers: str = ONE_CLASS
+) -> Encoding:
     """The encoding of a spec `NAME` or `NAME:NUMBER`.
 
     Args:
-        classes: Number of classes.
+        classes: Number of classes, or dimensions.
         temperatures: Temperatures of an encoding that is not for any; empty for 1, 2, 4 and 8.
+        answers: What is stored, as `Manifest.answers` names it.
 
     Raises:
         UsageError: there is no such encoding, or not for so many classes.
@@ -52,6 +64,11 @@ def encoding_named(spec: str, classes: int, temperatures: tuple[float, ...] = ()
     name, argument = split_spec(spec)
     if name not in KINDS or (argument is not None and f"{name}:" not in " ".join(SPECS)):
         raise UsageError(f"--encoding is {spec!r}", f"one of {', '.join(SPECS)}", did_you_mean(name, list(KINDS)))
+    if name not in (fitting := _FITTING.get(answers, KINDS)):
+        listed = ", ".join(each for each in SPECS if each.partition(":")[0] in fitting)
+        raise UsageError(f"--encoding is {spec}, {_WHY_NOT[answers]}", f"one of {listed}", "leave it out for float16")
+    if answers == EMBEDDING:
+        return FloatEncoding(name, classes, EMBEDDINGS)
     try:
         value = None if argument is None else number(argument, int, 1)
     except ValueError as problem:
@@ -62,4 +79,5 @@ def encoding_named(spec: str, classes: int, temperatures: tuple[float, ...] = ()
 def encoding_of(manifest: Manifest) -> Encoding:
     """The encoding of a cache split, without its constants."""
     spec = manifest.encoding or manifest.array(LOGITS).dtype
-    return encoding_named(spec, len(manifest.dataset.classes), manifest.temperatures)
+    classes = len(manifest.dataset.classes)
+    return encoding_named(spec, classes, manifest.temperatures, answers=manifest.answers)
