@@ -27,7 +27,7 @@ from kdcache.core.config import (
     TrainTeacherArgs,
     VerifyArgs,
 )
-from kdcache.core.errors import CacheDamaged, CacheNotFound
+from kdcache.core.errors import CacheDamaged, CacheNotFound, DatasetError
 from kdcache.core.json_records import counted, to_json
 from kdcache.core.options import default_values, narrow
 from kdcache.core.plugins import require_extra
@@ -36,8 +36,8 @@ from kdcache.core.run_dir import LAST, RunFolder, read_config
 from kdcache.core.text_table import text_table
 from kdcache.core.workers import Worker, launched_process, restarts, worker_of
 from kdcache.data.dataset import ANY_CLASS, IndexedDataset, labelled_samples
-from kdcache.data.embedding import EmbeddingDataset, as_taught, known_classes
 from kdcache.data.loader import BatchRequest, batch_loader
+from kdcache.data.taught import EmbeddingDataset, as_taught, known_classes
 from kdcache.data.views import Views
 from kdcache.distill.objective import label_objective
 from kdcache.distill.student.join_checks import check_join, check_recorded
@@ -45,7 +45,7 @@ from kdcache.distill.student.train_student import train_student as learn_from_ca
 from kdcache.distill.teacher.dump import dump_teacher as dump
 from kdcache.distill.teacher.dump import plan_dump
 from kdcache.distill.teacher.estimate import SAMPLES
-from kdcache.distill.teacher.plan import EncodingEstimate
+from kdcache.distill.teacher.plan import EncodingEstimate, without_unreadable
 from kdcache.distill.teacher.spot_check import recompute_rows
 from kdcache.distill.trainer import TrainResult, train
 from kdcache.distill.training_data import training_data
@@ -59,7 +59,7 @@ from kdcache.models.evaluators import evaluator_of
 from kdcache.models.feature_hooks import list_layers
 from kdcache.models.from_run import load_trained, open_split
 from kdcache.models.registry import BuiltModel, count_parameters
-from kdcache.models.teacher import load_teacher
+from kdcache.models.teacher import load_teacher, recorded_classes
 from kdcache.store.cache import cache_splits, open_cache
 from kdcache.store.inspect import verify_cache
 from kdcache.store.layout import predicted_bytes
@@ -143,7 +143,14 @@ def _load_teacher(settings: DumpTeacherArgs, dataset: IndexedDataset, recipe: Vi
 
 def _open_for_dump(settings: DumpTeacherArgs, split: str) -> IndexedDataset:
     # What has no classes is no fault where the answer is a vector.
-    return open_data(settings, settings.dataset, split, classes=ANY_CLASS if settings.task == EMBEDDING else ())
+    classes = ANY_CLASS if settings.task == EMBEDDING else ()
+    try:
+        dataset = open_data(settings, settings.dataset, split, classes=classes)
+    except DatasetError:
+        if not (names := recorded_classes(settings.checkpoint)):
+            raise
+        dataset = open_data(settings, settings.dataset, split, classes=names)
+    return without_unreadable(dataset, settings.out, settings.workers) if settings.skip_unreadable else dataset
 
 
 def _list_layers(settings: DumpTeacherArgs) -> Report:
@@ -338,8 +345,11 @@ def _train_student(settings: TrainStudentArgs, processes: Processes, device: str
     check_recorded(caches[0], Views(dataset, recipe))  # before the student sees an input
     built = _build_student(settings, dataset, default, recipe)
     test = open_test(settings, spec, hint=local.data_root, classes=names)
-    test = None if test is None else as_taught(test, manifest)
-    teacher = None if test is None or len(caches) > 1 else _answers(settings.cache[0], test)
+    teacher: Teacher | None = None
+    if test is not None:
+        test = as_taught(test, manifest)
+        if len(caches) == 1:
+            test, teacher = _answers(settings.cache[0], test)
     test = _judged(test, teacher)
     config = dataclasses.replace(narrow(StudentConfig, settings), device=device)
     run = _run_folder("train-student", settings, built, processes)
@@ -373,19 +383,20 @@ def _judged(test: IndexedDataset | None, teacher: Teacher | None) -> IndexedData
     return test
 
 
-def _answers(cache_path: str, dataset: IndexedDataset) -> Teacher | None:
-    """The teacher's answers to the plain samples of a split, where a cache has them.
+def _answers(cache_path: str, dataset: IndexedDataset) -> tuple[IndexedDataset, Teacher | None]:
+    """A split without the samples that its teacher left out, and the answers to the plain ones, where a cache has them.
 
     Raises:
         CacheMismatch: it has those to other samples.
     """
     if dataset.split not in cache_splits(cache_path):
-        return None
+        return dataset, None
     cache = open_cache(cache_path, dataset.split, allow_partial=True)
+    dataset = as_taught(dataset, cache.manifest)
     if not cache.complete or not cache.manifest.recipe.is_plain(0):
-        return None
+        return dataset, None
     check_join(cache, Views(dataset, cache.manifest.recipe))
-    return cache.rows
+    return dataset, cache.rows
 
 
 def _build_student(
@@ -412,8 +423,7 @@ def evaluate(settings: EvaluateArgs) -> Report:
     """Judge a run's best checkpoint on a split of the dataset it was trained on."""
     folder = Path(settings.run)
     trained = load_trained(folder)
-    dataset = open_split(trained, settings, settings.split)
-    teacher = _named_answers(settings, folder, dataset)
+    dataset, teacher = _named_answers(settings, folder, open_split(trained, settings, settings.split))
     evaluation = evaluator_of(dataset)(
         trained.module,
         dataset,
@@ -435,8 +445,10 @@ def evaluate(settings: EvaluateArgs) -> Report:
     return Report(data, "\n".join(filter(None, (evaluation_text(evaluation, dataset), worst(data["classes"])))))
 
 
-def _named_answers(settings: EvaluateArgs, folder: Path, dataset: IndexedDataset) -> Teacher | None:
-    """The teacher's answers in the cache that is given, or of embeddings in the one that the run learned from.
+def _named_answers(
+    settings: EvaluateArgs, folder: Path, dataset: IndexedDataset
+) -> tuple[IndexedDataset, Teacher | None]:
+    """The split, and the teacher's answers to it in the cache that is given, or of embeddings in the run's.
 
     Raises:
         CacheNotFound: it does not have this split.
@@ -445,15 +457,15 @@ def _named_answers(settings: EvaluateArgs, folder: Path, dataset: IndexedDataset
     if path is None and isinstance(dataset, EmbeddingDataset):
         (path, *_) = read_config(folder)["cache"]
     if path is None:
-        return None
-    found = _answers(path, dataset)
+        return dataset, None
+    dataset, found = _answers(path, dataset)
     if found is None:
         raise CacheNotFound(
             f"the cache {path} has no answers to the plain samples of the split {dataset.split!r}",
             "a finished split, or one whose first view is the plain sample",
             f"dump it: dump-teacher --split {dataset.split}; or give another one by --cache",
         )
-    return found
+    return dataset, found
 
 
 def _run_folder(

@@ -77,7 +77,8 @@ def per_class(evaluation: AnyEvaluation, dataset: IndexedDataset) -> list[dict[s
             {"class": name, "samples": int(count), "average_precision": float(score) if count else None}
             for name, count, score in found
         ]
-    counts, shares = class_accuracy(evaluation.true_n, evaluation.predicted_n, len(dataset.classes))
+    labelled = evaluation.true_n != UNLABELLED
+    counts, shares = class_accuracy(evaluation.true_n[labelled], evaluation.predicted_n[labelled], len(dataset.classes))
     return [
         {"class": name, "samples": int(count), "accuracy": float(share) if count else None}
         for name, count, share in zip(dataset.classes, counts, shares, strict=True)

@@ -26,6 +26,7 @@ from kdcache.core.progress import log
 from kdcache.core.run_dir import main_score
 from kdcache.core.text_table import text_table
 from kdcache.core.workers import launched_process
+from kdcache.data.taught import as_taught
 from kdcache.models.build import build, open_data
 from kdcache.models.teacher import load_teacher
 from kdcache.store.cache import open_cache
@@ -228,6 +229,7 @@ def _live_cost(settings: SweepArgs, *, threads: int) -> dict[str, Any]:
     spec = settings.dataset or local.dataset
     record = manifest.dataset
     dataset = open_data(settings, spec, record.split, hint=local.data_root, classes=record.classes)
+    dataset = as_taught(dataset, manifest)
     own = teacher_input(settings, settings.checkpoint)
     teacher = load_teacher(
         own,

@@ -182,6 +182,11 @@ class DumpConfig(RuntimeConfig, ViewConfig):
     compression: str = option(
         "auto", "none, zstd:LEVEL, or auto: zstd:5 for quantized logits, and none for others, which hardly compress."
     )
+    skip_unreadable: bool = option(
+        False,
+        "Leave out samples that cannot be read, such as damaged images, which takes a pass over all of them first; the "
+        "manifest lists them, and students leave them out too.",
+    )
     license: str = option("", "License of the cache, such as CC-BY-4.0; recorded in its manifest.")
     citation: str = option("", "Citation for users of the cache; recorded in its manifest.")
     shard_rows: int | None = option(None, "Rows per shard, a power of two. [default: 16384, fewer if rows are large]")

@@ -67,6 +67,10 @@ class DatasetError(KdcacheError, ValueError):
     pass
 
 
+class UnreadableSample(DatasetError):
+    """A file that is damaged, or an item that a dataset cannot give."""
+
+
 class ModelError(KdcacheError, ValueError):
     pass
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset, IterableDataset, Subset, TensorDataset
 
 from kdcache.core import rng
-from kdcache.core.errors import DatasetError, KdcacheError
+from kdcache.core.errors import DatasetError, KdcacheError, UnreadableSample
 from kdcache.core.json_records import brief
 from kdcache.core.plugins import describe
 from kdcache.core.progress import log
@@ -41,6 +41,7 @@ class IndexedDataset(ABC):
         default_std: Standard deviation per channel, as long as `default_mean`.
         in_memory: Whether the samples are held in memory.
         multi_label: Whether a sample belongs to any number of classes, and labels are 0 and 1 for each, uint8.
+        excluded: Positions in the source of samples that it leaves out, ascending; later samples move up.
         is_text: Whether the shared inputs are texts in UTF-8, (bytes,) uint8.
         vocabulary_size: where a shared input is a sequence of token ids, (tokens,): these are below it. None where it
             is not known, or there are no tokens.
@@ -49,6 +50,7 @@ class IndexedDataset(ABC):
     in_memory = False
     is_text = False
     multi_label = False
+    excluded: tuple[int, ...] = ()
     vocabulary_size: int | None = None
 
     def __init__(self, *, name: str, split: str, classes: tuple[str, ...]) -> None:
@@ -132,7 +134,26 @@ class ArrayDataset(IndexedDataset):
         return inputs, torch.from_numpy(self._labels[positions])
 
 
-class Renumbered(IndexedDataset):
+class WrappedDataset(IndexedDataset):
+    """The samples of another dataset; subclasses change what they say of them."""
+
+    def __init__(self, dataset: IndexedDataset) -> None:
+        self.__dict__.update(dataset.__dict__)
+        self.is_text, self.in_memory, self.multi_label = dataset.is_text, dataset.in_memory, dataset.multi_label
+        self.vocabulary_size, self.excluded = dataset.vocabulary_size, dataset.excluded
+        self._samples = dataset
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def labels(self) -> NDArray[np.int64] | None:
+        return self._samples.labels()
+
+    def fetch(self, indices: Indices) -> tuple[Inputs, Tensor]:
+        return self._samples.fetch(indices)
+
+
+class Renumbered(WrappedDataset):
     """Some samples of a larger dataset, under the numbers that they have in it.
 
     Args:
@@ -142,9 +163,8 @@ class Renumbered(IndexedDataset):
     """
 
     def __init__(self, dataset: IndexedDataset, numbers: NDArray[np.int64], length: int) -> None:
-        self.__dict__.update(dataset.__dict__)
-        self.is_text = dataset.is_text
-        self._samples, self._length = dataset, length
+        super().__init__(dataset)
+        self.in_memory, self._length = False, length
         self._positions = np.full(length, -1, np.int64)
         self._positions[numbers] = np.arange(len(numbers))
 
@@ -180,6 +200,7 @@ class MapDataset(IndexedDataset):
         self._labels = labels
         # A hint for sizing networks: samples that differ later are still refused when they are stacked.
         probed = rng.keyed_sample(len(self), 16, 0, "input shape").tolist()
+        probed = [index for index in probed if self._is_readable(index)] or probed[:1]
         value, label = self._read(probed[0])
         self._ignores_labels = classes == ANY_CLASS
         self.is_text, self.multi_label = isinstance(value, str), is_vector(label) and not self._ignores_labels
@@ -220,6 +241,16 @@ class MapDataset(IndexedDataset):
             return list(inputs), torch.from_numpy(np.stack(labels))
         return list(inputs), torch.tensor(labels, dtype=torch.int64)
 
+    def _is_readable(self, index: int) -> bool:
+        """Whether a sample can be read; where not, it is refused once it is needed, unless it is left out."""
+        try:
+            value, _ = self._read(index)
+            if hasattr(value, "getbands"):  # an image of Pillow, which reads its file when it is decoded
+                as_input(value, "")
+        except UnreadableSample:
+            return False
+        return True
+
     def _read(self, index: int) -> tuple[Any, Any]:
         """The input and the label of an item as they are."""
         where = f"sample {index} of {self.name}"
@@ -228,10 +259,10 @@ class MapDataset(IndexedDataset):
         except KdcacheError:
             raise
         except Exception as problem:
-            raise DatasetError(
+            raise UnreadableSample(
                 f"{where} cannot be read: {type(self._dataset).__qualname__} raises {describe(problem)}",
                 f"an item for every index from 0 to {len(self) - 1}",
-                "repair the sample, or leave it out of the dataset",
+                "repair the sample, leave it out of the dataset, or dump with --skip-unreadable",
             ) from problem
         if is_bare_input(item):
             return item, UNLABELLED

@@ -11,7 +11,7 @@ from crc32c import crc32c
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kdcache.core.errors import DatasetError
+from kdcache.core.errors import DatasetError, UnreadableSample
 from kdcache.core.plugins import describe
 from kdcache.data.folders import printable
 
@@ -75,7 +75,7 @@ def as_input(value: Any, where: str) -> Tensor:
     try:  # Pillow opens lazily: it is now that the file is read
         return pil_to_tensor(value if value.mode in ("L", "RGB") else value.convert("RGB"))
     except Exception as problem:
-        raise DatasetError(
+        raise UnreadableSample(
             f"{where} is an image that cannot be decoded: {describe(problem)}",
             "a whole image",
             "copy its file again, or leave it out",
@@ -86,7 +86,8 @@ def read_image(path: str | os.PathLike[str], mode: str = "RGB") -> Tensor:
     """The first frame of an image file in a mode of Pillow's, not turned as EXIF may say: uint8 (C, H, W).
 
     Raises:
-        DatasetError: it cannot be read, or has more than 8 bits a channel.
+        UnreadableSample: it cannot be read.
+        DatasetError: it has more than 8 bits a channel.
     """
     from PIL import Image
 
@@ -97,10 +98,10 @@ def read_image(path: str | os.PathLike[str], mode: str = "RGB") -> Tensor:
             # Converting more than 8 bits to 8 clips; what to make of them only the user can tell.
             image = None if depth.startswith(("I", "F")) else pil_to_tensor(picture.convert(mode))
     except Exception as problem:  # Pillow's decoders raise OSError, SyntaxError, ValueError and struct.error
-        raise DatasetError(
+        raise UnreadableSample(
             f"{name} cannot be read as an image: {type(problem).__name__}: {problem}",
             "a whole image file",
-            "copy the file again, or leave it out",
+            "copy the file again, leave it out, or dump with --skip-unreadable",
         ) from problem
     if image is None:
         raise DatasetError(

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kdcache.core.errors import DatasetError
+from kdcache.core.errors import DatasetError, UnreadableSample
 from kdcache.data.dataset import IndexedDataset, Indices
 from kdcache.data.folders import TEXTS, LeftOut, find_files, is_hidden, labelled_files, printable
 
@@ -116,7 +116,7 @@ def _read(class_name: str, path: str) -> tuple[str, str, bytes]:
     try:
         return class_name, path, Path(path).read_bytes()
     except OSError as problem:
-        raise DatasetError(
+        raise UnreadableSample(
             f"{printable(path)} cannot be read: {problem.strerror or problem}",
             "readable text files",
             "copy the files again",

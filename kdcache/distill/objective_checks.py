@@ -9,7 +9,7 @@ from kdcache.core.config import StudentConfig
 from kdcache.core.errors import UsageError
 from kdcache.core.progress import log
 from kdcache.data.dataset import IndexedDataset
-from kdcache.data.embedding import EmbeddingDataset
+from kdcache.data.taught import EmbeddingDataset
 from kdcache.distill.objective import LOSSES, ObjectiveSpec
 from kdcache.store.encodings.base import Encoding, chosen_temperature
 from kdcache.store.manifest import NONE, Manifest, ViewRecipe

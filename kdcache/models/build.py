@@ -17,10 +17,10 @@ from kdcache.core.errors import CheckpointError, DatasetError, ModelError, Usage
 from kdcache.core.json_records import counted, from_json, to_json
 from kdcache.core.progress import log
 from kdcache.data.dataset import IndexedDataset
-from kdcache.data.embedding import EmbeddingDataset
 from kdcache.data.loader import BatchRequest, batch_loader
 from kdcache.data.preprocess import Preprocessor
 from kdcache.data.registry import open_dataset
+from kdcache.data.taught import EmbeddingDataset
 from kdcache.data.text_preprocess import is_sequences, recorded_tokenizer, sequence_preprocessor
 from kdcache.data.views import Views, as_views
 from kdcache.models.checkpoints import fits

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from kdcache.data.dataset import IndexedDataset
-from kdcache.data.embedding import EmbeddingDataset
+from kdcache.data.taught import EmbeddingDataset
 from kdcache.models.evaluate import Evaluation, evaluate_model
 from kdcache.models.evaluate_embedding import EmbeddingEvaluation, evaluate_embedding
 from kdcache.models.evaluate_multi_label import MultiLabelEvaluation, evaluate_multi_label

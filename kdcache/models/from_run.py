@@ -13,8 +13,8 @@ from kdcache.core.errors import CheckpointError, DatasetError
 from kdcache.core.progress import log
 from kdcache.core.run_dir import BEST, RESULT, read_config
 from kdcache.data.dataset import ANY_CLASS, IndexedDataset, Indices
-from kdcache.data.embedding import EmbeddingDataset
 from kdcache.data.preprocess import Preprocessor
+from kdcache.data.taught import EmbeddingDataset
 from kdcache.models.build import check_classes, construct, open_data, recorded_preprocess
 from kdcache.models.checkpoints import fit_weights, read_checkpoint
 from kdcache.store.manifest import Preprocess

@@ -104,6 +104,12 @@ def _fit(built: BuiltModel, checkpoint: dict[str, Any], path: str | None, key: s
         )
 
 
+def recorded_classes(checkpoint_path: str | None) -> tuple[str, ...]:
+    """Class names that a checkpoint of kdcache has; empty where there are none."""
+    description = read_checkpoint(checkpoint_path).get("kdcache") if checkpoint_path else None
+    return tuple(description["classes"]) if isinstance(description, dict) else ()
+
+
 def _head_classes(checkpoint: dict[str, Any], class_map: dict[str, int | str]) -> tuple[str, ...]:
     """Names for the outputs of a teacher that has others than the dataset's classes: as many as its head has rows."""
     if isinstance(description := checkpoint.get("kdcache"), dict):

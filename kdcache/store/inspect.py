@@ -126,7 +126,7 @@ def _describe(place: str, manifest: Manifest, data: dict[str, Any], local: Local
         "license": manifest.license or "not given",
         "citation": manifest.citation or "not given",
         "dataset": f"{dataset.name}, split {dataset.split}, {counted(dataset.length, 'sample')}, "
-        f"{dataset.input_dtype} {shape}",
+        f"{dataset.input_dtype} {shape}{_left_out(dataset.excluded)}",
         "classes": f"none: an embedding of {counted(len(dataset.classes), 'dimension')}"
         if manifest.is_embedding
         else f"{len(dataset.classes)}: {classes}",
@@ -156,6 +156,14 @@ def _describe(place: str, manifest: Manifest, data: dict[str, Any], local: Local
     below = "\n" + " " * (width + 4)
     described = (f"  {name:<{width}}  {value}".replace("\n", below) for name, value in lines.items())
     return "\n".join([place, *described])
+
+
+def _left_out(excluded: tuple[int, ...]) -> str:
+    """Samples of the source that the dump left out, for a line."""
+    if not excluded:
+        return ""
+    listed = ", ".join(map(str, excluded[:10])) + (", …" if len(excluded) > 10 else "")
+    return f"; left out as unreadable: {listed}"
 
 
 def describe_fidelity(manifest: Manifest) -> str:

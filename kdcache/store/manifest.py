@@ -105,6 +105,7 @@ class DatasetRecord:
         sample_sha256: Fingerprint of a keyed sample of the shared inputs (indices, shapes and bytes).
         labels_sha256: Fingerprint of all labels as little-endian int64; None until all are known.
         data_root: Folder of the data, in manifests by older versions; now in `LocalPaths`.
+        excluded: Positions in the source of samples that were left out as unreadable; `length` does not count them.
     """
 
     name: str
@@ -116,6 +117,7 @@ class DatasetRecord:
     sample_sha256: str
     labels_sha256: str | None = None
     data_root: str | None = None
+    excluded: tuple[int, ...] = field(default=(), metadata=ADDED)
 
     def __post_init__(self) -> None:
         if not _SPLIT_NAME.fullmatch(self.split):

@@ -11,8 +11,8 @@ from torch import nn
 import kdcache
 from kdcache import DumpConfig, StudentConfig, dump_teacher, open_cache, plan_dump, train_student
 from kdcache.core.errors import CacheMismatch, CacheNotFound, KdcacheError, ModelError, UsageError
-from kdcache.data.embedding import EmbeddingDataset
 from kdcache.data.registry import open_dataset
+from kdcache.data.taught import EmbeddingDataset
 from kdcache.models.evaluate_embedding import evaluate_embedding, retrieval_agreement
 from kdcache.models.feature_hooks import PENULTIMATE, FeatureHooks
 from kdcache.models.teacher import load_teacher

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from kdcache.models.evaluate import evaluate_model
 from kdcache.store.manifest import Preprocess
 from tests.distill.test_processes import Plain
 from tests.helpers import Network, answer, changed, refused, synthetic, tensors
+from tests.helpers import kdcache as command
 from tests.processes import together
 
 SAMPLES = synthetic(54)
@@ -226,8 +228,26 @@ def test_the_pipeline_on_photographs_without_labels(photos):
     assert "give --alpha 1" in refused(2, *learn, "--out", "s")
     result = answer(*learn, "--out", "s", "--alpha", "1")
     assert result["test_accuracy"] is None
+    # Of a test split without labels, what its teacher said is compared with.
+    shutil.copytree("flat/train", "flat/test")
+    answer(*dump, "--split", "test", "--out", "c.zarr", "--classes", "names.txt")
+    result = answer(*learn, "--out", "judged", "--alpha", "1", "--val-fraction", "0.4", "--metric", "agreement")
+    assert 0 <= result["test_agreement"] <= 1
+    assert result["test_teacher_kl"] >= 0
+    assert result["test_accuracy"] is None
+    again = command("evaluate", "--run", "judged", "--cache", "c.zarr", "--device", "cpu")
+    assert f"agreement with the teacher {result['test_agreement']:.2%}" in again.stdout
     message = refused(2, *dump, "--out", "d.zarr", "--classes", "nowhere.txt")
     assert "nowhere.txt cannot be read" in message
+
+
+def test_the_classes_are_those_of_the_teachers_checkpoint(photos):
+    shutil.copytree("photos/test", "labelled/train")
+    common = ("--device", "cpu", "--size", "8")
+    answer("train-teacher", "--dataset", "folder:labelled", "--model", "mlp", "--epochs", "1", "--out", "t", *common)
+    dump = ("dump-teacher", "--dataset", "folder:flat", "--teacher", "mlp", "--checkpoint", "t/best.pt", *common)
+    answer(*dump, "--out", "c.zarr")
+    assert open_cache("c.zarr").classes == ("cat", "dog")
 
 
 def test_texts_without_labels(tmp_path):

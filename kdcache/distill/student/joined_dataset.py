@@ -17,8 +17,8 @@ from kdcache.core.plugins import describe
 from kdcache.core.system import physical_memory_bytes
 from kdcache.data.augment import Transform
 from kdcache.data.dataset import IndexedDataset, Renumbered, as_indexed
-from kdcache.data.embedding import as_taught, known_classes
 from kdcache.data.shared_memo import shared_memory
+from kdcache.data.taught import as_taught, known_classes
 from kdcache.data.views import Views, name_of
 from kdcache.distill.student.join_checks import SAMPLED_INPUTS, check_join
 from kdcache.distill.student.joined_items import ItemKeys, Key, Pairs, checked_numbers, sample_numbers
@@ -61,7 +61,7 @@ def join(
         label_key: Key or position of the label, likewise.
         index_key: Key or position of the sample's number in the cache, where items hold it; not for a cache with views.
         indices: Number in the cache of each item of the dataset, (n,); None takes the items' own positions, and for a
-            `Subset` its indices.
+            `Subset` its indices. Samples that the dump left out have no number, and are left out here too.
         verify_inputs: `sample` compares labels, and the inputs of a sample of items, with those that the teacher saw.
             `labels` compares labels alone, for a dataset that decodes, resizes or augments by itself: then nothing
             guarantees that the student sees what the teacher saw. `off` compares nothing.
@@ -90,6 +90,9 @@ def join(
             "a cache without --mix, for items of (input, label, logits)",
             "train with kdcache.train_student or train-student, or dump without --mix",
         )
+    excluded = cache.manifest.dataset.excluded
+    if excluded and indices is None and index_key is None and len(dataset) == len(cache) + len(excluded):
+        dataset = Subset(dataset, np.setdiff1d(np.arange(len(dataset)), excluded).tolist())
     keys = ItemKeys(input=input_key, label=label_key, index=index_key)
     _check_arguments(cache, keys, indices, verify_inputs)
     schedule = make_schedule(view_schedule, (), available=cache.views, seed=seed)

@@ -26,9 +26,9 @@ from kdcache.core.specs import parse_bytes
 from kdcache.data.augment import Transform
 from kdcache.data.batch_sampler import samples_record, split_validation
 from kdcache.data.dataset import as_indexed
-from kdcache.data.embedding import as_taught, known_classes
 from kdcache.data.loader import BatchRequest, batch_loader
 from kdcache.data.preprocess import Preprocessor, as_preprocessor
+from kdcache.data.taught import as_taught, known_classes
 from kdcache.data.views import Views
 from kdcache.distill.objective import distillation_objective, label_objective, parse_objectives
 from kdcache.distill.objective_checks import (

@@ -59,6 +59,7 @@ def build_manifest(
             input_dtype=dataset.input_dtype,
             input_shape=dataset.input_shape,
             sample_sha256=fingerprint_samples(dataset),
+            excluded=dataset.excluded,
             labels_sha256=None if labels is None else fingerprint_labels(labels),
         ),
         teacher=TeacherRecord(

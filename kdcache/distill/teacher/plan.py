@@ -13,8 +13,9 @@ from kdcache.core.errors import TeacherOutputError, UsageError
 from kdcache.data.augment import Transform
 from kdcache.data.dataset import ANY_CLASS, IndexedDataset, as_indexed
 from kdcache.data.determinism import check_deterministic
-from kdcache.data.embedding import EmbeddingDataset
 from kdcache.data.preprocess import Preprocessor, as_preprocessor
+from kdcache.data.readable import ReadableDataset, find_unreadable
+from kdcache.data.taught import EmbeddingDataset
 from kdcache.data.views import Views
 from kdcache.distill.teacher.dump_manifest import build_manifest
 from kdcache.distill.teacher.probe import TeacherProbe, find_head
@@ -37,6 +38,8 @@ from kdcache.store.manifest import (
     OutputRecord,
     Preprocess,
     ViewRecipe,
+    is_cache,
+    read_manifest,
 )
 from kdcache.store.resume import ResumePolicy, find_dump
 from kdcache.store.storage.base import Storage
@@ -70,6 +73,18 @@ def _check_no_softmax(answers: str, name: str, config: DumpConfig, outputs: Outp
             )
 
 
+def without_unreadable(samples: IndexedDataset, out: Location, workers: int) -> IndexedDataset:
+    """A dataset without what cannot be read: as the first worker of a dump found it, or by reading everything."""
+    if isinstance(samples, ReadableDataset):
+        return samples
+    root = open_storage(out)
+    if is_cache(root) and samples.split in root.folders():
+        excluded = read_manifest(root, samples.split).dataset.excluded
+    else:
+        excluded = find_unreadable(samples, workers)
+    return ReadableDataset(samples, excluded)
+
+
 @dataclass(frozen=True, kw_only=True)
 class DumpRequest:
     """The arguments of `dump_teacher`, which describes them, with `policy` for what may be stored already."""
@@ -95,6 +110,8 @@ class DumpRequest:
         split = self.split or (self.dataset.split if isinstance(self.dataset, IndexedDataset) else "train")
         any_class = ANY_CLASS if self.output_record.kind == EMBEDDING else ()
         samples = as_indexed(self.dataset, name=type(self.dataset).__name__, split=split, default_classes=any_class)
+        if self.config.skip_unreadable:
+            samples = without_unreadable(samples, self.out, self.config.workers)
         check_deterministic(samples)
         if self.output_record.kind == EMBEDDING and not isinstance(samples, EmbeddingDataset):
             # Labels say nothing about a vector, so that students need none.

@@ -1,4 +1,4 @@
-"""Samples whose answer is a vector and no class."""
+"""Samples as the teacher of a cache answered for them."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kdcache.data.dataset import ANY_CLASS, IndexedDataset, Indices
+from kdcache.data.dataset import ANY_CLASS, IndexedDataset, Indices, WrappedDataset
 from kdcache.data.raw_input import Inputs
+from kdcache.data.readable import ReadableDataset
 from kdcache.store.manifest import UNLABELLED, Manifest
 
 
-class EmbeddingDataset(IndexedDataset):
+class EmbeddingDataset(WrappedDataset):
     """The samples of a dataset without their labels; its classes are the dimensions of an embedding, `0`, `1`, ….
 
     Args:
@@ -21,14 +22,8 @@ class EmbeddingDataset(IndexedDataset):
     """
 
     def __init__(self, dataset: IndexedDataset, width: int) -> None:
-        self.__dict__.update(dataset.__dict__)
-        self.is_text, self.in_memory, self.multi_label = dataset.is_text, dataset.in_memory, False
-        self.vocabulary_size = dataset.vocabulary_size
-        self.classes = tuple(map(str, range(width)))
-        self._samples = dataset
-
-    def __len__(self) -> int:
-        return len(self._samples)
+        super().__init__(dataset)
+        self.multi_label, self.classes = False, tuple(map(str, range(width)))
 
     def labels(self) -> NDArray[np.int64]:
         return np.full(len(self), UNLABELLED)
@@ -44,7 +39,13 @@ def known_classes(manifest: Manifest) -> tuple[str, ...]:
 
 
 def as_taught(dataset: IndexedDataset, manifest: Manifest) -> IndexedDataset:
-    """The samples as the teacher of a cache answered for them: of embeddings, without labels."""
+    """The samples as the teacher of a cache answered for them: without those that it left out, and of embeddings
+    without labels.
+    """
+    record = manifest.dataset
+    whole = len(dataset) == record.length + len(record.excluded) and dataset.split == record.split
+    if record.excluded and whole and not dataset.excluded:
+        dataset = ReadableDataset(dataset, record.excluded)
     if not manifest.is_embedding or isinstance(dataset, EmbeddingDataset):
         return dataset
     return EmbeddingDataset(dataset, len(manifest.dataset.classes))
