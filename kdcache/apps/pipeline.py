@@ -150,7 +150,7 @@ def _open_for_dump(settings: DumpTeacherArgs, split: str) -> IndexedDataset:
         if not (names := recorded_classes(settings.checkpoint)):
             raise
         dataset = open_data(settings, settings.dataset, split, classes=names)
-    return without_unreadable(dataset, settings.out, settings.workers) if settings.skip_unreadable else dataset
+    return without_unreadable(dataset, settings.out, settings.workers or 0) if settings.skip_unreadable else dataset
 
 
 def _list_layers(settings: DumpTeacherArgs) -> Report:

@@ -22,6 +22,7 @@ from kdcache.core.command_result import Report
 from kdcache.core.errors import KdcacheError, UsageError
 from kdcache.core.json_records import to_json
 from kdcache.core.options import (
+    AUTO,
     Settings,
     ValueType,
     check_effective,
@@ -229,11 +230,14 @@ def _parameter(each: dataclasses.Field[Any], value_type: ValueType) -> inspect.P
     text = each.metadata["help"]
     if each.metadata["required"]:
         text += " [required]"
+    elif each.metadata["auto"]:
+        text += f" [default: {AUTO}]"
     elif each.default not in (None, (), "") and not isinstance(each.default, bool):
         default: Any = each.default
         text += f" [default: {','.join(map(str, default)) if several else default}]"
     # Several numbers are one text with commas; several texts are a repeated option.
-    hint: Any = (kind if not several else list[str] if kind is str else str) | None
+    plain = kind if not each.metadata["auto"] else str
+    hint: Any = (plain if not several else list[str] if kind is str else str) | None
     if each.metadata["argument"]:
         return _keyword(each.name, hint, typer.Argument(help=text, show_default=False))
     flag = flag_of(each.name)
@@ -254,8 +258,9 @@ def _settings(settings_class: type[Settings], given: dict[str, Any], file: str |
         from kdcache.core.run_dir import read_config
 
         below = read_config(Path(local_path(given["out"], "--out")))
+    rules = {each.name: each for each in dataclasses.fields(settings_class)}
     flags = {
-        name: _value(name, value, types[name])
+        name: _value(name, value, types[name], auto=rules[name].metadata["auto"])
         for name, value in given.items()
         if name in types and value is not None and value != []
     }
@@ -273,7 +278,12 @@ def _settings(settings_class: type[Settings], given: dict[str, Any], file: str |
     return settings
 
 
-def _value(name: str, given: Any, value_type: ValueType) -> Any:
+def _value(name: str, given: Any, value_type: ValueType, *, auto: bool) -> Any:
+    if auto and given != AUTO:
+        try:
+            return value_type.kind(given)
+        except ValueError as problem:
+            raise UsageError(f"{flag_of(name)} is {given!r}", f"a whole number, or {AUTO}") from problem
     if not (value_type.several and isinstance(given, str)):
         return given
     try:

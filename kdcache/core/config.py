@@ -18,8 +18,15 @@ class LoadingConfig(Settings):
     """Device, batches and worker processes of the loader."""
 
     device: str = option("auto", "auto (a GPU when there is one), cpu, cuda, cuda:N or mps.")
-    batch_size: int = option(128, "Samples per batch.", minimum=1)
-    workers: int = option(0, "Worker processes that load samples; 0 loads in the main process.", minimum=0)
+    batch_size: int | None = option(
+        None, "Samples per batch; auto measures what is fastest where the pass is long.", minimum=1, auto=True
+    )
+    workers: int | None = option(
+        None,
+        "Worker processes that load samples; 0 loads in the main process, auto starts some where loading takes long.",
+        minimum=0,
+        auto=True,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,7 +151,12 @@ class TeacherOutputConfig(Settings):
 class DumpConfig(RuntimeConfig, ViewConfig):
     """How a teacher's logits are computed and stored."""
 
-    batch_size: int = option(256, "Samples per batch.", minimum=1)
+    memory_format: str = option(
+        "auto",
+        "Memory format of images: contiguous, channels-last, or auto, which measures for convolutional networks.",
+        choices=("auto", "contiguous", "channels-last"),
+    )
+    compile: bool = option(False, "Compile the teacher with torch.compile; where that fails, it runs as it is.")
     views: int = option(1, "Views per sample: differently augmented versions that the teacher sees.", minimum=1)
     view_seed: int = option(
         0,
@@ -153,6 +165,14 @@ class DumpConfig(RuntimeConfig, ViewConfig):
         only_with=("augment", "mix"),
     )
     plain_view: bool = option(False, "View 0 is the plain sample.", only_with=("augment", "mix"))
+    views_in_flight: int | None = option(
+        None,
+        "Views of a shard that are computed side by side, so that a sample is read once for all of them; auto takes up "
+        "to 8, within 1 GiB for their rows.",
+        minimum=1,
+        auto=True,
+        only_with=("augment",),
+    )
     features: tuple[str, ...] = option(
         (), "Layer whose output is stored too (a module's path, or penultimate); repeat for several."
     )
@@ -196,6 +216,7 @@ class DumpConfig(RuntimeConfig, ViewConfig):
 class TrainConfig(RuntimeConfig):
     """Settings of the training loop, for teacher and student."""
 
+    batch_size: int = option(128, "Samples per batch.", minimum=1)
     epochs: int = option(5, "Passes over the training samples.", minimum=1)
     optimizer: str = option("adam", "adam, adamw or sgd.", choices=("adam", "adamw", "sgd"))
     learning_rate: float = option(1e-3, "Peak learning rate.", above=0)
@@ -623,6 +644,7 @@ def _of(settings_class: type[Settings], name: str) -> Any:
 class BenchArgs(RuntimeConfig, TeacherOutputConfig, DatasetConfig, InputConfig):
     """`kdcache bench`, with the options of `train-student` on which the time per epoch depends."""
 
+    batch_size: int = _of(TrainConfig, "batch_size")
     optimizer: str = _of(TrainConfig, "optimizer")
     learning_rate: float = _of(TrainConfig, "learning_rate")
     momentum: float = _of(TrainConfig, "momentum")

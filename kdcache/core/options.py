@@ -19,6 +19,9 @@ from kdcache.core.paths import cache_location, local_path, local_spec
 
 T = TypeVar("T", bound="Settings")
 
+# A value that is found out.
+AUTO = "auto"
+
 # Options whose values are paths in every command, and options whose values may contain one.
 PATHS = frozenset(
     {
@@ -44,6 +47,7 @@ def option(
     not_with: tuple[str, ...] = (),
     unless: str = "",
     url: bool = False,
+    auto: bool = False,
 ) -> Any:
     """Field of a settings class, with its help text and its bounds.
 
@@ -59,6 +63,7 @@ def option(
         not_with: Other settings that leave this one without effect, in the same form.
         unless: Flag that makes a required value optional.
         url: The place of a cache, which may be a URL.
+        auto: A value of None, which is found out, is called `auto` on the command line and in files.
     """
     metadata = {
         "help": help,
@@ -72,6 +77,7 @@ def option(
         "not_with": not_with,
         "unless": unless,
         "url": url,
+        "auto": auto,
     }
     return field(default=default, metadata=metadata)
 
@@ -221,6 +227,9 @@ def merge(config_class: type[T], *layers: dict[str, Any], where: str = "settings
     for name, value_type in value_types(config_class).items():
         if value_type.several and isinstance(merged.get(name), str):
             merged[name] = [merged[name]]  # a single value of several allowed ones
+    for each in fields(config_class):
+        if each.metadata.get("auto") and merged.get(each.name) == AUTO:
+            merged[each.name] = None
     return from_json(config_class, merged, where=where, error=UsageError)
 
 

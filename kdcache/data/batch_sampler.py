@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -98,25 +98,26 @@ def samples_record(indices: NDArray[np.int64]) -> dict[str, Any]:
 
 
 class ShardBatches:
-    """Batches of consecutive samples of (view, shard) places, which never straddle a shard.
+    """Batches of consecutive samples of shards, in one view or in several, which never straddle a shard.
 
     A shard is thus computed from the same batches whenever it is computed, so that a continued dump equals an
     uninterrupted one to the bit: a teacher's logits vary by about 1e-6 with the size of the batch.
 
     Attributes:
-        places: The (view, shard) pairs of the next pass, taken one by one as their batches are asked for.
+        places: The shards of the next pass with the views that are wanted of them, taken one by one as their batches
+            are asked for. Each group of samples is read once for all of these views, whose batches follow each other.
     """
 
     def __init__(self, manifest: Manifest, batch_size: int) -> None:
         self._manifest, self._batch_size = manifest, batch_size
-        self.places: Iterable[tuple[int, int]] = ()
+        self.places: Iterable[tuple[Sequence[int], int]] = ()
 
     def __iter__(self) -> Iterator[BatchRequest]:
-        for view, shard in self.places:
+        for (view, *more), shard in self.places:
             samples = self._manifest.rows_of(shard)
             for start in range(samples.start, samples.stop, self._batch_size):
                 stop = min(start + self._batch_size, samples.stop)
-                yield BatchRequest(np.arange(start, stop), view, checksums=True)
+                yield BatchRequest(np.arange(start, stop), view, checksums=True, more_views=tuple(more))
 
     def __len__(self) -> int:
         """Number of batches of one view."""

@@ -23,7 +23,7 @@ from kdcache.data.preprocess import Preprocessor
 from kdcache.data.raw_input import batch_crc32c
 from kdcache.data.soft_targets import SoftTargets
 from kdcache.data.token_cache import Sequences
-from kdcache.data.views import Views, as_views
+from kdcache.data.views import Shared, Views, as_views
 from kdcache.store.storage.object_store import has_done_io
 
 # Batches that are joined and pinned while the device computes.
@@ -52,6 +52,7 @@ class BatchRequest(NamedTuple):
     Attributes:
         indices: Indices of the samples, (B,) int64.
         checksums: Whether to compute `Batch.input_crc32c`, at about 0.3 µs per small sample.
+        more_views: Further views of the same samples, each a batch of its own after that of `view`.
         share: Place of the samples in the batch of all processes; None for a process alone.
     """
 
@@ -59,6 +60,7 @@ class BatchRequest(NamedTuple):
     view: int = 0
     checksums: bool = False
     share: Share | None = None
+    more_views: tuple[int, ...] = ()
 
 
 class Batch(NamedTuple):
@@ -206,19 +208,19 @@ class BatchLoader(DataLoader[Batch]):
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
         iterator = self._started()
         if self.num_workers == 0 or self._device.type != "cuda":
-            while (batch := self._next(iterator)) is not None:
-                yield batch
+            while (batches := self._next(iterator)) is not None:
+                yield from batches
             return
         with ThreadPoolExecutor(1, initializer=torch.cuda.set_device, initargs=(_number(self._device),)) as pool:
             coming = deque(pool.submit(self._next, iterator) for _ in range(BATCHES_AHEAD))
-            while (batch := coming.popleft().result()) is not None:
+            while (batches := coming.popleft().result()) is not None:
                 coming.append(pool.submit(self._next, iterator))
-                yield batch
+                yield from batches
 
-    def _next(self, iterator: Iterator[Any]) -> Batch | None:
-        """The next batch, ready for its step; None after the last one."""
+    def _next(self, iterator: Iterator[Any]) -> list[Batch] | None:
+        """The batches of the next request, ready for their steps; None after the last one."""
         try:
-            batch: Any = next(iterator, None)
+            found: Any = next(iterator, None)
         except RuntimeError as problem:
             # "Caught X in DataLoader worker process 0" is another message: an error that the worker raised.
             if self.num_workers == 0 or not str(problem).startswith("DataLoader worker"):
@@ -228,12 +230,12 @@ class BatchLoader(DataLoader[Batch]):
                 "workers that live as long as the run",
                 "see whether memory (or shared memory, /dev/shm) ran out, and try --workers 0",
             ) from problem
-        if batch is None:
+        if found is None:
             return None
-        if isinstance(batch, KdcacheError):
-            raise batch
-        ready: Batch = batch if self._join is None else self._join(batch)
-        return ready.pin_memory() if self._device.type == "cuda" else ready
+        if isinstance(found, KdcacheError):
+            raise found
+        batches: list[Batch] = found if self._join is None else [self._join(batch) for batch in found]
+        return [batch.pin_memory() for batch in batches] if self._device.type == "cuda" else batches
 
     def _started(self) -> Iterator[Any]:
         """The iterator of torch, its workers running."""
@@ -267,9 +269,9 @@ class Fetcher(Dataset[Batch]):
         self.preprocessor = preprocessor
         self.sequences = Sequences(preprocessor, len(views), views.dataset.name) if preprocessor.makes_tokens else None
 
-    def __getitems__(self, request: BatchRequest) -> Batch | KdcacheError:
+    def __getitems__(self, request: BatchRequest) -> list[Batch] | KdcacheError:
         try:
-            return self.batch(request)
+            return self.batches(request)
         except KdcacheError as error:
             if get_worker_info() is None:
                 raise
@@ -278,14 +280,25 @@ class Fetcher(Dataset[Batch]):
             return error
 
     def batch(self, request: BatchRequest) -> Batch:
-        """Some samples of a view, as one network takes them.
+        """Some samples of one view; see `batches`."""
+        (batch,) = self.batches(request)
+        return batch
+
+    def batches(self, request: BatchRequest) -> list[Batch]:
+        """Some samples of a view, or of several, as one network takes them.
 
         Raises:
             DatasetError: a sample cannot be read or stacked.
             ModelError: the preprocessing does not suit it.
         """
-        indices = request.indices.astype(np.int64)
-        inputs, labels, partner_labels, mix_lambda = self.views.fetch(request.view, indices)
+        indices, views = request.indices.astype(np.int64), (request.view, *request.more_views)
+        shared = self.views.fetch_several(views, indices)
+        return [
+            self._batch(request._replace(view=view), indices, each) for view, each in zip(views, shared, strict=True)
+        ]
+
+    def _batch(self, request: BatchRequest, indices: NDArray[np.int64], shared: Shared) -> Batch:
+        inputs, labels, partner_labels, mix_lambda = shared
         checksums = torch.tensor(batch_crc32c(inputs), dtype=torch.int64) if request.checksums else None
         if self.sequences is not None:
             plain = self.views.recipe.is_plain(request.view)

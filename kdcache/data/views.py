@@ -133,6 +133,21 @@ class Views:
             torch.stack(mixed) if alike else mixed, labels, partner_labels, torch.tensor(lambdas, dtype=torch.float32)
         )
 
+    def fetch_several(self, views: Sequence[int], indices: NDArray[np.int64]) -> list[Shared]:
+        """Some samples as several views show them, each read once where they are not mixed.
+
+        Args and errors as for `fetch`.
+        """
+        if len(views) == 1 or self._mix is not None or self._remembered is not None:
+            return [self.fetch(view, indices) for view in views]
+        inputs, labels = self.dataset.fetch(indices)
+        found = []
+        for view in views:
+            # A copy for each: what is done to one view must not show in the next.
+            own = inputs.clone() if isinstance(inputs, Tensor) else inputs
+            found.append(Shared(own if self.recipe.is_plain(view) else self._augment(view, indices, own), labels))
+        return found
+
     def _augmented(self, view: int, indices: NDArray[np.int64]) -> tuple[Inputs, Tensor]:
         """Augmented inputs and labels, before any mixing; from memory, where they are kept."""
         remembered, labels = self._remembered, self.dataset.labels()

@@ -20,6 +20,7 @@ from kdcache.core.progress import Progress, log
 from kdcache.core.run_dir import RunFolder
 from kdcache.data.batch_sampler import RankBatches, cut_batch
 from kdcache.data.loader import Batch, batch_loader
+from kdcache.data.loading import auto_workers
 from kdcache.distill.objective import Objective, objective_parameters
 from kdcache.distill.optim import AveragedWeights, build_optimizer, learning_rate_factor
 from kdcache.distill.run_state import Description, RunState, Stateful
@@ -131,7 +132,7 @@ class _Loop:
             data.views,
             self.batches if processes.alone else parts,
             preprocessor=data.preprocessor,
-            workers=config.workers,
+            workers=self._workers(),
             device=self.device,
             join=data.join,
         )
@@ -148,6 +149,14 @@ class _Loop:
             self.average = AveragedWeights(module, config.ema) if config.ema else None
         self.step = processes.wrap(TrainingStep(module, objective, self.device, config))
         self.learning_rate = 0.0
+
+    def _workers(self) -> int:
+        """Worker processes that load samples."""
+        data, config = self.data, self.config
+        if config.workers is not None:
+            return config.workers
+        samples = len(self.batches) * config.batch_size // self.processes.size
+        return auto_workers(data.views, data.preprocessor, samples, self.device)
 
     @property
     def metric(self) -> str:

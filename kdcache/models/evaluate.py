@@ -18,9 +18,12 @@ from kdcache.core.errors import DatasetError
 from kdcache.core.progress import Progress
 from kdcache.data.dataset import IndexedDataset, labelled_samples
 from kdcache.data.loader import Batch, batch_loader, consecutive_batches
+from kdcache.data.loading import auto_workers
 from kdcache.data.preprocess import Preprocessor, as_preprocessor
+from kdcache.data.views import as_views
 from kdcache.models.device import evaluation_mode, memory_errors, move_to, resolve_device
 from kdcache.models.distributed import Processes
+from kdcache.models.execution import choose_execution
 from kdcache.models.forward import ForwardPass
 from kdcache.store.manifest import UNLABELLED, Preprocess
 
@@ -107,11 +110,23 @@ def predict_batches(
     device, preprocessor = resolve_device(config.device), as_preprocessor(preprocess)
     network = ForwardPass(move_to(module, device), preprocessor, device, classes=len(dataset.classes), amp=config.amp)
     processes = processes or Processes()
-    batches = consecutive_batches(indices, config.batch_size)[processes.rank :: processes.size]
-    loader = batch_loader(dataset, batches, preprocessor=preprocessor, workers=config.workers, device=device)
+    batch_size, workers = config.batch_size, config.workers
+    if batch_size is None:
+
+        def sample(count: int) -> Tensor:
+            (batch,) = batch_loader(
+                dataset, consecutive_batches(indices[:count], count), preprocessor=preprocessor, device=device
+            )
+            return batch.inputs.to(device)
+
+        batch_size, _ = choose_execution(network, sample, len(indices))
+    if workers is None:
+        workers = auto_workers(as_views(dataset), preprocessor, len(indices), device)
+    batches = consecutive_batches(indices, batch_size)[processes.rank :: processes.size]
+    loader = batch_loader(dataset, batches, preprocessor=preprocessor, workers=workers, device=device)
     with (
         evaluation_mode(module),
-        memory_errors(config.batch_size),
+        memory_errors(batch_size),
         Progress(title, sum(len(each.indices) for each in batches), unit) as progress,
     ):
         for batch in loader:

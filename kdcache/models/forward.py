@@ -10,9 +10,13 @@ from torch import Tensor, nn
 from kdcache.core.errors import KdcacheError, ModelError
 from kdcache.core.plugins import describe
 from kdcache.data.preprocess import Preprocessor
+from kdcache.models.compiled import Compiled
 from kdcache.models.device import autocast, floating_dtype
 from kdcache.models.teacher_outputs import to_logits
 from kdcache.store.manifest import OutputRecord
+
+CONTIGUOUS, CHANNELS_LAST = "contiguous", "channels-last"
+_MEMORY_FORMATS = {CONTIGUOUS: torch.contiguous_format, CHANNELS_LAST: torch.channels_last}
 
 
 class ForwardPass:
@@ -41,7 +45,23 @@ class ForwardPass:
     ) -> None:
         self.module, self.preprocessor, self.device = module, preprocessor, device
         self.classes, self.amp, self.outputs = classes, amp, outputs or OutputRecord()
-        self._error = error
+        self.memory_format, self._error = CONTIGUOUS, error
+        self._compiled: Compiled | None = None
+
+    @property
+    def compiled(self) -> bool:
+        """Whether the network runs compiled."""
+        return self._compiled is not None and self._compiled.works
+
+    def compile(self) -> None:
+        """Compile the network at its next forward pass; where that fails, it runs as it is."""
+        self._compiled = Compiled(self.module)
+
+    def use_memory_format(self, name: str) -> None:
+        """Bring weights and images into a memory format, `contiguous` or `channels-last`."""
+        if name != self.memory_format:
+            self.module.to(memory_format=_MEMORY_FORMATS[name])
+            self.memory_format = name
 
     @property
     def narrow(self) -> bool:
@@ -59,9 +79,11 @@ class ForwardPass:
             ModelError: the network raises an exception of its own.
         """
         prepared = self.preprocessor.per_batch(inputs.to(self.device, non_blocking=True), floating_dtype(self.module))
+        if self.memory_format == CHANNELS_LAST and prepared.ndim == 4:
+            prepared = prepared.contiguous(memory_format=torch.channels_last)
         try:
             with autocast(self.device, self.amp):
-                return output_logits(self.module(prepared))
+                return output_logits((self._compiled or self.module)(prepared))
         except (KdcacheError, torch.OutOfMemoryError):
             raise
         except Exception as problem:  # the network is code of the user's: it may raise anything

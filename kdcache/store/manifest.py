@@ -29,7 +29,7 @@ _SPLIT_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 # license and citation may change without another dump.
 NOT_IDENTITY = frozenset(
     {"views", "view_sha256", "dataset.data_root", "teacher.accuracy", "device", "batch_size"}
-    | {"facts", "fidelity", "changed_predictions"}
+    | {"facts", "fidelity", "changed_predictions", "precision"}
     | {"versions.cpu", "versions.python", "compute", "license", "citation", "history"}
 )
 
@@ -239,7 +239,9 @@ class ConstantRecord:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FidelityRecord:
-    """Loss of a lossy encoding: KL(softmax(z / T) ‖ softmax(decoded / T)) in nats, z the teacher's logits.
+    """Loss of a lossy encoding, or of a narrower precision: KL(softmax(z / T) ‖ softmax(z' / T)) in nats.
+
+    z are the teacher's logits, and z' is what is left of them.
 
     Attributes:
         temperature: T.
@@ -252,6 +254,21 @@ class FidelityRecord:
     mean_kl: float
     p99_kl: float
     max_kl: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrecisionRecord:
+    """What automatic mixed precision changed in the teacher's answers to a sample, against float32.
+
+    Attributes:
+        samples: Number of samples.
+        changed_predictions: Samples whose predicted class changed.
+        fidelity: KL divergence at several temperatures.
+    """
+
+    samples: int
+    changed_predictions: int
+    fidelity: tuple[FidelityRecord, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -314,6 +331,9 @@ class Manifest:
         shard_rows: Rows per shard, the unit that is written and committed whole.
         versions: Versions of the packages that could change an input or a logit.
         amp: Precision of the teacher's forward pass: `off`, `bf16` or `fp16`.
+        memory_format: Memory format of images in the forward pass: `contiguous` or `channels-last`.
+        compiled: Whether the teacher was compiled by torch.compile.
+        precision: What `amp` changed, measured before the first row; None where nothing was measured.
         compute: Device that computes the rows, and its settings that change their last bits (see
             `dump_manifest.compute_facts`); empty in manifests by older versions.
         view_sha256: Digest of the ledger of each finished view, in view order; none until the first dump is complete.
@@ -343,6 +363,9 @@ class Manifest:
     batch_size: int
     versions: dict[str, str]
     view_sha256: tuple[str, ...] = ()
+    memory_format: str = field(default="contiguous", metadata=ADDED)
+    compiled: bool = field(default=False, metadata=ADDED)
+    precision: PrecisionRecord | None = field(default=None, metadata=ADDED)
     compute: dict[str, str] = field(default_factory=dict, metadata=ADDED)
     license: str = field(default="", metadata=ADDED)
     citation: str = field(default="", metadata=ADDED)

@@ -29,7 +29,16 @@ from kdcache.store.storage.base import MissingKey, Storage
 _TERMS = ("license", "citation")
 # Fields that come out of a dump or tell how it was carried out: taken from what is left of a damaged manifest.
 _RECORDED = ("views", "view_sha256", "device", "batch_size", "versions")
-_RECORDED_IF_THERE = ("encoding", "compute", "history", "facts", "fidelity", "changed_predictions", *_TERMS)
+_RECORDED_IF_THERE = (
+    "encoding",
+    "compute",
+    "history",
+    "facts",
+    "fidelity",
+    "changed_predictions",
+    "precision",
+    *_TERMS,
+)
 
 # Key in the record of a change of device: how many shards were committed before.
 COMMITTED = "committed_shards"

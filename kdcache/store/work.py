@@ -41,7 +41,8 @@ class Work:
         self._alone = writer.policy.repair
         # Numbered alike by all workers, whatever is committed already.
         first = 0 if self._alone else len(manifest.view_sha256)
-        units = [(view, shard) for view in range(first, manifest.views) for shard in range(manifest.shards)]
+        # The views of a shard follow each other, so that its samples can be read once for all of them.
+        units = [(view, shard) for shard in range(manifest.shards) for view in range(first, manifest.views)]
         run = worker.run(len(units))
         self._own = units[run.start : run.stop]
         self._open = units if steal else self._own
@@ -63,7 +64,7 @@ class Work:
         They may be asked for before the ones before them are committed.
         """
         if self._alone:
-            yield from self._writer.pending()
+            yield from sorted(self._writer.pending(), key=lambda unit: (unit[1], unit[0]))
             return
         pending, latest = set(self._writer.pending()), latest_claims(self._writer.storage)
         for unit in self._own:

@@ -125,7 +125,12 @@ class Everything(Dataset):
         found = self.cases[name].__getitems__(batch)
         if isinstance(found, KdcacheError):
             raise found
-        return name, batch.view, batch.indices.tolist(), found.input_crc32c.tolist()
+        views = (batch.view, *batch.more_views)
+        return (
+            name,
+            batch.indices.tolist(),
+            {view: each.input_crc32c.tolist() for view, each in zip(views, found, strict=True)},
+        )
 
 
 def itself(batch):
@@ -146,9 +151,9 @@ def test_shared_inputs_are_the_same_in_every_worker_batch_and_order(expected, co
     requests = []
     for name, (dataset, _) in CASES.items():
         order = np.arange(len(dataset))[:: -1 if backwards else 1]
-        for view in (2, 0, 1):
-            parts = np.split(order, range(size, len(order), size))
-            requests += [(name, BatchRequest(part, view, checksums=True)) for part in parts]
+        parts = np.split(order, range(size, len(order), size))
+        for view, *more in ((2,), (0,), (1,), (1, 2, 0)):  # each alone, and of samples that are read once
+            requests += [(name, BatchRequest(part, view, checksums=True, more_views=tuple(more))) for part in parts]
     loader = DataLoader(
         Everything(),
         batch_sampler=requests[::-1] if backwards else requests,
@@ -157,10 +162,11 @@ def test_shared_inputs_are_the_same_in_every_worker_batch_and_order(expected, co
         collate_fn=itself,
     )
     seen = 0
-    for name, view, indices, crcs in loader:
-        assert crcs == [expected[name][view][index] for index in indices], name
-        seen += len(indices)
-    assert seen == sum(3 * len(dataset) for dataset, _ in CASES.values())
+    for name, indices, crcs_of in loader:
+        for view, crcs in crcs_of.items():
+            assert crcs == [expected[name][view][index] for index in indices], name
+            seen += len(indices)
+    assert seen == sum(6 * len(dataset) for dataset, _ in CASES.values())
 
 
 @pytest.mark.parametrize("workers", [0, 2])

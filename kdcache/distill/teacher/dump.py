@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from kdcache.core.config import DumpConfig
+from kdcache.core.errors import TargetExists
 from kdcache.core.json_records import counted
 from kdcache.core.progress import Progress, log
 from kdcache.core.workers import Worker
@@ -192,7 +193,7 @@ def _write_split(dump: PreparedDump, worker: Worker, *, steal: bool) -> DumpResu
     place, existing = root.place(split), dump.plan.existing
     dataset = dump.views.dataset
     local = LocalPaths(dataset=dataset.name, data_root=dataset.data_root)
-    with SplitWriter(root, dump.manifest, dump.policy, encoding=dump.encoding, local=local) as writer:
+    with _open_writer(dump, local) as writer:
         for change in writer.changes:
             log(f"{place}: change of {change.what}, recorded in the manifest: {change.after}")
         if dump.policy.repair:
@@ -204,7 +205,7 @@ def _write_split(dump: PreparedDump, worker: Worker, *, steal: bool) -> DumpResu
             log(f"{place}: {rows - left:,} of {counted(rows, 'row')} are committed; continuing")
         with (
             dump.teacher,
-            memory_errors(dump.config.batch_size),
+            memory_errors(dump.batch_size),
             Work(writer, worker, steal=steal or worker.count == 1) as work,
         ):
             computed = _write_shards(dump, writer, work, worker)
@@ -224,6 +225,15 @@ def _write_split(dump: PreparedDump, worker: Worker, *, steal: bool) -> DumpResu
         pending_shards=0 if manifest is not None else len(writer.pending()),
         seconds=time.perf_counter() - began,
     )
+
+
+def _open_writer(dump: PreparedDump, local: LocalPaths) -> SplitWriter:
+    try:
+        return SplitWriter(dump.root, dump.manifest, dump.policy, encoding=dump.encoding, local=local)
+    except TargetExists:
+        if not dump.adopt_stored():
+            raise
+        return SplitWriter(dump.root, dump.manifest, dump.policy, encoding=dump.encoding, local=local)
 
 
 def _result(

@@ -13,6 +13,7 @@ from kdcache.core.config import DumpConfig
 from kdcache.data.registry import fingerprint_labels, fingerprint_samples
 from kdcache.data.versions import package_versions
 from kdcache.data.views import Views
+from kdcache.models.execution import DEFAULT_BATCH
 from kdcache.models.feature_hooks import PENULTIMATE
 from kdcache.models.forward import ForwardPass
 from kdcache.models.registry import count_parameters, weights_sha256
@@ -22,7 +23,7 @@ from kdcache.store.encodings.head import FEATURES
 from kdcache.store.facts import fact_names
 from kdcache.store.layout import build_arrays
 from kdcache.store.local_paths import portable_spec
-from kdcache.store.manifest import ONE_CLASS, DatasetRecord, FeatureRecord, Manifest, TeacherRecord
+from kdcache.store.manifest import ONE_CLASS, DatasetRecord, FeatureRecord, Manifest, PrecisionRecord, TeacherRecord
 
 
 def build_manifest(
@@ -33,12 +34,14 @@ def build_manifest(
     encoding: Encoding,
     answers: str,
     features: dict[FeatureRecord, tuple[int, ...]],
+    precision: PrecisionRecord | None = None,
 ) -> Manifest:
     """The manifest of a dump, without its results.
 
     Args:
         answers: What the teacher says of a sample, as `Manifest.answers` names it.
         features: With the shape of one row as it is stored.
+        precision: What automatic mixed precision changes in the teacher's answers, where it was measured.
     """
     dataset = views.dataset
     labels = dataset.labels()
@@ -82,7 +85,10 @@ def build_manifest(
         seed=config.seed,
         amp=config.amp,
         device=teacher.device.type,
-        batch_size=config.batch_size,
+        batch_size=config.batch_size or DEFAULT_BATCH,
+        memory_format=config.memory_format,
+        compiled=teacher.compiled,
+        precision=precision,
         versions=package_versions(reads_text=bool(teacher.preprocessor.record.tokenizer_sha256)),
         compute=compute_facts(teacher.device),
         license=config.license,

@@ -42,7 +42,7 @@ def compare_encodings(dump: PreparedDump) -> tuple[EncodingEstimate, ...]:
 def _outputs(dump: PreparedDump) -> Rows:
     network = dump.teacher.network
     indices = keyed_sample(len(dump.views), min(SAMPLES, len(dump.views)), 0, "encodings")
-    requests = consecutive_batches(indices, min(dump.config.batch_size, SAMPLES))
+    requests = consecutive_batches(indices, min(dump.batch_size, SAMPLES))
     loader = batch_loader(dump.views, requests, preprocessor=network.preprocessor, device=network.device)
     with dump.teacher:
         parts = [rows for _, rows in dump.teacher.stream(loader)]

@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
-from torch import nn
+import numpy as np
+from torch import Tensor, nn
 
 from kdcache.core.config import DumpConfig
-from kdcache.core.errors import TeacherOutputError, UsageError
+from kdcache.core.errors import CacheDamaged, TargetExists, TeacherOutputError, UsageError
 from kdcache.data.augment import Transform
 from kdcache.data.dataset import ANY_CLASS, IndexedDataset, as_indexed
 from kdcache.data.determinism import check_deterministic
+from kdcache.data.loader import BatchRequest, batch_loader
+from kdcache.data.loading import auto_workers
 from kdcache.data.preprocess import Preprocessor, as_preprocessor
 from kdcache.data.readable import ReadableDataset, find_unreadable
 from kdcache.data.taught import EmbeddingDataset
 from kdcache.data.views import Views
 from kdcache.distill.teacher.dump_manifest import build_manifest
+from kdcache.distill.teacher.precision import measure_precision
 from kdcache.distill.teacher.probe import TeacherProbe, find_head
 from kdcache.distill.teacher.teacher_pass import TeacherPass
 from kdcache.models.device import move_to, resolve_device
 from kdcache.models.embedding import embedding_width
+from kdcache.models.execution import AUTO, choose_execution
 from kdcache.models.feature_hooks import PENULTIMATE
 from kdcache.models.forward import ForwardPass
 from kdcache.store.encodings.base import Encoding
@@ -44,6 +51,9 @@ from kdcache.store.manifest import (
 from kdcache.store.resume import ResumePolicy, find_dump
 from kdcache.store.storage.base import Storage
 from kdcache.store.storage.registry import Location, open_storage
+
+# Views of a shard that are held at once, and memory for their rows.
+_MOST_VIEWS, _ROWS_MEMORY = 8, 2**30
 
 
 def _check_no_softmax(answers: str, name: str, config: DumpConfig, outputs: OutputRecord) -> None:
@@ -111,7 +121,7 @@ class DumpRequest:
         any_class = ANY_CLASS if self.output_record.kind == EMBEDDING else ()
         samples = as_indexed(self.dataset, name=type(self.dataset).__name__, split=split, default_classes=any_class)
         if self.config.skip_unreadable:
-            samples = without_unreadable(samples, self.out, self.config.workers)
+            samples = without_unreadable(samples, self.out, self.config.workers or 0)
         check_deterministic(samples)
         if self.output_record.kind == EMBEDDING and not isinstance(samples, EmbeddingDataset):
             # Labels say nothing about a vector, so that students need none.
@@ -236,9 +246,16 @@ class PreparedDump:
         if self.encoding.source == PENULTIMATE:
             self.teacher.head = find_head(self.teacher.network, self.views)
             self.encoding = self.encoding.with_constants(self.teacher.head.constants)
+        network = self.teacher.network
+        if self.config.compile:
+            self._compile(network)
         with self.teacher:
             shapes = TeacherProbe(self.teacher, self.views, self.encoding).run()
-        network = self.teacher.network
+        stored = self._stored()
+        self.config = self._measured(network, stored)
+        precision = None if stored is None else stored.precision
+        if stored is None and self.config.amp != "off" and request.answers == ONE_CLASS:
+            precision = measure_precision(network, self.views, self.batch_size)
         self.manifest = build_manifest(
             network,
             self.views,
@@ -247,8 +264,14 @@ class PreparedDump:
             self.encoding,
             request.answers,
             {feature: shapes[feature.array] for feature in self.teacher.features},
+            precision,
         )
-        existing = find_dump(self.root, self.manifest, self.policy)
+        try:
+            existing = find_dump(self.root, self.manifest, self.policy)
+        except TargetExists:
+            if not self.adopt_stored():
+                raise
+            existing = find_dump(self.root, self.manifest, self.policy)
         target = existing or self.manifest
         finished = predicted_bytes(replace(target, views=target.readable_views)) if target.extending else 0
         self.plan = DumpPlan(
@@ -259,6 +282,81 @@ class PreparedDump:
             bytes=predicted_bytes(target) - finished,
             free_bytes=self.root.free_bytes(),
         )
+
+    def adopt_stored(self) -> bool:
+        """Compute as another worker does, which created the split after this one looked; False if nothing changes.
+
+        Only what the user left open is taken over: two workers may have measured different batch sizes.
+        """
+        stored, asked = self._stored(), self.request.config
+        if stored is None:
+            return False
+        before = self.manifest
+        if asked.batch_size is None:
+            self.config = replace(self.config, batch_size=stored.batch_size)
+        if asked.memory_format == AUTO:
+            self.config = replace(self.config, memory_format=stored.memory_format)
+        self.teacher.network.use_memory_format(self.config.memory_format)
+        self.manifest = replace(before, batch_size=self.batch_size, memory_format=self.config.memory_format)
+        return self.manifest != before
+
+    @property
+    def batch_size(self) -> int:
+        """Samples per batch."""
+        assert self.config.batch_size is not None, "found out before"
+        return self.config.batch_size
+
+    @property
+    def views_in_flight(self) -> int:
+        """Views whose rows of one shard are held at once, so that each of its samples is read once for all of them."""
+        if self.views.recipe.mix != NONE:
+            return 1
+        if self.config.views_in_flight is not None:
+            return self.config.views_in_flight
+        manifest = self.manifest
+        per_row = sum(4 * math.prod(array.row_shape) for array in manifest.arrays) + 4 * len(self.views.dataset.classes)
+        return max(1, min(_MOST_VIEWS, _ROWS_MEMORY // (per_row * min(manifest.shard_rows, len(self.views)))))
+
+    def _compile(self, network: ForwardPass) -> None:
+        if self.teacher.features or self.teacher.head is not None:
+            raise UsageError(
+                "--compile is given, and layers are stored beside the logits",
+                "a teacher that is stored by its logits alone: a compiled network has no layers to look into",
+                "leave out --compile",
+            )
+        network.compile()
+
+    def _measured(self, network: ForwardPass, stored: Manifest | None) -> DumpConfig:
+        """The settings, with those that were found out: as the stored part of this dump was computed, or measured."""
+        config, views = self.config, self.views
+        rows = len(views) * config.views
+        if stored is not None:
+            batch_size = config.batch_size or stored.batch_size
+            memory_format = stored.memory_format if config.memory_format == AUTO else config.memory_format
+            network.use_memory_format(memory_format)
+        else:
+
+            def sample(count: int) -> Tensor:
+                request = BatchRequest(np.arange(count), 0 if views.recipe.is_plain(1) else 1)
+                (batch,) = batch_loader(views, [request], preprocessor=network.preprocessor, device=network.device)
+                return batch.inputs.to(network.device)
+
+            batch_size, memory_format = choose_execution(
+                network, sample, rows, batch_size=config.batch_size, memory_format=config.memory_format
+            )
+        workers = config.workers
+        if workers is None:
+            workers = auto_workers(views, network.preprocessor, rows, network.device)
+        return replace(config, batch_size=batch_size, memory_format=memory_format, workers=workers)
+
+    def _stored(self) -> Manifest | None:
+        """The manifest of this split, if one is stored that can be read."""
+        split = self.request.samples.split
+        if not is_cache(self.root) or split not in self.root.folders():
+            return None
+        with contextlib.suppress(CacheDamaged):
+            return read_manifest(self.root, split)
+        return None
 
     def encoding_named(self, spec: str) -> Encoding:
         """An encoding for this teacher's outputs.

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import lru_cache, partial
+from functools import cache, partial
 from itertools import chain
 
 import numpy as np
@@ -24,6 +24,9 @@ from kdcache.store.manifest import EMBEDDING, NONE
 from kdcache.store.seal import commit_outputs
 from kdcache.store.writer import SplitWriter
 
+# A shard, and the views that are computed of it side by side.
+Place = tuple[tuple[int, ...], int]
+
 # Shards that wait for the disk while the teacher computes the next one; more would only cost memory.
 SHARDS_IN_FLIGHT = 2
 
@@ -41,31 +44,33 @@ class ShardPass:
 
     def __init__(self, dump: PreparedDump, writer: SplitWriter, progress: Progress, *, report: bool) -> None:
         self._dump, self._writer, self._progress, self._report = dump, writer, progress, report
-        self._batches = ShardBatches(writer.manifest, dump.config.batch_size)
+        self._batches = ShardBatches(writer.manifest, dump.batch_size)
         self._loader = batch_loader(
             dump.views,
             self._batches,
             preprocessor=dump.teacher.network.preprocessor,
-            workers=dump.config.workers,
+            workers=dump.config.workers or 0,
             device=dump.teacher.network.device,
         )
-        self._sampled = lru_cache(maxsize=1)(partial(sampled_crc32c, dump.views))
+        self._sampled = cache(partial(sampled_crc32c, dump.views))
+        self._views_in_flight = dump.views_in_flight
         self.rows = 0
 
     def compute(self, units: Iterator[Unit]) -> None:
         """Compute shards and commit them; all are committed on return."""
         dump, manifest = self._dump, self._writer.manifest
         commit = partial(commit_outputs, self._writer, dump.encoding, max_kl=dump.config.max_kl)
-        begun: deque[Unit] = deque()
-        self._batches.places = _recorded(units, begun)
+        begun: deque[Place] = deque()
+        self._batches.places = _recorded(_by_shard(units, self._views_in_flight), begun)
         outputs = dump.teacher.stream(self._loader)
         in_flight: deque[Future[None]] = deque()
         with ThreadPoolExecutor(1, thread_name_prefix="kdcache-writer") as pool:
             for first in outputs:
-                view, shard = begun.popleft()
+                views, shard = begun.popleft()
                 samples = manifest.rows_of(shard)
-                rows: Rows = {}
-                for filled, batch, given in _shard_batches(chain([first], outputs), len(samples)):
+                rows_of: dict[int, Rows] = {view: {} for view in views}
+                for filled, view, batch, given in _shard_batches(chain([first], outputs), len(samples), views):
+                    rows = rows_of[view]
                     for name, values in given.items():
                         if not filled:
                             rows[name] = np.empty((len(samples), *values.shape[1:]), values.dtype)
@@ -73,31 +78,49 @@ class ShardPass:
                     self._progress.advance(len(batch.labels))
                     if in_flight and in_flight[0].done():
                         in_flight.popleft().result()
-                _check_shard(dump, view, samples, rows, report=self._report and not self.rows)
-                check_rows(dump.views, view, samples, rows["labels"], rows["input_crc32c"], self._sampled(view))
-                while len(in_flight) >= SHARDS_IN_FLIGHT:
-                    in_flight.popleft().result()
-                in_flight.append(pool.submit(commit, view, shard, rows))
-                self.rows += len(samples)
+                for view, rows in rows_of.items():
+                    _check_shard(dump, view, samples, rows, report=self._report and not self.rows)
+                    check_rows(dump.views, view, samples, rows["labels"], rows["input_crc32c"], self._sampled(view))
+                    while len(in_flight) >= SHARDS_IN_FLIGHT:
+                        in_flight.popleft().result()
+                    in_flight.append(pool.submit(commit, view, shard, rows))
+                    self.rows += len(samples)
             while in_flight:
                 in_flight.popleft().result()
 
 
-def _recorded(units: Iterator[Unit], begun: deque[Unit]) -> Iterator[Unit]:
-    """The units, each also appended to `begun` when the loader asks for it."""
-    for unit in units:
-        begun.append(unit)
-        yield unit
+def _by_shard(units: Iterator[Unit], most: int) -> Iterator[Place]:
+    """Units that follow each other with the same shard, up to `most` of them, as one place."""
+    views: list[int] = []
+    last = -1
+    for view, shard in units:
+        if views and (shard != last or len(views) == most):
+            yield tuple(views), last
+            views = []
+        views.append(view)
+        last = shard
+    if views:
+        yield tuple(views), last
 
 
-def _shard_batches(outputs: Iterator[tuple[Batch, Rows]], count: int) -> Iterator[tuple[int, Batch, Rows]]:
-    """The batches of the next shard of `count` samples, each after the number of samples before it."""
+def _recorded(places: Iterator[Place], begun: deque[Place]) -> Iterator[Place]:
+    """The places, each also appended to `begun` when the loader asks for it."""
+    for place in places:
+        begun.append(place)
+        yield place
+
+
+def _shard_batches(
+    outputs: Iterator[tuple[Batch, Rows]], count: int, views: Sequence[int]
+) -> Iterator[tuple[int, int, Batch, Rows]]:
+    """The batches of the next shard of `count` samples, each after the number of samples before it and its view."""
     filled = 0
     while filled < count:
-        batch, rows = next(outputs)
-        assert batch.input_crc32c is not None, "the loader was asked for checksums"
-        crcs = batch.input_crc32c.numpy().astype(np.uint32)
-        yield filled, batch, rows | {"labels": batch.labels.numpy(), "input_crc32c": crcs}
+        for view in views:
+            batch, rows = next(outputs)
+            assert batch.input_crc32c is not None, "the loader was asked for checksums"
+            crcs = batch.input_crc32c.numpy().astype(np.uint32)
+            yield filled, view, batch, rows | {"labels": batch.labels.numpy(), "input_crc32c": crcs}
         filled += len(batch.labels)
 
 

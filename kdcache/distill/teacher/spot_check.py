@@ -64,7 +64,7 @@ def recompute_rows(
         teacher: with its weights.
         views: of the dataset, checked to be those of the cache.
         rows: how many, of all views together; all of them where there are fewer.
-        execution: device, batch size, workers, and the seed that draws the sample.
+        execution: device, batch size (None for the dump's), workers, and the seed that draws the sample.
         tokenizer: of the teacher, if it reads text.
     """
     manifest = cache.manifest
@@ -75,7 +75,9 @@ def recompute_rows(
     requests = [
         request._replace(view=view)
         for view in range(cache.views)
-        for request in consecutive_batches(drawn[drawn // len(cache) == view] % len(cache), execution.batch_size)
+        for request in consecutive_batches(
+            drawn[drawn // len(cache) == view] % len(cache), execution.batch_size or manifest.batch_size
+        )
         if len(request.indices)
     ]
     worst = Recomputed(
@@ -95,7 +97,8 @@ def recompute_rows(
         outputs=manifest.teacher.outputs,
         error=TeacherOutputError,
     )
-    loader = batch_loader(views, requests, preprocessor=preprocessor, workers=execution.workers, device=device)
+    network.use_memory_format(manifest.memory_format)
+    loader = batch_loader(views, requests, preprocessor=preprocessor, workers=execution.workers or 0, device=device)
     with TeacherPass(network, manifest.features) as teacher_pass:
         for request, batch in zip(requests, loader, strict=True):
             for array, output in teacher_pass(batch).items():

@@ -1,0 +1,55 @@
+"""What a narrower precision of the forward pass changes in a teacher's answers, measured before the dump."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kdcache.core.progress import log
+from kdcache.core.rng import keyed_sample
+from kdcache.data.loader import BatchRequest, batch_loader
+from kdcache.data.views import Views
+from kdcache.models.device import evaluation_mode
+from kdcache.models.forward import ForwardPass
+from kdcache.store.facts import TEMPERATURES, kl
+from kdcache.store.manifest import FidelityRecord, PrecisionRecord
+
+SAMPLES = 256
+
+
+def measure_precision(network: ForwardPass, views: Views, batch_size: int) -> PrecisionRecord:
+    """Compare logits under `network.amp` with those in float32, on up to 256 samples, and say what differs."""
+    indices = keyed_sample(len(views), min(SAMPLES, len(views)), 0, "precision")
+    view = 0 if views.recipe.is_plain(1) else 1
+    requests = [BatchRequest(part, view) for part in np.split(indices, range(batch_size, len(indices), batch_size))]
+    found: dict[str, list[NDArray[np.float64]]] = {"off": [], network.amp: []}
+    amp = network.amp
+    with evaluation_mode(network.module):
+        for batch in batch_loader(views, requests, preprocessor=network.preprocessor, device=network.device):
+            for precision in found:
+                network.amp = precision
+                try:
+                    found[precision].append(network(batch.inputs, batch.indices).double().cpu().numpy())
+                finally:
+                    network.amp = amp
+    exact, narrow = (np.concatenate(found[name]) for name in ("off", amp))
+    losses = {temperature: kl(exact, narrow, temperature) for temperature in TEMPERATURES}
+    record = PrecisionRecord(
+        samples=len(indices),
+        changed_predictions=int((exact.argmax(axis=1) != narrow.argmax(axis=1)).sum()),
+        fidelity=tuple(
+            FidelityRecord(
+                temperature=temperature,
+                mean_kl=float(loss.mean()),
+                p99_kl=float(np.percentile(loss, 99)),
+                max_kl=float(loss.max()),
+            )
+            for temperature, loss in losses.items()
+        ),
+    )
+    means = ", ".join(f"{each.mean_kl:.1e} at T = {each.temperature:g}" for each in record.fidelity)
+    log(
+        f"--amp {amp} against float32 on {record.samples} samples: mean KL {means} nats; top class changed for "
+        f"{record.changed_predictions}"
+    )
+    return record
