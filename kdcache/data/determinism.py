@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -46,10 +47,13 @@ def changing_sample(dataset: IndexedDataset, sample: int) -> DatasetError:
     )
 
 
-def sampled_crc32c(views: Views, view: int, count: int = 64) -> dict[int, int]:
-    """crc32c of the shared inputs of a keyed sample in one view, by index."""
+def sampled_crc32c(views: Views, of: Sequence[int], count: int = 64) -> dict[int, dict[int, int]]:
+    """crc32c of the shared inputs of a keyed sample, by view and index."""
     indices = rng.keyed_sample(len(views), count, 0, "fingerprint")
-    return dict(zip(indices.tolist(), batch_crc32c(views.fetch(view, indices).inputs), strict=True))
+    return {
+        view: dict(zip(indices.tolist(), batch_crc32c(shared.inputs), strict=True))
+        for view, shared in zip(of, views.fetch_several(of, indices), strict=True)
+    }
 
 
 def check_rows(

@@ -20,7 +20,6 @@ from kdcache.core.progress import Progress, log
 from kdcache.core.run_dir import RunFolder
 from kdcache.data.batch_sampler import RankBatches, cut_batch
 from kdcache.data.loader import Batch, batch_loader
-from kdcache.data.loading import auto_workers
 from kdcache.distill.objective import Objective, objective_parameters
 from kdcache.distill.optim import AveragedWeights, build_optimizer, learning_rate_factor
 from kdcache.distill.run_state import Description, RunState, Stateful
@@ -38,6 +37,8 @@ from kdcache.models.device import (
 )
 from kdcache.models.distributed import Processes, accumulating, is_lost, lost_processes, synchronized_batchnorm
 from kdcache.models.evaluators import default_metric, evaluator_of
+from kdcache.models.forward import ForwardPass
+from kdcache.models.loading import auto_workers
 
 # Metrics that need a teacher, and no labels.
 TEACHER_METRICS = ("agreement", "cosine", "retrieval")
@@ -155,8 +156,10 @@ class _Loop:
         data, config = self.data, self.config
         if config.workers is not None:
             return config.workers
+        classes = len(data.views.dataset.classes)
+        network = ForwardPass(self.module, data.preprocessor, self.device, classes=classes, amp=config.amp)
         samples = len(self.batches) * config.batch_size // self.processes.size
-        return auto_workers(data.views, data.preprocessor, samples, self.device)
+        return auto_workers(network, data.views, samples, passes=3)
 
     @property
     def metric(self) -> str:

@@ -18,13 +18,13 @@ from kdcache.core.errors import DatasetError
 from kdcache.core.progress import Progress
 from kdcache.data.dataset import IndexedDataset, labelled_samples
 from kdcache.data.loader import Batch, batch_loader, consecutive_batches
-from kdcache.data.loading import auto_workers
 from kdcache.data.preprocess import Preprocessor, as_preprocessor
 from kdcache.data.views import as_views
 from kdcache.models.device import evaluation_mode, memory_errors, move_to, resolve_device
 from kdcache.models.distributed import Processes
 from kdcache.models.execution import choose_execution
 from kdcache.models.forward import ForwardPass
+from kdcache.models.loading import auto_workers
 from kdcache.store.manifest import UNLABELLED, Preprocess
 
 SHOWN_SAMPLES = 5
@@ -121,7 +121,7 @@ def predict_batches(
 
         batch_size, _ = choose_execution(network, sample, len(indices))
     if workers is None:
-        workers = auto_workers(as_views(dataset), preprocessor, len(indices), device)
+        workers = auto_workers(network, as_views(dataset), len(indices))
     batches = consecutive_batches(indices, batch_size)[processes.rank :: processes.size]
     loader = batch_loader(dataset, batches, preprocessor=preprocessor, workers=workers, device=device)
     with (

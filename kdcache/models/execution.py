@@ -16,13 +16,13 @@ from kdcache.models.forward import CHANNELS_LAST, CONTIGUOUS, ForwardPass
 
 # What is measured by default, and what is taken unmeasured where all samples need less time than measuring saves.
 AUTO, DEFAULT_BATCH = "auto", 256
-SHORT_PASS_S = 10.0
+SHORT_PASS_S = 2.0
 # Sizes that are tried, on the CPU and on accelerators. On the CPU large activations are mapped and unmapped at every
 # layer, which costs more than the layer itself.
 _SIZES = {"cpu": (8, 16, 32, 64, 128, 256)}
 _ACCELERATOR_SIZES = (16, 32, 64, 128, 256, 512, 1024)
-# Time for all measurements, and for one of them.
-_BUDGET_S, _REPEAT_S = 8.0, 0.3
+# Time for all measurements, as a share of the pass and at most, and for one of them.
+_SHARE, _BUDGET_S, _REPEAT_S = 0.1, 8.0, 0.3
 # A larger batch is taken for so much more speed, and one that is so much slower than the best ends the search.
 _GAIN, _SLOWER = 1.03, 0.85
 
@@ -49,7 +49,7 @@ def choose_execution(
 ) -> Execution:
     """The fastest way found to compute `rows` samples; what is given is kept, and what is not is measured.
 
-    A pass of less than ten seconds is not measured: it takes batches of 256, contiguous.
+    A pass of less than two seconds is not measured: it takes batches of 256, contiguous.
 
     Args:
         network: The network; its memory format is that of the result afterwards.
@@ -69,19 +69,23 @@ def choose_execution(
         seconds = _seconds(network, inputs, limit=0.0) / first
         if rows * seconds < SHORT_PASS_S:
             return _use(network, Execution(batch_size or DEFAULT_BATCH, formats[0]))
-        began = time.perf_counter()
-        speeds = {each: first / _measured(network, inputs, each) for each in formats}
+        began, budget = time.perf_counter(), min(_SHARE * rows * seconds, _BUDGET_S)
+        limit = min(_REPEAT_S, budget / 8)
+        speeds = {}
+        for each in formats:
+            network.use_memory_format(each)
+            speeds[each] = first / _seconds(network, inputs, limit=limit)
         best_format = max(speeds, key=lambda each: speeds[each])
         network.use_memory_format(best_format)
         measured = {first: speeds[best_format]}
         if batch_size is None:
             for size in (each for each in sizes if first < each <= rows):
                 enough = max(measured.values()) * _SLOWER
-                late = time.perf_counter() - began + 3 * size / measured[max(measured)] > _BUDGET_S
+                late = time.perf_counter() - began + 2 * size / measured[max(measured)] > budget
                 if late or measured[max(measured)] < enough:
                     break
                 try:
-                    measured[size] = size / _seconds(network, _tiled(inputs, size))
+                    measured[size] = size / _seconds(network, _tiled(inputs, size), limit=limit)
                 except torch.OutOfMemoryError:
                     torch.accelerator.empty_cache()
                     break
@@ -107,12 +111,7 @@ def _formats(module: nn.Module) -> list[str]:
     return [CONTIGUOUS, CHANNELS_LAST] if convolves else [CONTIGUOUS]
 
 
-def _measured(network: ForwardPass, inputs: Tensor, memory_format: str) -> float:
-    network.use_memory_format(memory_format)
-    return _seconds(network, inputs)
-
-
-def _seconds(network: ForwardPass, inputs: Tensor, *, limit: float = _REPEAT_S) -> float:
+def _seconds(network: ForwardPass, inputs: Tensor, *, limit: float) -> float:
     """Shortest time of a forward pass, after one that does not count; repeated for about `limit` seconds."""
     network.raw(inputs)
     synchronize(network.device)

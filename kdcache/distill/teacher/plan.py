@@ -17,7 +17,6 @@ from kdcache.data.augment import Transform
 from kdcache.data.dataset import ANY_CLASS, IndexedDataset, as_indexed
 from kdcache.data.determinism import check_deterministic
 from kdcache.data.loader import BatchRequest, batch_loader
-from kdcache.data.loading import auto_workers
 from kdcache.data.preprocess import Preprocessor, as_preprocessor
 from kdcache.data.readable import ReadableDataset, find_unreadable
 from kdcache.data.taught import EmbeddingDataset
@@ -31,6 +30,7 @@ from kdcache.models.embedding import embedding_width
 from kdcache.models.execution import AUTO, choose_execution
 from kdcache.models.feature_hooks import PENULTIMATE
 from kdcache.models.forward import ForwardPass
+from kdcache.models.loading import auto_workers
 from kdcache.store.encodings.base import Encoding
 from kdcache.store.encodings.registry import encoding_named
 from kdcache.store.layout import predicted_bytes
@@ -346,7 +346,7 @@ class PreparedDump:
             )
         workers = config.workers
         if workers is None:
-            workers = auto_workers(views, network.preprocessor, rows, network.device)
+            workers = auto_workers(network, views, rows)
         return replace(config, batch_size=batch_size, memory_format=memory_format, workers=workers)
 
     def _stored(self) -> Manifest | None:

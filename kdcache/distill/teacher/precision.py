@@ -14,12 +14,14 @@ from kdcache.models.forward import ForwardPass
 from kdcache.store.facts import TEMPERATURES, kl
 from kdcache.store.manifest import FidelityRecord, PrecisionRecord
 
-SAMPLES = 256
+# Samples that are compared: at most a sixteenth of all, because each is computed twice.
+_FEWEST, _MOST, _SHARE = 32, 256, 16
 
 
 def measure_precision(network: ForwardPass, views: Views, batch_size: int) -> PrecisionRecord:
-    """Compare logits under `network.amp` with those in float32, on up to 256 samples, and say what differs."""
-    indices = keyed_sample(len(views), min(SAMPLES, len(views)), 0, "precision")
+    """Compare logits under `network.amp` with those in float32, on 32 to 256 samples, and say what differs."""
+    count = min(max(len(views) // _SHARE, _FEWEST), _MOST, len(views))
+    indices = keyed_sample(len(views), count, 0, "precision")
     view = 0 if views.recipe.is_plain(1) else 1
     requests = [BatchRequest(part, view) for part in np.split(indices, range(batch_size, len(indices), batch_size))]
     found: dict[str, list[NDArray[np.float64]]] = {"off": [], network.amp: []}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import cache, partial
+from functools import partial
 from itertools import chain
 
 import numpy as np
@@ -52,7 +52,7 @@ class ShardPass:
             workers=dump.config.workers or 0,
             device=dump.teacher.network.device,
         )
-        self._sampled = cache(partial(sampled_crc32c, dump.views))
+        self._sampled: dict[int, dict[int, int]] = {}
         self._views_in_flight = dump.views_in_flight
         self.rows = 0
 
@@ -78,9 +78,11 @@ class ShardPass:
                     self._progress.advance(len(batch.labels))
                     if in_flight and in_flight[0].done():
                         in_flight.popleft().result()
+                if new := [view for view in views if view not in self._sampled]:
+                    self._sampled |= sampled_crc32c(dump.views, new)
                 for view, rows in rows_of.items():
                     _check_shard(dump, view, samples, rows, report=self._report and not self.rows)
-                    check_rows(dump.views, view, samples, rows["labels"], rows["input_crc32c"], self._sampled(view))
+                    check_rows(dump.views, view, samples, rows["labels"], rows["input_crc32c"], self._sampled[view])
                     while len(in_flight) >= SHARDS_IN_FLIGHT:
                         in_flight.popleft().result()
                     in_flight.append(pool.submit(commit, view, shard, rows))
