@@ -11,16 +11,15 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
+from kdcache.apps.stages import stage_lines, stage_seconds
 from kdcache.core.command_result import Report
 from kdcache.core.config import BenchArgs, DumpConfig, InputConfig, RuntimeConfig, StudentConfig
 from kdcache.core.json_records import to_json
 from kdcache.core.options import narrow
 from kdcache.core.progress import log, muted
-from kdcache.data.dataset import IndexedDataset, Indices
+from kdcache.data.dataset import IndexedDataset, WrappedDataset
 from kdcache.data.loader import Fetcher
-from kdcache.data.raw_input import Inputs
 from kdcache.data.views import as_views
 from kdcache.distill.objective import Join, Objective, distillation_objective, label_objective
 from kdcache.distill.student.train_student import train_student
@@ -49,11 +48,13 @@ class Measured:
         epoch_seconds: by way of training, one a round.
         dump_seconds: of the dump.
         bytes: of the cache.
+        stage_seconds: of each stage of the dump, per sample.
     """
 
     epoch_seconds: dict[str, list[float]]
     dump_seconds: float
     bytes: int
+    stage_seconds: dict[str, float]
 
     def median(self, way: str) -> float:
         """Seconds an epoch."""
@@ -91,6 +92,7 @@ def bench(settings: BenchArgs) -> Report:
         "dump_seconds": measured.dump_seconds,
         "bytes": measured.bytes,
         "break_even_epochs": measured.break_even_epochs,
+        "stage_seconds": measured.stage_seconds,
     }
     return Report(data, _text(data, measured))
 
@@ -145,11 +147,22 @@ def measure(
                 out=path,
                 split=dataset.split,
                 preprocess=teacher.preprocessor,
-                config=DumpConfig(**execution),
+                # The student's batch size is no measure for the teacher's.
+                config=DumpConfig(**(execution | {"batch_size": None})),
                 outputs=teacher.outputs,
             )
         cache = open_cache(path, dataset.split)
         move_to(teacher.module, device)
+        network = ForwardPass(
+            teacher.module,
+            teacher.preprocessor,
+            device,
+            classes=len(dataset.classes),
+            amp=config.amp,
+            outputs=teacher.outputs,
+        )
+        network.use_memory_format(cache.manifest.memory_format)
+        stages = stage_seconds(network, as_views(dataset), cache, Path(folder))
         live = live_targets(teacher, student, dataset, config)
 
         def from_cache() -> TrainResult:
@@ -172,7 +185,12 @@ def measure(
                 if turn:
                     seconds[way].append(trained.epoch_seconds[0])
             log(f"round {turn} of {rounds}" + ("" if turn else ", which does not count"))
-    return Measured(epoch_seconds=seconds, dump_seconds=result.seconds, bytes=predicted_bytes(result.manifest))
+    return Measured(
+        epoch_seconds=seconds,
+        dump_seconds=result.seconds,
+        bytes=predicted_bytes(result.manifest),
+        stage_seconds=stages,
+    )
 
 
 def live_targets(
@@ -217,25 +235,19 @@ def _text(data: dict[str, Any], measured: Measured) -> str:
         if epochs is None
         else f"the cache has paid after {epochs:.1f} student epochs, all students together"
     )
-    return "\n".join(lines)
+    return "\n".join([*lines, *stage_lines(measured.stage_seconds)])
 
 
-class _First(IndexedDataset):
+class _First(WrappedDataset):
     """The first samples of a dataset."""
 
     def __init__(self, whole: IndexedDataset, count: int) -> None:
-        super().__init__(name=whole.name, split=whole.split, classes=whole.classes)
-        self.input_dtype, self.input_shape, self.data_root = whole.input_dtype, whole.input_shape, whole.data_root
-        self.default_mean, self.default_std = whole.default_mean, whole.default_std
-        self.in_memory, self.is_text, self.vocabulary_size = whole.in_memory, whole.is_text, whole.vocabulary_size
-        self._whole, self._count = whole, count
+        super().__init__(whole)
+        self._count = count
 
     def __len__(self) -> int:
         return self._count
 
     def labels(self) -> NDArray[np.int64] | None:
-        labels = self._whole.labels()
+        labels = self._samples.labels()
         return None if labels is None else labels[: self._count]
-
-    def fetch(self, indices: Indices) -> tuple[Inputs, Tensor]:
-        return self._whole.fetch(indices)

@@ -53,9 +53,12 @@ PANELS = {
     "Logs and checkpoints": ("log_every", "save_every", "tensorboard"),
     "Data and preprocessing": (
         *("dataset", "data_root", "download", "classes", "mean", "std", "size", "resize", "crop"),
-        *("teacher_outputs", "class_map"),
+        *("teacher_outputs", "class_map", "skip_unreadable"),
     ),
-    "Views": ("augment", "mix", "views", "view_seed", "plain_view", "view_schedule", "add_views"),
+    "Views": (
+        *("augment", "mix", "views", "view_seed", "plain_view", "view_schedule", "add_views"),
+        *("views_per_sample", "views_in_flight"),
+    ),
     "Text": ("max_tokens", "vocabulary_size", "tokenizer"),
     "Execution": ("device", "batch_size", "workers", "amp", "seed"),
     "Workers": ("worker", "steal"),

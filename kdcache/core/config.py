@@ -303,6 +303,12 @@ class CacheReadConfig(TrainConfig):
     )
     views: tuple[int, ...] = option((), "Views to train on, as 0,1,2. [default: all]", minimum=0)
     view_schedule: str = option("cycle", "View of each epoch: cycle, shuffle or fixed:K.")
+    views_per_sample: int = option(
+        1,
+        "Views of each sample in a batch, which holds --batch-size inputs of so many times fewer samples, each read "
+        "once; an epoch then has so many times more steps.",
+        minimum=1,
+    )
     verify_inputs: str = option(
         "sample",
         "Batches whose inputs are compared with the teacher's: all, sample or off.",

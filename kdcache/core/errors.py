@@ -4,6 +4,7 @@
     ├── UsageError                  exit 2   (ValueError)             flags or arguments that make no sense
     ├── MissingExtra                         (ImportError)            an optional dependency is not installed
     ├── DatasetError                         (ValueError)             a dataset that cannot be read or indexed
+    │   └── UnreadableSample                                          a damaged file, or an item that cannot be had
     ├── ModelError                           (ValueError)             a model that cannot be built
     ├── CheckpointError                      (ValueError)             weights that cannot be read or do not fit
     ├── TeacherOutputError                   (ValueError)             logits that must not be stored

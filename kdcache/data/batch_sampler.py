@@ -22,29 +22,38 @@ class EpochBatches:
     """The batches of one epoch of an order; set `epoch`, counted from 0, before each pass.
 
     Args:
-        schedule: View of each epoch.
+        schedule: View of each epoch; of several per sample, of each turn: epoch e has turns e · n to e · n + n − 1.
         verify_inputs: Batches with checksums: `all`, `off`, or `sample` (the first and every sixteenth).
+        views_per_sample: Views n of each sample in a batch, which has n times fewer samples.
     """
 
     def __init__(
-        self, sampler: Sampler, batch_size: int, *, schedule: Schedule | None = None, verify_inputs: str = "off"
+        self,
+        sampler: Sampler,
+        batch_size: int,
+        *,
+        schedule: Schedule | None = None,
+        verify_inputs: str = "off",
+        views_per_sample: int = 1,
     ) -> None:
-        self._sampler, self._batch_size, self._schedule = sampler, batch_size, schedule or always(0)
+        self._sampler, self._schedule = sampler, schedule or always(0)
+        self._samples, self._views = batch_size // views_per_sample, views_per_sample
         self._every = {"all": 1, "sample": ONE_CHECKED_OF, "off": 0}[verify_inputs]
         self.epoch = -1
 
     @property
     def view(self) -> int:
-        """View of the current epoch."""
-        return self._schedule(self.epoch)
+        """First view of the current epoch."""
+        return self._schedule(self.epoch * self._views)
 
     def __iter__(self) -> Iterator[BatchRequest]:
-        view = self.view
-        for number, indices in enumerate(batches_of(self._sampler, self.epoch, self._batch_size)):
-            yield BatchRequest(indices, view, checksums=self._every > 0 and number % self._every == 0)
+        view, *more = (self._schedule(self.epoch * self._views + turn) for turn in range(self._views))
+        for number, indices in enumerate(batches_of(self._sampler, self.epoch, self._samples)):
+            checksums = self._every > 0 and number % self._every == 0
+            yield BatchRequest(indices, view, checksums=checksums, more_views=tuple(more))
 
     def __len__(self) -> int:
-        return batch_count(len(self._sampler), self._batch_size)
+        return batch_count(len(self._sampler), self._samples)
 
 
 class RankBatches:

@@ -6,7 +6,7 @@ import pickle
 import traceback
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, Protocol
 
@@ -92,6 +92,25 @@ class Batch(NamedTuple):
     share: Share | None = None
     labelled: int | None = None
 
+    @classmethod
+    def concatenated(cls, batches: Sequence[Batch]) -> Batch:
+        """Several batches of this process as one, with the negatives of the first."""
+        first = batches[0]
+        if len(batches) == 1:
+            return first
+        joined: dict[str, Any] = {}
+        for name in ("inputs", "labels", "indices", "partner_labels", "mix_lambda"):
+            if getattr(first, name) is not None:
+                joined[name] = torch.cat([getattr(batch, name) for batch in batches])
+        if first.features is not None:
+            parts = [batch.features or {} for batch in batches]
+            joined["features"] = {name: torch.cat([part[name] for part in parts]) for name in first.features}
+        if first.soft_targets is not None:
+            joined["soft_targets"] = SoftTargets.concatenated([b.soft_targets for b in batches if b.soft_targets])
+        if first.labelled is not None:
+            joined["labelled"] = sum(batch.labelled or 0 for batch in batches)
+        return first._replace(input_crc32c=None, **joined)
+
     @property
     def counted(self) -> int:
         """Number of samples that the loss counts."""
@@ -163,6 +182,7 @@ def batch_loader(
     workers: int = 0,
     device: torch.device,
     join: Callable[[Batch], Batch] | None = None,
+    merge: bool = False,
 ) -> BatchLoader:
     """A loader of the given batches, in their order. Each `iter` of it asks `batches` for an epoch.
 
@@ -171,6 +191,7 @@ def batch_loader(
         workers: Number of persistent worker processes; 0 reads in this one, best for data in memory.
         device: Device for the batches, which are in pinned memory for CUDA.
         join: Adds to each batch what this process holds of it, such as soft targets, before it is pinned.
+        merge: Whether the views of a request are one batch, once they are joined.
 
     Raises:
         DatasetError: while iterating, a sample cannot be read or stacked, or a worker died.
@@ -184,6 +205,7 @@ def batch_loader(
         collate_fn=_as_it_is,
         device=device,
         join=join,
+        merge=merge,
         persistent_workers=workers > 0,
         # What a process that used an object store has open does not survive a fork.
         multiprocessing_context="forkserver" if workers and has_done_io() else None,
@@ -200,10 +222,15 @@ class BatchLoader(DataLoader[Batch]):
     """
 
     def __init__(
-        self, *args: Any, device: torch.device, join: Callable[[Batch], Batch] | None = None, **options: Any
+        self,
+        *args: Any,
+        device: torch.device,
+        join: Callable[[Batch], Batch] | None = None,
+        merge: bool = False,
+        **options: Any,
     ) -> None:
         super().__init__(*args, **options)
-        self._device, self._join = device, join
+        self._device, self._join, self._merge = device, join, merge
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
         iterator = self._started()
@@ -235,6 +262,8 @@ class BatchLoader(DataLoader[Batch]):
         if isinstance(found, KdcacheError):
             raise found
         batches: list[Batch] = found if self._join is None else [self._join(batch) for batch in found]
+        if self._merge:
+            batches = [Batch.concatenated(batches)]
         return [batch.pin_memory() for batch in batches] if self._device.type == "cuda" else batches
 
     def _started(self) -> Iterator[Any]:

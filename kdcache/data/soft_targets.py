@@ -64,6 +64,17 @@ class SoftTargets:
             self._decoded[temperature] = mean_logits(decoded, self._weights)
         return self._decoded[temperature]
 
+    @classmethod
+    def concatenated(cls, parts: Sequence[SoftTargets]) -> SoftTargets:
+        """Soft targets of several batches, one after the other."""
+        first = parts[0]
+        encodings = [encoding for encoding, _ in first._parts]
+        rows = [
+            {name: torch.cat([each._parts[at][1][name] for each in parts]) for name in first._parts[at][1]}
+            for at in range(len(encodings))
+        ]
+        return cls(list(zip(encodings, rows, strict=True)), first._weights, tail=first.tail)
+
     def map(self, change: Callable[[Tensor], Tensor]) -> SoftTargets:
         """The same soft targets, each stored tensor changed, such as by a copy to a device."""
         parts = [(encoding, {name: change(rows[name]) for name in rows}) for encoding, rows in self._parts]

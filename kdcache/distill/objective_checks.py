@@ -11,6 +11,7 @@ from kdcache.core.progress import log
 from kdcache.data.dataset import IndexedDataset
 from kdcache.data.taught import EmbeddingDataset
 from kdcache.distill.objective import LOSSES, ObjectiveSpec
+from kdcache.models.distributed import Processes
 from kdcache.store.encodings.base import Encoding, chosen_temperature
 from kdcache.store.manifest import NONE, Manifest, ViewRecipe
 
@@ -127,6 +128,36 @@ def check_unlabelled(
     if needing := [spec.name for spec in specs if spec.loss.needs_labels]:
         raise UsageError(
             f"{found}, and --objective {needing[0]} needs labels", "objectives of the teacher alone", "leave it out"
+        )
+
+
+def check_views_per_sample(config: StudentConfig, different: int, processes: Processes) -> None:
+    """Refuse several views of a sample in a batch where there are not so many, or where the batch cannot hold them.
+
+    Args:
+        different: Views that the turns of the first epoch have.
+
+    Raises:
+        UsageError: as above; several processes train together.
+    """
+    turns = config.views_per_sample
+    if turns == 1:
+        return
+    if different < turns:
+        raise UsageError(
+            f"--views-per-sample is {turns}, and an epoch has {different} of the cache's views",
+            "as many different views",
+            "dump more views (--add-views), or leave out --view-schedule fixed",
+        )
+    if config.batch_size % turns or config.batch_size < 2 * turns:
+        raise UsageError(
+            f"--batch-size is {config.batch_size}, and --views-per-sample {turns}",
+            "a multiple of it, for at least two samples",
+            f"give --batch-size {max(config.batch_size // turns, 2) * turns}",
+        )
+    if not processes.alone:
+        raise UsageError(
+            f"--views-per-sample {turns} is given to {processes.size} processes", "one process", "leave it out"
         )
 
 

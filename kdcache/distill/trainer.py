@@ -136,6 +136,7 @@ class _Loop:
             workers=self._workers(),
             device=self.device,
             join=data.join,
+            merge=data.views_per_sample > 1,
         )
         self.parameters = [*module.parameters(), *objective_parameters(objective)]
         self.optimizer = build_optimizer(self.parameters, config)

@@ -30,7 +30,8 @@ class TrainingData:
         sampler: Order of the training samples in each epoch.
         validation_indices: Samples that choose the best epoch, (n,) int64; empty where the last one is the result.
         record: Number and digest of the samples, held-out ones included; a run is continued with the same only.
-        schedule: View of each epoch.
+        schedule: View of each epoch, or of each turn where a batch has several views of a sample.
+        views_per_sample: Views of each sample in a batch.
         join: Adds soft targets to each batch.
         teacher: Gives the teacher's logits of samples, for agreement on the held-out part; None without a teacher.
         verify_inputs: Batches that reach the join with checksums of their inputs: `all`, `sample` or `off`.
@@ -47,6 +48,7 @@ class TrainingData:
     schedule: Schedule = field(default_factory=lambda: always(0))
     join: Join | None = None
     verify_inputs: str = "off"
+    views_per_sample: int = 1
     teacher: Callable[[NDArray[np.int64]], NDArray[Any]] | None = None
 
     def __post_init__(self) -> None:
@@ -60,7 +62,13 @@ class TrainingData:
 
     def batches(self, batch_size: int) -> EpochBatches:
         """The batches of each epoch, in its order."""
-        return EpochBatches(self.sampler, batch_size, schedule=self.schedule, verify_inputs=self.verify_inputs)
+        return EpochBatches(
+            self.sampler,
+            batch_size,
+            schedule=self.schedule,
+            verify_inputs=self.verify_inputs,
+            views_per_sample=self.views_per_sample,
+        )
 
 
 def training_data(

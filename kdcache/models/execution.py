@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from kdcache.core.errors import KdcacheError
 from kdcache.core.progress import log
 from kdcache.models.device import evaluation_mode, synchronize
 from kdcache.models.forward import CHANNELS_LAST, CONTIGUOUS, ForwardPass
@@ -66,7 +67,11 @@ def choose_execution(
     with evaluation_mode(network.module):
         first = min(sizes[0], batch_size or sizes[0], rows)
         inputs = sample(first)
-        seconds = _seconds(network, inputs, limit=0.0) / first
+        try:
+            seconds = _seconds(network, inputs, limit=0.0) / first
+        except (KdcacheError, torch.OutOfMemoryError):
+            # The pass itself says which samples the network fails on.
+            return _use(network, Execution(batch_size or DEFAULT_BATCH, formats[0]))
         if rows * seconds < SHORT_PASS_S:
             return _use(network, Execution(batch_size or DEFAULT_BATCH, formats[0]))
         began, budget = time.perf_counter(), min(_SHARE * rows * seconds, _BUDGET_S)
@@ -86,8 +91,9 @@ def choose_execution(
                     break
                 try:
                     measured[size] = size / _seconds(network, _tiled(inputs, size), limit=limit)
-                except torch.OutOfMemoryError:
-                    torch.accelerator.empty_cache()
+                except (KdcacheError, torch.OutOfMemoryError):
+                    if network.device.type != "cpu":
+                        torch.accelerator.empty_cache()
                     break
     best = max(measured.values())
     chosen = Execution(

@@ -325,7 +325,7 @@ def test_what_is_refused(runs, tmp_path, monkeypatch, run, inputs, error, parts)
     Image.fromarray(np.full((8, 8), 4000, np.uint16)).save(tmp_path / "deep.png")
     with pytest.raises(KdcacheError) as refused:
         asked(getattr(runs, run, run), *[text.format(tmp=tmp_path) for text in inputs])
-    assert type(refused.value) is error
+    assert isinstance(refused.value, error)
     for part in parts:
         assert part in str(refused.value)
     assert refused.value.needed

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from tests.benchmarks import (
+    cifar,
     crashes,
     dump,
     encodings,
@@ -29,6 +30,7 @@ BENCHMARKS = {
     "views": views.run,
     "objectives": objectives.run,
     "labels": labels.run,
+    "cifar": cifar.run,
     "sweep": sweep.run,
 }
 

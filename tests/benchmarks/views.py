@@ -78,7 +78,7 @@ class _Scene:
         print(self.views.remember(range(VIEWS), 1 << 30))
         manifest = self.caches["views"].manifest
         batches = ShardBatches(manifest, 256)
-        batches.places = [(view, shard) for view in range(VIEWS) for shard in range(manifest.shards)]
+        batches.places = [(range(VIEWS), shard) for shard in range(manifest.shards)]
         loader = batch_loader(
             self.views,
             batches,

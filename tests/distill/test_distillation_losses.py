@@ -140,6 +140,11 @@ def reference_standardized_kd(student, teacher, *, temperature=2.0):
     return temperature**2 * kl(student / temperature, teacher / temperature)
 
 
+def reference_cosine(student, teacher):
+    lengths = np.linalg.norm(student, axis=1) * np.linalg.norm(teacher, axis=1)
+    return 1 - ((student * teacher).sum(1) / lengths).mean()
+
+
 def reference_attention_transfer(student, teacher):
     def attention(maps):
         squares = np.stack([np.mean([channel**2 for channel in sample], axis=0).ravel() for sample in maps])

@@ -263,7 +263,7 @@ def test_a_partial_cache_and_a_whole_one_share_what_both_have(tmp_path, made):
     seen = watched(
         [made(), tmp_path / "c"], allow_partial=True, views=(0,), shuffle="window", epochs=1, row_source="streamed"
     )
-    assert sorted(np.concatenate([indices for _, indices, _ in seen])) == list(range(32))
+    assert sorted(np.concatenate([indices for _, indices, _ in seen])) == list(range(16))
 
 
 def test_a_partial_cache_and_a_whole_one_need_no_further_flags(tmp_path, made):

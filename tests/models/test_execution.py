@@ -92,7 +92,6 @@ def test_a_size_that_does_not_fit_ends_the_search(monkeypatch):
         return 0.01
 
     timed(monkeypatch, seconds)
-    monkeypatch.setattr(torch.accelerator, "empty_cache", lambda: None)
     assert chosen(nn.Flatten(), rows=10**7).batch_size == 16
 
 

@@ -150,5 +150,26 @@ class CachedTargets:
         return {name: rows[name][:wished] for name, wished in self._negatives.items()}
 
 
+class SeveralViews:
+    """Joins the views of a sample that one batch holds: the batches of each turn with the rows of its view.
+
+    Args:
+        turns: Join of each turn, in the order in which the loader brings the views.
+    """
+
+    def __init__(self, turns: Sequence[CachedTargets]) -> None:
+        self._turns, self._next = turns, 0
+
+    def start_epoch(self, epoch: int) -> None:
+        self._next = 0
+        for turn in self._turns:
+            turn.start_epoch(epoch)
+
+    def __call__(self, batch: Batch) -> Batch:
+        turn = self._turns[self._next % len(self._turns)]
+        self._next += 1
+        return turn(batch)
+
+
 def _tensors(rows: Rows, part: slice = slice(None)) -> dict[str, Tensor]:
     return {name: torch.as_tensor(values[part]) for name, values in rows.items()}

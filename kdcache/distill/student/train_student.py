@@ -36,11 +36,12 @@ from kdcache.distill.objective_checks import (
     check_encoding,
     check_kind_of_labels,
     check_unlabelled,
+    check_views_per_sample,
     with_default_objective,
 )
 from kdcache.distill.student.composite_objective import CompositeObjective
 from kdcache.distill.student.join_checks import check_ensemble, check_join, inputs_all_checked, known_column
-from kdcache.distill.student.soft_targets import CachedTargets, DeviceSource
+from kdcache.distill.student.soft_targets import CachedTargets, DeviceSource, SeveralViews
 from kdcache.distill.trainer import TEACHER_METRICS, OnStep, TrainResult, train
 from kdcache.distill.training_data import TrainingData
 from kdcache.models.device import floating_dtype, memory_errors, move_to, resolve_device
@@ -104,18 +105,20 @@ def train_student(
         run = RunFolder(Path(out), settings, resume=resume, defaults=default_values(type(config)))
     available = min(each.views for each in caches)
     named = view_schedule(config.view_schedule, config.views, available=available, seed=config.seed)
-    last = config.epochs - 1
+    turns = config.views_per_sample
+    last = config.epochs * turns - 1
 
-    def schedule(epoch: int) -> int:
-        return named(min(epoch, last))  # no view is read ahead for an epoch that does not come
+    def schedule(turn: int) -> int:
+        return named(min(turn, last))  # no view is read ahead for an epoch that does not come
 
     def used_in(epochs: int) -> list[int]:
-        return list(dict.fromkeys(map(named, range(epochs))))
+        return list(dict.fromkeys(map(named, range(epochs * turns))))
 
     used = used_in(config.epochs)
     check_ensemble(caches, used)
     specs = parse_objectives(config.objective, config)
     check_accumulation(specs, config)
+    check_views_per_sample(config, len({named(turn) for turn in range(turns)}), processes)
     if config.distill:
         for each in caches:
             check_encoding(each.encoding, specs, config)
@@ -152,7 +155,7 @@ def train_student(
                 "labels to compare with, or the teacher",
                 "give --metric agreement",
             )
-    join: CachedTargets | None = None
+    join: CachedTargets | SeveralViews | None = None
     preprocessor = as_preprocessor(preprocess or manifest.teacher.preprocess)
     objective = distillation_objective(config) if config.distill else label_objective(config.label_smoothing)
     with contextlib.ExitStack() as stack:
@@ -163,13 +166,21 @@ def train_student(
         if not config.distill:
             sampler: Sampler = ExactSampler(train_indices, config.seed)
         else:
-            sampler, join = _open_targets(caches, train_indices, schedule, config, composed)
+            # The turns have one order of samples, and each the rows of its own view.
+            opened = [
+                _open_targets(caches, train_indices, _turn(schedule, turn, turns), config, composed)
+                for turn in range(turns)
+            ]
+            sampler, join = opened[0][0], SeveralViews([each for _, each in opened])
+            if turns == 1:
+                join = opened[0][1]
         data = TrainingData(
             views=views,
             preprocessor=preprocessor,
             sampler=sampler,
             validation_indices=validation_indices,
             schedule=schedule,
+            views_per_sample=turns,
             join=join,
             verify_inputs="off" if join is None or inputs_all_checked(views) else config.verify_inputs,
             record=samples_record(samples),
@@ -185,6 +196,11 @@ def train_student(
             on_step=on_step,
             processes=processes,
         )
+
+
+def _turn(schedule: Schedule, turn: int, turns: int) -> Schedule:
+    """View of each epoch in one of its turns."""
+    return lambda epoch: schedule(epoch * turns + turn)
 
 
 def _compose(

@@ -87,12 +87,17 @@ def without_unreadable(samples: IndexedDataset, out: Location, workers: int) -> 
     """A dataset without what cannot be read: as the first worker of a dump found it, or by reading everything."""
     if isinstance(samples, ReadableDataset):
         return samples
-    root = open_storage(out)
-    if is_cache(root) and samples.split in root.folders():
-        excluded = read_manifest(root, samples.split).dataset.excluded
-    else:
-        excluded = find_unreadable(samples, workers)
+    stored = stored_manifest(open_storage(out), samples.split)
+    excluded = find_unreadable(samples, workers) if stored is None else stored.dataset.excluded
     return ReadableDataset(samples, excluded)
+
+
+def stored_manifest(root: Storage, split: str) -> Manifest | None:
+    """The manifest of a split, if one is stored that can be read; what else is there is found out later."""
+    with contextlib.suppress(CacheDamaged):
+        if is_cache(root) and split in root.folders():
+            return read_manifest(root, split)
+    return None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -350,13 +355,7 @@ class PreparedDump:
         return replace(config, batch_size=batch_size, memory_format=memory_format, workers=workers)
 
     def _stored(self) -> Manifest | None:
-        """The manifest of this split, if one is stored that can be read."""
-        split = self.request.samples.split
-        if not is_cache(self.root) or split not in self.root.folders():
-            return None
-        with contextlib.suppress(CacheDamaged):
-            return read_manifest(self.root, split)
-        return None
+        return stored_manifest(self.root, self.request.samples.split)
 
     def encoding_named(self, spec: str) -> Encoding:
         """An encoding for this teacher's outputs.
