@@ -22,7 +22,7 @@ from kdcache.data.preprocess import Preprocessor, as_preprocessor
 from kdcache.data.views import as_views
 from kdcache.models.device import evaluation_mode, memory_errors, move_to, resolve_device
 from kdcache.models.distributed import Processes
-from kdcache.models.execution import choose_execution
+from kdcache.models.execution import DEFAULT_BATCH, choose_execution
 from kdcache.models.forward import ForwardPass
 from kdcache.models.loading import auto_workers
 from kdcache.store.manifest import UNLABELLED, Preprocess
@@ -111,6 +111,8 @@ def predict_batches(
     network = ForwardPass(move_to(module, device), preprocessor, device, classes=len(dataset.classes), amp=config.amp)
     processes = processes or Processes()
     batch_size, workers = config.batch_size, config.workers
+    if batch_size is None and not processes.alone:
+        batch_size = DEFAULT_BATCH  # which of all processes must be the same, because they deal out the batches
     if batch_size is None:
 
         def sample(count: int) -> Tensor:

@@ -6,10 +6,14 @@ import torch
 
 from kdcache import DumpConfig, StudentConfig, TrainConfig, dump_teacher, open_cache, train_student
 from kdcache.core.errors import KdcacheError
+from kdcache.data.preprocess import Preprocessor
 from kdcache.distill.objective import label_objective
 from kdcache.distill.trainer import train
 from kdcache.distill.training_data import training_data
+from kdcache.models import execution
 from kdcache.models.device import memory_errors, move_to, resolve_device, to_host
+from kdcache.models.execution import choose_execution
+from kdcache.models.forward import ForwardPass
 from kdcache.store.manifest import Preprocess
 from tests.helpers import Network, synthetic
 
@@ -60,6 +64,35 @@ def test_a_dump_on_the_gpu_equals_that_on_the_cpu(tmp_path):
     for name in ("logits", "features.layers.1"):
         np.testing.assert_allclose(on_gpu.column(name), on_cpu.column(name), atol=1e-4)
     np.testing.assert_array_equal(on_gpu.column("labels"), on_cpu.column("labels"))
+
+
+def test_a_batch_size_that_does_not_fit_is_not_chosen(monkeypatch):
+    monkeypatch.setattr(execution, "SHORT_PASS_S", 0.0)
+    monkeypatch.setattr(execution, "_SHARE", 1e9)
+    free, _ = torch.cuda.mem_get_info()
+
+    class Hungry(torch.nn.Module):
+        """Needs all free memory for 100 samples."""
+
+        def forward(self, inputs):
+            torch.empty(len(inputs) * (free // 100), dtype=torch.uint8, device=inputs.device)
+            return inputs.flatten(1)[:, :4]
+
+    device = torch.device("cuda", 0)
+    network = ForwardPass(Hungry(), Preprocessor(PLAIN), device, classes=4)
+    found = choose_execution(network, lambda count: torch.zeros(count, 16, device=device), 10**6)
+    assert found.batch_size <= 64
+
+
+@pytest.mark.parametrize("settings", [{"amp": "bf16"}, {"memory_format": "channels-last"}, {"compile": True}])
+def test_faster_ways_give_the_same_answers(tmp_path, settings):
+    torch.manual_seed(0)
+    layers = (torch.nn.Conv2d(1, 8, 3, padding=1), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(8 * 16, 4))
+    teacher = torch.nn.Sequential(*layers)
+    exact = dumped(tmp_path / "exact", "cuda:0", teacher).column("logits")
+    fast = dumped(tmp_path / "fast", "cuda:0", teacher, **settings)
+    np.testing.assert_allclose(fast.column("logits"), exact, atol=0.05 if "amp" in settings else 1e-3)
+    assert (fast.manifest.precision is not None) == ("amp" in settings)
 
 
 @pytest.mark.parametrize("amp", ["off", "bf16", "fp16"])
