@@ -45,7 +45,8 @@ from kdcache.distill.student.train_student import train_student as learn_from_ca
 from kdcache.distill.teacher.dump import dump_teacher as dump
 from kdcache.distill.teacher.dump import plan_dump
 from kdcache.distill.teacher.estimate import SAMPLES
-from kdcache.distill.teacher.plan import EncodingEstimate, without_unreadable
+from kdcache.distill.teacher.plan import EncodingEstimate
+from kdcache.distill.teacher.request import without_unreadable
 from kdcache.distill.teacher.spot_check import recompute_rows
 from kdcache.distill.trainer import TrainResult, train
 from kdcache.distill.training_data import training_data

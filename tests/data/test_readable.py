@@ -129,7 +129,7 @@ def test_a_list_that_was_recorded_is_not_made_again(images, tmp_path, monkeypatc
 
     dump(tmp_path / "one.zarr")
     dump(tmp_path / "two.zarr", Worker(index=0, count=2))
-    monkeypatch.setattr("kdcache.distill.teacher.plan.find_unreadable", None)
+    monkeypatch.setattr("kdcache.distill.teacher.request.find_unreadable", None)
     dump(tmp_path / "two.zarr", Worker(index=1, count=2))
     one, two = (read_manifest(open_storage(tmp_path / f"{name}.zarr"), "train") for name in ("one", "two"))
     assert one == two

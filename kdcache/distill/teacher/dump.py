@@ -16,7 +16,8 @@ from kdcache.core.workers import Worker
 from kdcache.data.augment import Transform
 from kdcache.data.preprocess import Preprocessor
 from kdcache.distill.teacher.estimate import compare_encodings
-from kdcache.distill.teacher.plan import DumpPlan, DumpRequest, PreparedDump
+from kdcache.distill.teacher.plan import DumpPlan, PreparedDump
+from kdcache.distill.teacher.request import DumpRequest
 from kdcache.distill.teacher.shard_pass import ShardPass
 from kdcache.models.device import memory_errors
 from kdcache.store.cache import check_complete
