@@ -1,4 +1,4 @@
-"""What the commands do: pipeline, sweep, bench, predict, export, report, doctor.
+"""What the commands do: dumping, training, sweep, bench, predict, export, report, doctor.
 
 May import every package but `cli`.
 """

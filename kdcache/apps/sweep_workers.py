@@ -199,13 +199,13 @@ def _train(settings: dict[str, Any], slot: Slot, log_path: str) -> Outcome:
         try:
             import torch
 
-            from kdcache.apps import pipeline
+            from kdcache.apps import training
             from kdcache.core.options import merge
 
             torch.set_num_threads(slot.threads)
             resume = (folder / CONFIG).exists()
             own = settings | {"device": slot.device, "resume": resume}
-            pipeline.train_student(merge(TrainStudentArgs, own, where="sweep"))
+            training.train_student(merge(TrainStudentArgs, own, where="sweep"))
             return _outcome(folder)
         except KdcacheError as problem:
             print(f"error: {problem}", file=sys.stderr)

@@ -29,9 +29,9 @@ _command = partial(command_of, app)
 )
 def train_teacher(settings: config.TrainTeacherArgs) -> Report:
     """Train a teacher on the labels of a dataset."""
-    from kdcache.apps import pipeline
+    from kdcache.apps import training
 
-    return pipeline.train_teacher(settings)
+    return training.train_teacher(settings)
 
 
 @_command(
@@ -41,9 +41,9 @@ def train_teacher(settings: config.TrainTeacherArgs) -> Report:
 )
 def dump_teacher(settings: config.DumpTeacherArgs) -> Report:
     """Run a teacher once over a dataset and store its logits in a cache."""
-    from kdcache.apps import pipeline
+    from kdcache.apps import dumping
 
-    return pipeline.dump_teacher(settings)
+    return dumping.dump_teacher(settings)
 
 
 @_command(
@@ -53,17 +53,17 @@ def dump_teacher(settings: config.DumpTeacherArgs) -> Report:
 )
 def train_student(settings: config.TrainStudentArgs) -> Report:
     """Train a student from a cache, without the teacher."""
-    from kdcache.apps import pipeline
+    from kdcache.apps import training
 
-    return pipeline.train_student(settings)
+    return training.train_student(settings)
 
 
 @_command(config.EvaluateArgs, "evaluate", "kdcache evaluate --run runs/student")
 def evaluate(settings: config.EvaluateArgs) -> Report:
     """Evaluate a run's best checkpoint on a split."""
-    from kdcache.apps import pipeline
+    from kdcache.apps import training
 
-    return pipeline.evaluate(settings)
+    return training.evaluate(settings)
 
 
 @_command(config.InspectArgs, "inspect", "kdcache inspect runs/mnist.zarr")
@@ -94,9 +94,9 @@ def seal(settings: config.SealArgs) -> Report:
 def verify(settings: config.VerifyArgs) -> Report:
     """Verify the checksums of a cache; with --teacher, also recompute a sample of its rows."""
     if settings.teacher is not None:
-        from kdcache.apps import pipeline
+        from kdcache.apps import dumping
 
-        return pipeline.verify_with_teacher(settings)
+        return dumping.verify_with_teacher(settings)
     from kdcache.store.inspect import verify_cache
 
     return verify_cache(settings.cache, settings.split)

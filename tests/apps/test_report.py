@@ -19,7 +19,7 @@ from kdcache.analysis.calibration import LOWEST, calibrate, fit_temperature, rel
 from kdcache.analysis.distributions import entropy, kl_divergence, negative_log_likelihood, softmax
 from kdcache.analysis.drawing import shorten
 from kdcache.analysis.figures import confusion
-from kdcache.apps import pipeline
+from kdcache.apps import dumping, training
 from kdcache.apps.report.build import make_report
 from kdcache.apps.report.cost import multiply_adds
 from kdcache.apps.report.metrics import evaluate_logits
@@ -243,17 +243,17 @@ def check_alone(page):
 
 def train_student(root, name, **settings):
     settings = {"cache": (str(root / "digits.zarr"),), "student": "mlp", "epochs": 2, "device": "cpu"} | settings
-    return pipeline.train_student(TrainStudentArgs(out=str(root / name), **settings))
+    return training.train_student(TrainStudentArgs(out=str(root / name), **settings))
 
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory):
     """Teacher, cache and two students of digits, and their report by the command."""
     root = tmp_path_factory.mktemp("report")
-    pipeline.train_teacher(TrainTeacherArgs(out=str(root / "teacher"), epochs=2, device="cpu", learning_rate=3e-3))
+    training.train_teacher(TrainTeacherArgs(out=str(root / "teacher"), epochs=2, device="cpu", learning_rate=3e-3))
     checkpoint = str(root / "teacher" / "best.pt")
     dump = DumpTeacherArgs(checkpoint=checkpoint, split=("train", "test"), out=str(root / "digits.zarr"), device="cpu")
-    pipeline.dump_teacher(dump)
+    dumping.dump_teacher(dump)
     train_student(root, "alone", distill=False)
     train_student(root, "student", temperature=3.0, alpha=0.9, val_fraction=0.2)
     runs = [str(root / name) for name in ("teacher", "alone", "student")]
@@ -407,7 +407,7 @@ def test_a_cache_without_a_test_split_or_without_plain_answers(study, tmp_path):
         ("varied", {"augment": "affine", "views": 2}, "holds logits for augmented samples of the train split"),
     ):
         cache = str(tmp_path / f"{name}.zarr")
-        pipeline.dump_teacher(DumpTeacherArgs(checkpoint=checkpoint, out=cache, device="cpu", **settings))
+        dumping.dump_teacher(DumpTeacherArgs(checkpoint=checkpoint, out=cache, device="cpu", **settings))
         train_student(tmp_path, name, cache=(cache,), epochs=1)
         found, page = report(study, tmp_path / name)
         assert any(reason in sentence for sentence in found.data["missing"])
@@ -499,8 +499,8 @@ def texts(tmp_path_factory):
     spec = f"text-folder:{tmp_path / 'texts'}"
     common = {"epochs": 1, "device": "cpu"}
     teacher = TrainTeacherArgs(dataset=spec, model="lstm:hidden=8,embedding=8", out=str(tmp_path / "teacher"), **common)
-    pipeline.train_teacher(teacher)
-    pipeline.dump_teacher(
+    training.train_teacher(teacher)
+    dumping.dump_teacher(
         DumpTeacherArgs(
             dataset=spec,
             teacher="lstm:hidden=8,embedding=8",

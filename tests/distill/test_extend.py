@@ -679,7 +679,7 @@ def test_the_same_command_over_two_splits_continues_after_the_first(tmp_path, co
     out, (_, options) = tmp_path / "c.zarr", commands
     shutil.copytree(tiny_cache, out)
     command = [*map(str, options), "--split", "test", "--split", "train", "--out", str(out), "--add-views", "1"]
-    from kdcache.apps import pipeline as module
+    from kdcache.apps import dumping as module
 
     real = module.dump
 
