@@ -58,7 +58,7 @@ TEACHER = TrainConfig(
     memory_format="channels-last",
 )
 STUDENT = StudentConfig(
-    device="cpu", epochs=30, learning_rate=2e-3, schedule="cosine", temperature=4, alpha=0.9, workers=0
+    device="cpu", epochs=20, learning_rate=2e-3, schedule="cosine", temperature=4, alpha=0.9, workers=0
 )
 KD, LABELS = "kd:temperature=4,weight=0.9", "hard_cross_entropy:weight=0.1"
 VECTOR = "layer=penultimate"
@@ -70,7 +70,7 @@ ARMS: Mapping[str, Mapping[str, tuple[str, dict[str, Any]]]] = {
         "cache, plain images": ("plain", {}),
         "the plain image's targets for every view": ("fixed", {}),
         "consistent views": ("views", {}),
-        "consistent views, 2 of a sample per batch": ("views", {"views_per_sample": 2, "epochs": 15}),
+        "consistent views, 2 of a sample per batch": ("views", {"views_per_sample": 2, "epochs": 10}),
     },
     "objectives, beside labels, on consistent views": {
         "kd, T = 1": ("views", {"temperature": 1.0}),

@@ -24,8 +24,8 @@ from tests.benchmarks.dump import make_photographs
 from tests.benchmarks.timing import side_by_side
 from tests.helpers import live_targets
 
-# Students of MNIST-shaped samples with steps of about 1, 10 and 50 ms on two cores, and samples of an epoch.
-STUDENTS = {"mlp": 30_000, "cnn": 12_000, "resnet8x4": 1_536}
+# Students of MNIST-shaped samples with steps of about 1, 17 and 250 ms on two cores, and samples of an epoch.
+STUDENTS = {"mlp": 30_000, "cnn": 12_000, "resnet20": 3_072}
 PHOTOGRAPHS, SMALL = 256, Preprocess(resize=64, crop=64, mean=(0.5,) * 3, std=(0.25,) * 3)
 
 
