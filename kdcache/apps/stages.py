@@ -48,6 +48,8 @@ def stage_seconds(network: ForwardPass, views: Views, cache: Cache, folder: Path
     view = 0 if views.recipe.is_plain(1) else 1
     batch_size, manifest = cache.manifest.batch_size, cache.manifest
     fetcher = Fetcher(views, Preprocessor(network.preprocessor.record, network.preprocessor.tokenizer))
+    # A shard is written and flushed as a whole, so that few rows would tell too much of the flush.
+    shard = min(manifest.shard_rows, len(views))
     requests = [request._replace(view=view) for request in consecutive_batches(indices, batch_size)]
     inputs = [fetcher.batch(request).inputs for request in requests]
 
@@ -58,7 +60,8 @@ def stage_seconds(network: ForwardPass, views: Views, cache: Cache, folder: Path
 
     def write() -> None:
         for name, values in rows.items():
-            write_durable(folder / "rows", encode_shard(manifest, manifest.array(name), values)[0])
+            filled = np.resize(values, (shard, *values.shape[1:]))
+            write_durable(folder / "rows", encode_shard(manifest, manifest.array(name), filled)[0])
 
     with evaluation_mode(network.module):
         answers = forward()
@@ -72,6 +75,7 @@ def stage_seconds(network: ForwardPass, views: Views, cache: Cache, folder: Path
             WRITE: write,
         }
         found = {name: min(_timed(work) for _ in range(_ROUNDS)) / len(indices) for name, work in stages.items()}
+    found[WRITE] *= len(indices) / shard
     # Each of these includes the one before it.
     prepare, augment, read = found[PREPARE], found[AUGMENT], found[READ]
     return found | {PREPARE: max(prepare - augment, 0.0), AUGMENT: max(augment - read, 0.0)}

@@ -139,11 +139,13 @@ class TeacherOutputConfig(Settings):
         "logits",
         "Kind of the teacher's outputs: logits (or log-probabilities), or probabilities, stored as log p.",
         choices=("logits", "probabilities"),
+        not_with=("task=embedding",),
     )
     class_map: str | None = option(
         None,
         "JSON file that maps each class of the dataset to the index or the class name of the teacher's output, for a "
         "teacher with other classes or another order.",
+        not_with=("task=embedding",),
     )
 
 

@@ -36,7 +36,7 @@ from kdcache.models.device import (
     synchronize,
 )
 from kdcache.models.distributed import Processes, accumulating, is_lost, lost_processes, synchronized_batchnorm
-from kdcache.models.evaluators import default_metric, evaluator_of
+from kdcache.models.evaluators import chosen_metric, evaluator_of
 from kdcache.models.forward import ForwardPass
 from kdcache.models.loading import auto_workers
 
@@ -151,6 +151,9 @@ class _Loop:
             self.average = AveragedWeights(module, config.ema) if config.ema else None
         self.step = processes.wrap(TrainingStep(module, objective, self.device, config))
         self.learning_rate = 0.0
+        self.metric = ""
+        if len(data.validation_indices):
+            self.metric = chosen_metric(data.views.dataset, config.metric, taught=data.teacher is not None)
 
     def _workers(self) -> int:
         """Worker processes that load samples."""
@@ -161,12 +164,6 @@ class _Loop:
         network = ForwardPass(self.module, data.preprocessor, self.device, classes=classes, amp=config.amp)
         samples = len(self.batches) * config.batch_size // self.processes.size
         return auto_workers(network, data.views, samples, passes=3)
-
-    @property
-    def metric(self) -> str:
-        """What the best epoch is best in."""
-        chosen = self.config.metric
-        return default_metric(self.data.views.dataset) if chosen == "accuracy" else chosen
 
     @property
     def result_module(self) -> nn.Module:

@@ -14,10 +14,13 @@ from kdcache.apps.report.metrics import evaluate_logits
 from kdcache.apps.report.sections import errors
 from kdcache.apps.scores import measured, per_class, plot_matrix, worst
 from kdcache.core.config import RuntimeConfig
-from kdcache.data.dataset import ArrayDataset
+from kdcache.core.errors import UsageError
+from kdcache.data.dataset import ArrayDataset, WrappedDataset
+from kdcache.data.taught import EmbeddingDataset
 from kdcache.models.evaluate import Evaluation, evaluate_model
+from kdcache.models.evaluators import chosen_metric
 from kdcache.store.manifest import Preprocess
-from tests.helpers import synthetic
+from tests.helpers import refused, synthetic
 
 MANY = 60_000
 
@@ -70,3 +73,38 @@ def test_nll_ece_and_class_accuracy_are_those_of_the_logits():
     shares = [{"class": "a", "samples": 4, "accuracy": 0.5}, {"class": "b", "samples": 0, "accuracy": None}]
     assert worst(shares) == "lowest accuracy by class: a 50.0% of 4"
     assert worst([{"class": "a", "samples": 4, "accuracy": 1.0}]) == ""
+
+
+@pytest.mark.parametrize(
+    ("kind", "asked", "taught", "found"),
+    [
+        ("one class", "accuracy", False, "accuracy"),
+        ("one class", "agreement", True, "agreement"),
+        ("one class", "agreement", False, "without a teacher"),
+        ("one class", "cosine", True, "one of accuracy, nll, agreement"),
+        ("one class", "map", True, "one of accuracy, nll, agreement"),
+        ("several", "accuracy", False, "map"),
+        ("several", "nll", False, "nll"),
+        ("several", "retrieval", False, "one of map, nll"),
+        ("vector", "accuracy", True, "cosine"),
+        ("vector", "retrieval", True, "retrieval"),
+        ("vector", "nll", True, "one of cosine, retrieval"),
+    ],
+)
+def test_the_metric_is_one_that_the_samples_have(kind, asked, taught, found):
+    dataset = WrappedDataset(synthetic(6))
+    dataset.multi_label = kind == "several"
+    dataset = EmbeddingDataset(dataset, 3) if kind == "vector" else dataset
+    if " " not in found:
+        assert chosen_metric(dataset, asked, taught=taught) == found
+        return
+    with pytest.raises(UsageError, match=f"--metric is {asked}") as caught:
+        chosen_metric(dataset, asked, taught=taught)
+    assert found in str(caught.value)
+
+
+def test_a_metric_that_is_not_there_is_refused_before_the_training(tmp_path):
+    common = ("--epochs", "1", "--val-fraction", "0.1", "--device", "cpu", "--out", tmp_path / "run")
+    for metric in ("agreement", "cosine", "map"):
+        assert f"--metric is {metric}" in refused(2, "train-teacher", "--metric", metric, *common)
+    assert not (tmp_path / "run").exists()
