@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from typer.testing import CliRunner
 
-from kdcache.apps import export_formats, pipeline
+from kdcache.apps import export_formats, training
 from kdcache.apps.export import export
 from kdcache.apps.export_formats import FORMATS, METADATA
 from kdcache.apps.export_module import Deployable
@@ -33,7 +33,7 @@ TEST_DATA = os.environ.get("KDCACHE_TEST_DATA")
 
 
 def teach(out, **settings):
-    pipeline.train_teacher(config.TrainTeacherArgs(**{"out": str(out), "device": "cpu", "epochs": 1, **settings}))
+    training.train_teacher(config.TrainTeacherArgs(**{"out": str(out), "device": "cpu", "epochs": 1, **settings}))
     return out
 
 
