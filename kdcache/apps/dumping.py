@@ -1,4 +1,4 @@
-"""The commands that run a teacher over a dataset: specs and settings in, library calls, and what to print out."""
+"""The commands dump-teacher and verify --teacher."""
 
 from __future__ import annotations
 

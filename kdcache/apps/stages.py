@@ -18,6 +18,7 @@ from kdcache.data.views import Views
 from kdcache.models.device import evaluation_mode, synchronize
 from kdcache.models.forward import ForwardPass
 from kdcache.store.cache import Cache
+from kdcache.store.encodings.base import LOGITS
 from kdcache.store.shard_codec import encode_shard
 
 READ, AUGMENT, PREPARE, FORWARD, ENCODE, WRITE = "read", "augment", "prepare", "forward", "encode", "write"
@@ -45,10 +46,10 @@ def stage_seconds(network: ForwardPass, views: Views, cache: Cache, folder: Path
         folder: On the disk that is to be measured.
     """
     indices = np.arange(min(SAMPLES, len(views)))
-    view = 0 if views.recipe.is_plain(1) else 1
+    view = views.typical_view
     batch_size, manifest = cache.manifest.batch_size, cache.manifest
     fetcher = Fetcher(views, Preprocessor(network.preprocessor.record, network.preprocessor.tokenizer))
-    # A shard is written and flushed as a whole, so that few rows would tell too much of the flush.
+    # As many rows as a shard has: writing a few would mostly measure the flush to disk.
     shard = min(manifest.shard_rows, len(views))
     requests = [request._replace(view=view) for request in consecutive_batches(indices, batch_size)]
     inputs = [fetcher.batch(request).inputs for request in requests]
@@ -65,7 +66,7 @@ def stage_seconds(network: ForwardPass, views: Views, cache: Cache, folder: Path
 
     with evaluation_mode(network.module):
         answers = forward()
-        rows = cache.encoding.encode(answers, first_sample=0) if cache.encoding.source == "logits" else {}
+        rows = cache.encoding.encode(answers, first_sample=0) if cache.encoding.source == LOGITS else {}
         stages: dict[str, Callable[[], object]] = {
             READ: lambda: [views.dataset.fetch(request.indices) for request in requests],
             AUGMENT: lambda: [views.fetch(view, request.indices) for request in requests],

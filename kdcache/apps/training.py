@@ -1,4 +1,4 @@
-"""The commands that train and judge a network: specs and settings in, library calls, and what to print out."""
+"""The commands train-teacher, train-student and evaluate."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ def _train_student(settings: TrainStudentArgs, processes: Processes, device: str
 
 
 def _judged(test: IndexedDataset | None, teacher: Teacher | None) -> IndexedDataset | None:
-    """The test split, if there is something to judge by; said before the training, not after it."""
+    """The test split, or None, with a message, where neither labels nor a teacher's answers allow a score."""
     if test is None or teacher is not None:
         return test
     if isinstance(test, EmbeddingDataset):

@@ -307,8 +307,8 @@ class CacheReadConfig(TrainConfig):
     view_schedule: str = option("cycle", "View of each epoch: cycle, shuffle or fixed:K.")
     views_per_sample: int = option(
         1,
-        "Views of each sample in a batch, which holds --batch-size inputs of so many times fewer samples, each read "
-        "once; an epoch then has so many times more steps.",
+        "Views of each sample in a batch of --batch-size inputs. A sample is read once for all of them; an epoch has "
+        "that many times as many steps.",
         minimum=1,
     )
     verify_inputs: str = option(

@@ -24,7 +24,7 @@ class EpochBatches:
     Args:
         schedule: View of each epoch; of several per sample, of each turn: epoch e has turns e · n to e · n + n − 1.
         verify_inputs: Batches with checksums: `all`, `off`, or `sample` (the first and every sixteenth).
-        views_per_sample: Views n of each sample in a batch, which has n times fewer samples.
+        views_per_sample: Number n of views of each sample in a batch; the batch has `batch_size` / n samples.
     """
 
     def __init__(
@@ -107,7 +107,7 @@ def samples_record(indices: NDArray[np.int64]) -> dict[str, Any]:
 
 
 class ShardBatches:
-    """Batches of consecutive samples of shards, in one view or in several, which never straddle a shard.
+    """Batches of consecutive samples, in one or several views; a batch never spans two shards.
 
     A shard is thus computed from the same batches whenever it is computed, so that a continued dump equals an
     uninterrupted one to the bit: a teacher's logits vary by about 1e-6 with the size of the batch.

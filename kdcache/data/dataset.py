@@ -24,7 +24,7 @@ from kdcache.store.manifest import UNLABELLED
 
 Indices = Sequence[int] | NDArray[np.int64]
 
-# Classes of samples whose labels are not looked at, because a vector answers for them.
+# Classes of a dataset whose labels are ignored, because the teacher's answer is an embedding.
 ANY_CLASS = ("any",)
 
 

@@ -78,6 +78,11 @@ class Views:
     def __len__(self) -> int:
         return len(self.dataset)
 
+    @property
+    def typical_view(self) -> int:
+        """A view to measure on: an augmented one, where there are any."""
+        return 0 if self.recipe.is_plain(1) else 1
+
     def remember(self, views: Sequence[int], limit_bytes: int) -> str:
         """Keep the inputs of some views in memory, if they fit; returns a message about the decision.
 

@@ -68,7 +68,7 @@ def check_kind_of_labels(specs: Sequence[ObjectiveSpec], dataset: IndexedDataset
     classes where the teacher answers with a vector.
 
     Raises:
-        UsageError: an objective is of another kind; inputs of several classes are mixed.
+        UsageError: an objective does not suit the labels, or multi-label inputs are mixed.
     """
     if isinstance(dataset, EmbeddingDataset):
         if of_classes := [spec.name for spec in specs if not spec.loss.features]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
@@ -114,14 +114,7 @@ def predict_batches(
     if batch_size is None and not processes.alone:
         batch_size = DEFAULT_BATCH  # which of all processes must be the same, because they deal out the batches
     if batch_size is None:
-
-        def sample(count: int) -> Tensor:
-            (batch,) = batch_loader(
-                dataset, consecutive_batches(indices[:count], count), preprocessor=preprocessor, device=device
-            )
-            return batch.inputs.to(device)
-
-        batch_size, _ = choose_execution(network, sample, len(indices))
+        batch_size, _ = choose_execution(network, as_views(dataset), len(indices))
     if workers is None:
         workers = auto_workers(network, as_views(dataset), len(indices))
     batches = consecutive_batches(indices, batch_size)[processes.rank :: processes.size]
@@ -160,39 +153,55 @@ def evaluate_model(
         indices = labelled_samples(dataset)
     if not len(indices):
         raise DatasetError(f"the split {dataset.split} of {dataset.name} is unlabelled", "labels to compare with")
-    processes = processes or Processes()
-    parts: list[tuple[Tensor, ...]] = []
-    part: tuple[Tensor, ...]
-    for batch, logits_bc in predict_batches(
-        module,
-        dataset,
-        preprocess=preprocess,
-        config=config,
-        indices=indices,
-        title=f"evaluate {dataset.split}",
-        processes=processes,
-    ):
+
+    def columns(batch: Batch, logits_bc: Tensor) -> tuple[Tensor, ...]:
         log_p = logits_bc.float().log_softmax(dim=1)
         top, predicted = log_p.max(dim=1)
         labels = batch.labels.to(logits_bc.device)[:, None]
         nll = -log_p.gather(1, labels.clamp(min=0))[:, 0].where(labels[:, 0] >= 0, math.nan)
-        part = (batch.labels, predicted.cpu(), top.exp().cpu(), nll.cpu())
-        if teacher is not None:
-            other = torch.from_numpy(teacher(batch.indices.numpy())).to(logits_bc.device).float().log_softmax(dim=1)
-            kl = (other.exp() * (other - log_p)).nan_to_num().sum(dim=1)
-            part = (*part, other.argmax(dim=1).cpu(), kl.cpu())
-        parts.append(part)
+        own = (batch.labels, predicted.cpu(), top.exp().cpu(), nll.cpu())
+        if teacher is None:
+            return own
+        other = torch.from_numpy(teacher(batch.indices.numpy())).to(logits_bc.device).float().log_softmax(dim=1)
+        kl = (other.exp() * (other - log_p)).nan_to_num().sum(dim=1)
+        return *own, other.argmax(dim=1).cpu(), kl.cpu()
+
+    found = evaluated_columns(
+        module, dataset, columns, preprocess=preprocess, config=config, indices=indices, processes=processes
+    )
     names = ("true_n", "predicted_n", "top_n", "nll_n", "teacher_n", "kl_n")
-    return Evaluation(**dict(zip(names, gathered(parts, processes), strict=False)))
+    return Evaluation(**dict(zip(names, found, strict=False)))
 
 
-def gathered(parts: Sequence[tuple[Tensor, ...]], processes: Processes) -> list[NDArray[Any]]:
-    """The columns of all batches of `predict_batches`, in the order of the samples, in every process.
+def evaluated_columns(
+    module: nn.Module,
+    dataset: IndexedDataset,
+    columns: Callable[[Batch, Tensor], tuple[Tensor, ...]],
+    *,
+    preprocess: Preprocess | Preprocessor,
+    config: InferenceConfig,
+    indices: NDArray[np.int64] | None,
+    processes: Processes | None,
+) -> list[NDArray[Any]]:
+    """What is wanted of each batch of `predict_batches`, put together in the order of the samples, in every process.
 
     Args:
-        parts: Columns of each batch of this process, on the host.
+        columns: Takes a batch and the network's logits, and returns tensors (batch, …) on the host.
     """
+    processes = processes or Processes()
+    parts = [
+        columns(batch, logits)
+        for batch, logits in predict_batches(
+            module,
+            dataset,
+            preprocess=preprocess,
+            config=config,
+            indices=indices,
+            title=f"evaluate {dataset.split}",
+            processes=processes,
+        )
+    ]
     # Process `rank` takes batches rank, rank + size, rank + 2 size, …
-    dealt = zip_longest(*processes.gather_objects(list(parts)))
+    dealt = zip_longest(*processes.gather_objects(parts))
     ordered = [part for turn in dealt for part in turn if part is not None]
     return [torch.cat(each).numpy() for each in zip(*ordered, strict=True)]

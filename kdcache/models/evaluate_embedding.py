@@ -16,9 +16,10 @@ from torch.nn import functional as F
 from kdcache.core.config import InferenceConfig
 from kdcache.core.errors import UsageError
 from kdcache.data.dataset import IndexedDataset
+from kdcache.data.loader import Batch
 from kdcache.data.preprocess import Preprocessor
 from kdcache.models.distributed import Processes
-from kdcache.models.evaluate import gathered, predict_batches
+from kdcache.models.evaluate import evaluated_columns
 from kdcache.store.manifest import Preprocess
 
 # Neighbours that are compared, and samples among which they are looked for: all pairs are, so that more would cost the
@@ -103,12 +104,11 @@ def evaluate_embedding(
             "a cache that holds this split",
             f"dump it too: dump-teacher --split {dataset.split}",
         )
-    processes = processes or Processes()
-    parts: list[tuple[Tensor, ...]] = []
-    title = f"evaluate {dataset.split}"
-    for batch, vectors_bd in predict_batches(
-        module, dataset, preprocess=preprocess, config=config, indices=indices, title=title, processes=processes
-    ):
-        parts.append((vectors_bd.float().cpu(), torch.from_numpy(teacher(batch.indices.numpy())).float()))
-    student, other = gathered(parts, processes)
+
+    def columns(batch: Batch, vectors_bd: Tensor) -> tuple[Tensor, ...]:
+        return vectors_bd.float().cpu(), torch.from_numpy(teacher(batch.indices.numpy())).float()
+
+    student, other = evaluated_columns(
+        module, dataset, columns, preprocess=preprocess, config=config, indices=indices, processes=processes
+    )
     return EmbeddingEvaluation(student_nd=student, teacher_nd=other)

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from kdcache.core.config import InferenceConfig
 from kdcache.core.plugins import require_extra
 from kdcache.data.dataset import IndexedDataset
+from kdcache.data.loader import Batch
 from kdcache.data.preprocess import Preprocessor
 from kdcache.models.distributed import Processes
-from kdcache.models.evaluate import gathered, predict_batches
+from kdcache.models.evaluate import evaluated_columns
 from kdcache.store.manifest import Preprocess
 
 
@@ -88,15 +89,12 @@ def evaluate_multi_label(
 
     Arguments as for `evaluate_model`.
     """
-    processes = processes or Processes()
-    parts: list[tuple[Tensor, ...]] = []
-    title = f"evaluate {dataset.split}"
-    for batch, logits_bc in predict_batches(
-        module, dataset, preprocess=preprocess, config=config, indices=indices, title=title, processes=processes
-    ):
-        part: tuple[Tensor, ...] = (batch.labels, logits_bc.float().cpu())
-        if teacher is not None:
-            part = (*part, torch.from_numpy(teacher(batch.indices.numpy())).float())
-        parts.append(part)
-    names = ("true_nc", "logits_nc", "teacher_nc")
-    return MultiLabelEvaluation(**dict(zip(names, gathered(parts, processes), strict=False)))
+
+    def columns(batch: Batch, logits_bc: Tensor) -> tuple[Tensor, ...]:
+        own = (batch.labels, logits_bc.float().cpu())
+        return own if teacher is None else (*own, torch.from_numpy(teacher(batch.indices.numpy())).float())
+
+    found = evaluated_columns(
+        module, dataset, columns, preprocess=preprocess, config=config, indices=indices, processes=processes
+    )
+    return MultiLabelEvaluation(**dict(zip(("true_nc", "logits_nc", "teacher_nc"), found, strict=False)))

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from kdcache.core.errors import KdcacheError
 from kdcache.core.progress import log
+from kdcache.data.loader import BatchRequest, batch_loader
+from kdcache.data.views import Views
 from kdcache.models.device import evaluation_mode, synchronize
 from kdcache.models.forward import CHANNELS_LAST, CONTIGUOUS, ForwardPass
 
@@ -42,7 +45,7 @@ class Execution(NamedTuple):
 
 def choose_execution(
     network: ForwardPass,
-    sample: Callable[[int], Tensor],
+    views: Views,
     rows: int,
     *,
     batch_size: int | None = None,
@@ -54,7 +57,7 @@ def choose_execution(
 
     Args:
         network: The network; its memory format is that of the result afterwards.
-        sample: Gives a batch of so many real inputs, after `Preprocessor.per_sample`.
+        views: Views of the dataset, of whose first samples batches are made.
         rows: Samples to compute.
         batch_size: Samples per batch; None measures.
         memory_format: `contiguous`, `channels-last`, or `auto`, which measures.
@@ -65,8 +68,10 @@ def choose_execution(
     network.use_memory_format(formats[0])
     sizes = _SIZES.get(network.device.type, _ACCELERATOR_SIZES)
     with evaluation_mode(network.module):
-        first = min(sizes[0], batch_size or sizes[0], rows)
-        inputs = sample(first)
+        first = min(sizes[0], batch_size or sizes[0], rows, len(views))
+        request = BatchRequest(np.arange(first), views.typical_view)
+        (batch,) = batch_loader(views, [request], preprocessor=network.preprocessor, device=network.device)
+        inputs = batch.inputs.to(network.device)
         try:
             seconds = _seconds(network, inputs, limit=0.0) / first
         except (KdcacheError, torch.OutOfMemoryError):

@@ -38,7 +38,7 @@ def auto_workers(network: ForwardPass, views: Views, samples: int, *, passes: fl
     if has_done_io() or not len(views):
         return 0
     count = min(_MEASURED, len(views))
-    request = BatchRequest(np.arange(count), 0 if views.recipe.is_plain(1) else 1)
+    request = BatchRequest(np.arange(count), views.typical_view)
     fetcher = Fetcher(views, Preprocessor(network.preprocessor.record, network.preprocessor.tokenizer))
     fetcher.batch(request._replace(indices=request.indices[:1]))
     began = time.perf_counter()

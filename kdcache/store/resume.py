@@ -37,6 +37,7 @@ _RECORDED_IF_THERE = (
     "fidelity",
     "changed_predictions",
     "precision",
+    "memory_format",
     *_TERMS,
 )
 

@@ -30,7 +30,7 @@ from kdcache.data.loader import BatchRequest, batch_loader
 from kdcache.data.preprocess import Preprocessor, as_preprocessor
 from kdcache.data.taught import as_taught, known_classes
 from kdcache.data.views import Views
-from kdcache.distill.objective import distillation_objective, label_objective, parse_objectives
+from kdcache.distill.objective import Join, distillation_objective, label_objective, parse_objectives
 from kdcache.distill.objective_checks import (
     check_accumulation,
     check_encoding,
@@ -155,7 +155,7 @@ def train_student(
                 "labels to compare with, or the teacher",
                 "give --metric agreement",
             )
-    join: CachedTargets | SeveralViews | None = None
+    join: Join | None = None
     preprocessor = as_preprocessor(preprocess or manifest.teacher.preprocess)
     objective = distillation_objective(config) if config.distill else label_objective(config.label_smoothing)
     with contextlib.ExitStack() as stack:
@@ -166,14 +166,7 @@ def train_student(
         if not config.distill:
             sampler: Sampler = ExactSampler(train_indices, config.seed)
         else:
-            # The turns have one order of samples, and each the rows of its own view.
-            opened = [
-                _open_targets(caches, train_indices, _turn(schedule, turn, turns), config, composed)
-                for turn in range(turns)
-            ]
-            sampler, join = opened[0][0], SeveralViews([each for _, each in opened])
-            if turns == 1:
-                join = opened[0][1]
+            sampler, join = _open_targets(caches, train_indices, schedule, config, composed)
         data = TrainingData(
             views=views,
             preprocessor=preprocessor,
@@ -271,14 +264,16 @@ def _open_targets(
     schedule: Schedule,
     config: StudentConfig,
     composed: CompositeObjective | None,
-) -> tuple[Sampler, CachedTargets]:
+) -> tuple[Sampler, Join]:
     """The order of the samples, and the join of their soft targets and features."""
     features = composed.arrays if composed else []
     negatives = composed.negatives if composed else {}
     parts = [(cache.reader, cache.logit_arrays) for cache in caches]
     beside = [(caches[0].reader, features)] if features else []
     options = ReadOptions(memory=config.cache_memory, row_source=config.row_source, shuffle=config.shuffle)
-    plan = plan_reading([*parts, *beside], options)
+    turns = config.views_per_sample
+    # Each turn of a batch holds rows of its own view.
+    plan = plan_reading([*parts, *beside] * turns, options)
     log(str(plan))
     if negatives and plan.row_source == "streamed":
         raise UsageError(
@@ -288,20 +283,21 @@ def _open_targets(
         )
     sampler = plan.sampler(indices, config.seed)
     device = resolve_device(config.device) if config.cache_on_device else None
-    targets = CachedTargets(
-        caches,
-        [
-            plan.source(part, schedule, sampler) if device is None else DeviceSource(*part, schedule, device)
-            for part in parts
-        ],
-        weights=config.cache_weights,
-        features=plan.source(beside[0], schedule, sampler) if beside else None,
-        negatives=negatives,
-        seed=config.seed,
-        schedule=schedule,
-        tail=config.tail,
-    )
-    return sampler, targets
+    joins = []
+    for turn in range(turns):
+        own = _turn(schedule, turn, turns)
+        targets = CachedTargets(
+            caches,
+            [plan.source(part, own, sampler) if device is None else DeviceSource(*part, own, device) for part in parts],
+            weights=config.cache_weights,
+            features=plan.source(beside[0], own, sampler) if beside else None,
+            negatives=negatives,
+            seed=config.seed,
+            schedule=own,
+            tail=config.tail,
+        )
+        joins.append(targets)
+    return sampler, joins[0] if turns == 1 else SeveralViews(joins)
 
 
 def _samples(caches: Sequence[Cache], used: Sequence[int]) -> NDArray[np.int64]:

@@ -5,12 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field, replace
 
-import numpy as np
-from torch import Tensor
-
-from kdcache.core.config import DumpConfig
 from kdcache.core.errors import TargetExists, UsageError
-from kdcache.data.loader import BatchRequest, batch_loader
 from kdcache.distill.teacher.dump_manifest import build_manifest
 from kdcache.distill.teacher.precision import measure_precision
 from kdcache.distill.teacher.probe import TeacherProbe, find_head
@@ -18,15 +13,10 @@ from kdcache.distill.teacher.request import DumpRequest, stored_manifest
 from kdcache.models.execution import AUTO, choose_execution
 from kdcache.models.feature_hooks import PENULTIMATE
 from kdcache.models.forward import ForwardPass
-from kdcache.models.loading import auto_workers
 from kdcache.store.encodings.base import Encoding
 from kdcache.store.encodings.registry import encoding_named
 from kdcache.store.layout import predicted_bytes
-from kdcache.store.manifest import (
-    NONE,
-    ONE_CLASS,
-    Manifest,
-)
+from kdcache.store.manifest import NONE, ONE_CLASS, Manifest
 from kdcache.store.resume import find_dump
 from kdcache.store.storage.base import Storage
 from kdcache.store.storage.registry import open_storage
@@ -101,11 +91,13 @@ class PreparedDump:
             self._compile(network)
         with self.teacher:
             shapes = TeacherProbe(self.teacher, self.views, self.encoding).run()
-        stored = self._stored()
-        self.config = self._measured(network, stored)
-        precision = None if stored is None else stored.precision
-        if stored is None and self.config.amp != "off" and request.answers == ONE_CLASS:
-            precision = measure_precision(network, self.views, self.batch_size)
+        precision = None
+        if (stored := self._stored()) is not None:
+            self._adopt(stored)
+        else:
+            self._measure(network)
+            if self.config.amp != "off" and request.answers == ONE_CLASS:
+                precision = measure_precision(network, self.views, self.batch_size)
         self.manifest = build_manifest(
             network,
             self.views,
@@ -122,6 +114,8 @@ class PreparedDump:
             if not self.adopt_stored():
                 raise
             existing = find_dump(self.root, self.manifest, self.policy)
+        if existing is not None:
+            self._adopt(existing)  # of a damaged manifest, too, whose rows must come out as they were
         target = existing or self.manifest
         finished = predicted_bytes(replace(target, views=target.readable_views)) if target.extending else 0
         self.plan = DumpPlan(
@@ -133,21 +127,37 @@ class PreparedDump:
             free_bytes=self.root.free_bytes(),
         )
 
-    def adopt_stored(self) -> bool:
-        """Compute as another worker does, which created the split after this one looked; False if nothing changes.
+    def _measure(self, network: ForwardPass) -> None:
+        """Find out what the settings leave open."""
+        asked = self.config
+        batch_size, memory_format = choose_execution(
+            network,
+            self.views,
+            len(self.views) * asked.views,
+            batch_size=asked.batch_size,
+            memory_format=asked.memory_format,
+        )
+        self.config = replace(asked, batch_size=batch_size, memory_format=memory_format)
 
-        Only what the user left open is taken over: two workers may have measured different batch sizes.
-        """
-        stored, asked = self._stored(), self.request.config
-        if stored is None:
-            return False
-        before = self.manifest
-        if asked.batch_size is None:
-            self.config = replace(self.config, batch_size=stored.batch_size)
-        if asked.memory_format == AUTO:
-            self.config = replace(self.config, memory_format=stored.memory_format)
+    def _adopt(self, stored: Manifest) -> None:
+        """Compute as the stored part of this dump was computed, in what the settings leave open."""
+        asked = self.request.config
+        self.config = replace(
+            self.config,
+            batch_size=asked.batch_size or stored.batch_size,
+            memory_format=stored.memory_format if asked.memory_format == AUTO else asked.memory_format,
+        )
         self.teacher.network.use_memory_format(self.config.memory_format)
-        self.manifest = replace(before, batch_size=self.batch_size, memory_format=self.config.memory_format)
+
+    def adopt_stored(self) -> bool:
+        """Compute as another worker does that created the split after this one looked; False if nothing changes.
+
+        Two workers may have measured different batch sizes.
+        """
+        before = self.manifest
+        if (stored := self._stored()) is not None:
+            self._adopt(stored)
+            self.manifest = replace(before, batch_size=self.batch_size, memory_format=self.config.memory_format)
         return self.manifest != before
 
     @property
@@ -175,29 +185,6 @@ class PreparedDump:
                 "leave out --compile",
             )
         network.compile()
-
-    def _measured(self, network: ForwardPass, stored: Manifest | None) -> DumpConfig:
-        """The settings, with those that were found out: as the stored part of this dump was computed, or measured."""
-        config, views = self.config, self.views
-        rows = len(views) * config.views
-        if stored is not None:
-            batch_size = config.batch_size or stored.batch_size
-            memory_format = stored.memory_format if config.memory_format == AUTO else config.memory_format
-            network.use_memory_format(memory_format)
-        else:
-
-            def sample(count: int) -> Tensor:
-                request = BatchRequest(np.arange(count), 0 if views.recipe.is_plain(1) else 1)
-                (batch,) = batch_loader(views, [request], preprocessor=network.preprocessor, device=network.device)
-                return batch.inputs.to(network.device)
-
-            batch_size, memory_format = choose_execution(
-                network, sample, rows, batch_size=config.batch_size, memory_format=config.memory_format
-            )
-        workers = config.workers
-        if workers is None:
-            workers = auto_workers(network, views, rows)
-        return replace(config, batch_size=batch_size, memory_format=memory_format, workers=workers)
 
     def _stored(self) -> Manifest | None:
         return stored_manifest(self.root, self.request.samples.split)

@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from kdcache.core.progress import log
 from kdcache.core.rng import keyed_sample
-from kdcache.data.loader import BatchRequest, batch_loader
+from kdcache.data.loader import batch_loader, consecutive_batches
 from kdcache.data.views import Views
 from kdcache.models.device import evaluation_mode
 from kdcache.models.forward import ForwardPass
@@ -22,8 +22,8 @@ def measure_precision(network: ForwardPass, views: Views, batch_size: int) -> Pr
     """Compare logits under `network.amp` with those in float32, on 32 to 256 samples, and say what differs."""
     count = min(max(len(views) // _SHARE, _FEWEST), _MOST, len(views))
     indices = keyed_sample(len(views), count, 0, "precision")
-    view = 0 if views.recipe.is_plain(1) else 1
-    requests = [BatchRequest(part, view) for part in np.split(indices, range(batch_size, len(indices), batch_size))]
+    batches = consecutive_batches(indices, batch_size)
+    requests = [request._replace(view=views.typical_view) for request in batches]
     found: dict[str, list[NDArray[np.float64]]] = {"off": [], network.amp: []}
     amp = network.amp
     with evaluation_mode(network.module):

@@ -17,6 +17,7 @@ from kdcache.data.loader import Batch, batch_loader
 from kdcache.distill.teacher.class_agreement import accuracy_lines
 from kdcache.distill.teacher.plan import PreparedDump
 from kdcache.distill.teacher.teacher_pass import HEAD_ERROR, Rows
+from kdcache.models.loading import auto_workers
 from kdcache.models.teacher_outputs import check_stored_kind, looks_like_sigmoid
 from kdcache.store.claims import Unit
 from kdcache.store.encodings.base import LOGITS
@@ -45,11 +46,14 @@ class ShardPass:
     def __init__(self, dump: PreparedDump, writer: SplitWriter, progress: Progress, *, report: bool) -> None:
         self._dump, self._writer, self._progress, self._report = dump, writer, progress, report
         self._batches = ShardBatches(writer.manifest, dump.batch_size)
+        workers = dump.config.workers
+        if workers is None:
+            workers = auto_workers(dump.teacher.network, dump.views, dump.plan.rows)
         self._loader = batch_loader(
             dump.views,
             self._batches,
             preprocessor=dump.teacher.network.preprocessor,
-            workers=dump.config.workers or 0,
+            workers=workers,
             device=dump.teacher.network.device,
         )
         self._sampled: dict[int, dict[int, int]] = {}
