@@ -87,6 +87,14 @@ def test_features_and_labels_alone_come_along(monkeypatch, path):
     assert batches_of(monkeypatch, path, distill=False)[0][1].soft_targets is None
 
 
+def test_the_rows_of_all_turns_share_the_memory(path, capsys):
+    """22 rows of 4 logits in float32 are 352 bytes; with several views the next one is read ahead."""
+    for memory, turns, source in (("704", 1, "memory"), ("704", 2, "streamed"), ("1408", 2, "memory")):
+        settings = config(cache_memory=memory, views_per_sample=turns, epochs=1)
+        train_student(Network(16, 4, seed=1), SAMPLES, path, config=settings)
+        assert capsys.readouterr().err.count(f"row source {source}") == 1
+
+
 def test_what_does_not_fit_is_refused(path):
     for settings, message in (
         ({"views_per_sample": 6, "batch_size": 12}, "an epoch has 5 of the cache's views"),

@@ -152,6 +152,30 @@ def test_a_worker_takes_over_what_another_measured(tmp_path, monkeypatch):
     assert open_cache(out).manifest.batch_size == 16
 
 
+def test_a_repair_computes_as_a_damaged_manifest_says(tmp_path, monkeypatch):
+    """What is measured while the manifest cannot be read must not make other rows."""
+    given = iter([Execution(16, "channels-last"), Execution(24, "contiguous")])
+    monkeypatch.setattr("kdcache.distill.teacher.plan.choose_execution", lambda *_, **__: next(given))
+    config, out = DumpConfig(device="cpu", shard_rows=32), tmp_path / "c.zarr"
+    dump_teacher(Convolution(), SAMPLES, out=out, config=config)
+    whole, attributes = tree(out), out / "train" / "zarr.json"
+    attributes.write_text(attributes.read_text().replace('"parameters": 692', '"parameters": 693'))
+    (out / "train" / "logits" / "c" / "0" / "0" / "0").unlink()
+    assert tree(out) != whole
+    sizes = []
+    real = execution.ForwardPass.raw
+    monkeypatch.setattr(
+        execution.ForwardPass,
+        "raw",
+        lambda self, inputs, samples=None: (
+            sizes.append((len(inputs), self.memory_format)) or real(self, inputs, samples)
+        ),
+    )
+    dump_teacher(Convolution(), SAMPLES, out=out, config=config, repair=True)
+    assert tree(out) == whole
+    assert sizes[-1] == (16, "channels-last")
+
+
 def test_channels_last_is_part_of_a_dump(tmp_path):
     config = DumpConfig(device="cpu", memory_format="channels-last", batch_size=8)
     dump_teacher(Convolution(), SAMPLES, out=tmp_path / "c.zarr", config=config)
