@@ -136,6 +136,24 @@ def test_a_folder_of_images_and_a_parquet_file(folder):
     assert (table.classes, table.labels().tolist(), table.is_text) == (("0", "1"), [1, 0], True)
 
 
+@pytest.mark.parametrize("download", [False, True])
+def test_the_network_is_used_only_for_a_download(monkeypatch, download):
+    from huggingface_hub import constants
+
+    seen = []
+
+    def load(name):
+        seen.append((datasets.config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE))
+        raise ConnectionError(name)
+
+    before = datasets.config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    with pytest.raises(DatasetError, match="cannot be loaded"):
+        open_dataset("hf-dataset:nobody/nothing", split="train", download=download)
+    assert seen == [before if download else (True, True)]
+    assert before == (datasets.config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE)
+
+
 def test_what_hugging_face_cannot_give_is_refused(folder):
     with pytest.raises(DatasetError, match="cannot be loaded"):
         open_dataset("hf-dataset:nobody/nothing", split="train")

@@ -18,6 +18,7 @@ from kdcache.core.options import merge
 from kdcache.core.workers import Worker
 from kdcache.data.preprocess import Preprocessor
 from kdcache.data.views import Views, as_views
+from kdcache.distill.teacher import plan
 from kdcache.models import loading
 from kdcache.models.execution import Execution, choose_execution
 from kdcache.models.forward import ForwardPass
@@ -152,6 +153,17 @@ def test_a_worker_takes_over_what_another_measured(tmp_path, monkeypatch):
     assert open_cache(out).manifest.batch_size == 16
 
 
+def test_a_worker_that_finds_the_split_only_when_it_creates_it_takes_over_too(tmp_path, monkeypatch):
+    sizes_of(monkeypatch, [16, 24])
+    config, out = DumpConfig(device="cpu", shard_rows=32), tmp_path / "c.zarr"
+    dump_teacher(Network(192, 4), SAMPLES, out=out, config=config, worker=Worker(index=0, count=2), steal=False)
+    real, blind = plan.stored_manifest, iter([None])
+    monkeypatch.setattr(plan, "stored_manifest", lambda *given: next(blind, real(*given)))
+    monkeypatch.setattr(plan, "find_dump", lambda *_: None)
+    dump_teacher(Network(192, 4), SAMPLES, out=out, config=config, worker=Worker(index=1, count=2), steal=False)
+    assert open_cache(out).manifest.batch_size == 16
+
+
 def test_a_repair_computes_as_a_damaged_manifest_says(tmp_path, monkeypatch):
     """What is measured while the manifest cannot be read must not make other rows."""
     given = iter([Execution(16, "channels-last"), Execution(24, "contiguous")])
@@ -269,6 +281,18 @@ def test_views_read_together_are_those_read_alone(mix):
         for one, other in zip(shared.inputs, alone.inputs, strict=True):
             assert torch.equal(one, other)
         assert torch.equal(shared.labels, alone.labels)
+
+
+def darken(image):
+    image //= 2  # in place
+    return image
+
+
+def test_a_transform_that_writes_into_its_input_does_not_reach_the_next_view():
+    views, indices = Views(SAMPLES, ViewRecipe(), transform=darken), np.array([5, 3, 40])
+    alone = views.fetch(1, indices).inputs
+    for shared in views.fetch_several([1, 2, 3], indices):
+        assert all(torch.equal(one, other) for one, other in zip(shared.inputs, alone, strict=True))
 
 
 # ---- workers
