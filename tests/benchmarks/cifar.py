@@ -60,8 +60,6 @@ TEACHER = TrainConfig(
 STUDENT = StudentConfig(
     device="cpu", epochs=40, learning_rate=2e-3, schedule="cosine", temperature=4, alpha=0.9, workers=0
 )
-# Of students that are compared with each other within a group, to save time.
-SHORT = {"epochs": 20}
 KD, LABELS = "kd:temperature=4,weight=0.9", "hard_cross_entropy:weight=0.1"
 VECTOR = "layer=penultimate"
 # By kind of comparison: (cache, settings); without a cache on labels, and without views on plain images.
@@ -75,25 +73,24 @@ ARMS: Mapping[str, Mapping[str, tuple[str, dict[str, Any]]]] = {
         "consistent views, 2 of a sample per batch": ("views", {"views_per_sample": 2, "epochs": 20}),
     },
     "objectives, beside labels, on consistent views": {
-        "kd": ("views", SHORT),
-        "kd, T = 1": ("views", SHORT | {"temperature": 1.0}),
-        "soft_cross_entropy": ("views", SHORT | {"objective": ("soft_cross_entropy:temperature=4,weight=0.9", LABELS)}),
-        "logit_mse": ("views", SHORT | {"objective": ("logit_mse:weight=0.9", LABELS)}),
-        "decoupled_kd": ("views", SHORT | {"objective": ("decoupled_kd:temperature=4,warmup=2", LABELS)}),
-        "dist": ("views", SHORT | {"objective": ("dist:temperature=4", LABELS)}),
-        "standardized_kd": ("views", SHORT | {"objective": ("standardized_kd:weight=0.9", LABELS)}),
-        "kd + feature_mse": ("views", SHORT | {"objective": (KD, LABELS, f"feature_mse:{VECTOR}")}),
+        "kd, T = 1": ("views", {"temperature": 1.0}),
+        "soft_cross_entropy": ("views", {"objective": ("soft_cross_entropy:temperature=4,weight=0.9", LABELS)}),
+        "logit_mse": ("views", {"objective": ("logit_mse:weight=0.9", LABELS)}),
+        "decoupled_kd": ("views", {"objective": ("decoupled_kd:temperature=4,warmup=2", LABELS)}),
+        "dist": ("views", {"objective": ("dist:temperature=4", LABELS)}),
+        "standardized_kd": ("views", {"objective": ("standardized_kd:weight=0.9", LABELS)}),
+        "kd + feature_mse": ("views", {"objective": (KD, LABELS, f"feature_mse:{VECTOR}")}),
         "kd + relational_distance": (
             "views",
-            SHORT | {"objective": (KD, LABELS, f"relational_distance:{VECTOR},weight=10")},
+            {"objective": (KD, LABELS, f"relational_distance:{VECTOR},weight=10")},
         ),
-        "kd + contrastive": ("views", SHORT | {"objective": (KD, LABELS, f"contrastive:{VECTOR},weight=0.1")}),
+        "kd + contrastive": ("views", {"objective": (KD, LABELS, f"contrastive:{VECTOR},weight=0.1")}),
     },
     "encodings, consistent views": {
-        "quantized:8": ("quantized:8", SHORT),
-        "quantized:4": ("quantized:4", SHORT),
-        "topk:5": ("topk:5", SHORT),
-        "topk:3": ("topk:3", SHORT),
+        "quantized:8": ("quantized:8", {}),
+        "quantized:4": ("quantized:4", {}),
+        "topk:5": ("topk:5", {}),
+        "topk:3": ("topk:3", {}),
     },
 }
 
@@ -206,7 +203,7 @@ def run(*, rounds: int, device: str) -> None:
     with tempfile.TemporaryDirectory() as thrown_away:
         _SCENES.append(_Scene(Path(os.environ.get("KDCACHE_BENCH", thrown_away)), archive))
         began = time.perf_counter()
-        print(f"cnn student, {SAMPLES:,} images, {VIEWS} crop-flip views, {SEEDS} seeds")
+        print(f"cnn student, {SAMPLES:,} images, {VIEWS} crop-flip views, {STUDENT.epochs} epochs, {SEEDS} seeds")
         with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("fork")) as pool:
             found = {
                 (group, arm): [pool.submit(_run, *what, seed) for seed in range(SEEDS)]
@@ -216,8 +213,7 @@ def run(*, rounds: int, device: str) -> None:
             said = ""
             for (group, arm), futures in found.items():
                 if group != said:
-                    epochs = STUDENT.epochs if group == "views" else SHORT["epochs"]
-                    print(f" {group}, {epochs} epochs:", flush=True)
+                    print(f" {group}:", flush=True)
                 said, values = group, [future.result() for future in futures]
                 each = ", ".join(f"{value:.2%}" for value in values)
                 print(
