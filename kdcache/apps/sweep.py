@@ -24,8 +24,10 @@ from kdcache.core.json_records import to_json
 from kdcache.core.options import merge, narrow
 from kdcache.core.progress import log
 from kdcache.core.run_dir import main_score
+from kdcache.core.specs import parse_bytes
 from kdcache.core.text_table import text_table
 from kdcache.core.workers import launched_process
+from kdcache.data.kept_inputs import KeptInputs
 from kdcache.data.taught import as_taught
 from kdcache.models.build import build, open_data
 from kdcache.models.teacher import load_teacher
@@ -156,7 +158,7 @@ def _sweep(settings: SweepArgs, out: Path) -> Report:
     # First, because what it refuses should not be known only after hours of training.
     live = None if settings.teacher is None else _live_cost(settings, threads=slots[0].threads)
     log(f"students: {len(jobs)}, settings: {len(grid)}, at once: {len(slots)}; each logs to {out}/NAME.log")
-    outcomes = run_all(jobs, out, slots)
+    outcomes = run_all(jobs, out, slots, kept=_shared_inputs(settings))
     rows = _rows(grid, seeds, outcomes)
     data: dict[str, Any] = {
         "sorted_by": "validation" if settings.val_fraction else "grid",
@@ -172,6 +174,15 @@ def _sweep(settings: SweepArgs, out: Path) -> Report:
         lines += draw_heat_map(shown, out / HEAT_MAP)
     write_durable(out / RESULT, (json.dumps(data, indent=2) + "\n").encode())
     return Report(data | {"out": str(out)}, "\n".join(lines), exit_code=1 if data["failed"] else 0)
+
+
+def _shared_inputs(settings: SweepArgs) -> KeptInputs | None:
+    """Memory for inputs that all students share."""
+    limit = parse_bytes(settings.input_memory)
+    if not limit:
+        return None
+    manifests = [open_cache(path, allow_partial=settings.allow_partial).manifest for path in settings.cache]
+    return KeptInputs(1 + max(each.views for each in manifests), manifests[0].dataset.length, limit)
 
 
 def _run_settings(settings: SweepArgs, setting: Setting, seed: int) -> dict[str, Any]:

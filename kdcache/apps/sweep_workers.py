@@ -26,8 +26,12 @@ from kdcache.core.options import default_values
 from kdcache.core.plugins import describe
 from kdcache.core.progress import Progress, log
 from kdcache.core.run_dir import CONFIG, RESULT, RunFolder, main_score, read_metrics, read_result
+from kdcache.data.kept_inputs import KeptInputs
 from kdcache.models.device import device_count
 from kdcache.store.storage.registry import StorageOptions, process_options, set_process_options
+
+# Memory for inputs that this process was given for its students; at most one.
+_shared_inputs: list[KeptInputs] = []
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,11 +88,14 @@ def available_slots(device: str, jobs: int | None, runs: int) -> list[Slot]:
     return [Slot(name, 1) for name in names]
 
 
-def run_all(jobs: Sequence[Job], out: Path, slots: Sequence[Slot]) -> dict[str, Outcome]:
+def run_all(
+    jobs: Sequence[Job], out: Path, slots: Sequence[Slot], *, kept: KeptInputs | None = None
+) -> dict[str, Outcome]:
     """Run what has not finished; outcomes by name, in the order of `jobs`.
 
     Args:
         out: takes `NAME.log` of each, which its messages go to.
+        kept: memory for inputs, which all of them share; None for one of each one's own.
     """
     outcomes: dict[str, Outcome] = {}
     waiting: deque[Job] = deque()
@@ -106,7 +113,7 @@ def run_all(jobs: Sequence[Job], out: Path, slots: Sequence[Slot]) -> dict[str, 
     with alive, Progress("sweep", len(jobs), "students", len(outcomes)) as progress:
 
         def work(slot: Slot) -> None:
-            pool = _pool(alive)
+            pool = _pool(alive, kept)
             try:
                 while True:
                     with lock:
@@ -120,7 +127,7 @@ def run_all(jobs: Sequence[Job], out: Path, slots: Sequence[Slot]) -> dict[str, 
                             return
                         outcome = Outcome(error="its process died; memory may have run out. Fewer --jobs take less")
                         pool.shutdown(wait=False)
-                        pool = _pool(alive)
+                        pool = _pool(alive, kept)
                     with lock:
                         outcomes[job.name] = outcome
                         progress.advance(1)
@@ -138,15 +145,16 @@ def run_all(jobs: Sequence[Job], out: Path, slots: Sequence[Slot]) -> dict[str, 
     return {job.name: outcomes[job.name] for job in jobs}
 
 
-def _pool(alive: Connection) -> ProcessPoolExecutor:
+def _pool(alive: Connection, kept: KeptInputs | None) -> ProcessPoolExecutor:
     # Spawned: a forked process that inherits CUDA or running threads does not work.
     return ProcessPoolExecutor(
-        1, mp_context=get_context("spawn"), initializer=_begin, initargs=(alive, process_options())
+        1, mp_context=get_context("spawn"), initializer=_begin, initargs=(alive, process_options(), kept)
     )
 
 
-def _begin(alive: Connection, options: StorageOptions) -> None:
+def _begin(alive: Connection, options: StorageOptions, kept: KeptInputs | None) -> None:
     set_process_options(options)
+    _shared_inputs[:] = [] if kept is None else [kept]
     _end_with(alive)
 
 
@@ -205,7 +213,7 @@ def _train(settings: dict[str, Any], slot: Slot, log_path: str) -> Outcome:
             torch.set_num_threads(slot.threads)
             resume = (folder / CONFIG).exists()
             own = settings | {"device": slot.device, "resume": resume}
-            training.train_student(merge(TrainStudentArgs, own, where="sweep"))
+            training.train_student(merge(TrainStudentArgs, own, where="sweep"), *_shared_inputs)
             return _outcome(folder)
         except KdcacheError as problem:
             print(f"error: {problem}", file=sys.stderr)

@@ -29,7 +29,8 @@ from kdcache.core.progress import log
 from kdcache.core.run_dir import LAST, RunFolder, read_config
 from kdcache.core.workers import launched_process, restarts
 from kdcache.data.dataset import IndexedDataset, labelled_samples
-from kdcache.data.taught import EmbeddingDataset, as_taught, known_classes
+from kdcache.data.kept_inputs import KeptInputs
+from kdcache.data.taught import as_taught, known_classes
 from kdcache.data.views import Views
 from kdcache.distill.objective import label_objective
 from kdcache.distill.student.join_checks import check_join, check_recorded
@@ -91,13 +92,17 @@ def _train_teacher(settings: TrainTeacherArgs, processes: Processes, device: str
     return _conclude("teacher", built, result, test, config, run, processes, plots=settings.plots)
 
 
-def train_student(settings: TrainStudentArgs) -> Report:
-    """Train a student from a cache's training split; dataset, classes and preprocessing come from its manifest."""
+def train_student(settings: TrainStudentArgs, kept: KeptInputs | None = None) -> Report:
+    """Train a student from a cache's training split; dataset, classes and preprocessing come from its manifest.
+
+    Args:
+        kept: Memory for inputs that is shared with other students of the cache.
+    """
     with _training_processes(settings) as (processes, device):
-        return _train_student(settings, processes, device)
+        return _train_student(settings, processes, device, kept)
 
 
-def _train_student(settings: TrainStudentArgs, processes: Processes, device: str) -> Report:
+def _train_student(settings: TrainStudentArgs, processes: Processes, device: str, kept: KeptInputs | None) -> Report:
     _check_plots(settings.plots)
     caches = [
         open_cache(
@@ -136,6 +141,7 @@ def _train_student(settings: TrainStudentArgs, processes: Processes, device: str
         run=run,
         description=describe(built, dataset),
         processes=processes,
+        kept=kept,
     )
     role = "student distilled" if config.distill else "student alone"
     return _conclude(role, built, result, test, config, run, processes, teacher=teacher, plots=settings.plots)
@@ -145,7 +151,7 @@ def _judged(test: IndexedDataset | None, teacher: Teacher | None) -> IndexedData
     """The test split, or None, with a message, where neither labels nor a teacher's answers allow a score."""
     if test is None or teacher is not None:
         return test
-    if isinstance(test, EmbeddingDataset):
+    if test.is_embedding:
         log("no score on the test split will be given: the cache has no answers to it; dump it too, by --split test")
         return None
     if not len(labelled_samples(test)):
@@ -228,7 +234,7 @@ def _named_answers(
         CacheNotFound: it does not have this split.
     """
     path = settings.cache
-    if path is None and isinstance(dataset, EmbeddingDataset):
+    if path is None and dataset.is_embedding:
         (path, *_) = read_config(folder)["cache"]
     if path is None:
         return dataset, None

@@ -60,14 +60,14 @@ PANELS = {
         *("views_per_sample", "views_in_flight"),
     ),
     "Text": ("max_tokens", "vocabulary_size", "tokenizer"),
-    "Execution": ("device", "batch_size", "workers", "amp", "seed"),
+    "Execution": ("device", "batch_size", "workers", "input_memory", "amp", "seed"),
     "Workers": ("worker", "steal"),
     "Storage": (
         *("features", "drop_features", "pool", "encoding", "temperatures", "max_kl", "compression", "shard_rows"),
         *("license", "citation"),
     ),
     "Reading the cache": (
-        *("verify_inputs", "allow_partial", "cache_weights", "cache_memory", "cache_on_device", "input_memory"),
+        *("verify_inputs", "allow_partial", "cache_weights", "cache_memory", "cache_on_device"),
         *("cache_dir", "cache_disk"),
         *("row_source", "shuffle"),
     ),

@@ -219,6 +219,11 @@ class TrainConfig(RuntimeConfig):
     """Settings of the training loop, for teacher and student."""
 
     batch_size: int = option(128, "Samples per batch.", minimum=1)
+    input_memory: str = option(
+        "0",
+        "Memory budget for inputs, as 2GiB, so that each is made only once: augmented ones where all of them fit, else "
+        "decoded ones as far as they fit. The students of a sweep share it.",
+    )
     epochs: int = option(5, "Passes over the training samples.", minimum=1)
     optimizer: str = option("adam", "adam, adamw or sgd.", choices=("adam", "adamw", "sgd"))
     learning_rate: float = option(1e-3, "Peak learning rate.", above=0)
@@ -315,9 +320,6 @@ class CacheReadConfig(TrainConfig):
         "sample",
         "Batches whose inputs are compared with the teacher's: all, sample or off.",
         choices=("all", "sample", "off"),
-    )
-    input_memory: str = option(
-        "0", "Memory budget for augmented inputs, as 2GiB; where all fit, each is computed only once."
     )
     row_source: str = option(
         "auto", "Source of the cache's rows: auto, memory or streamed.", choices=ROW_SOURCES, not_with=("distill",)

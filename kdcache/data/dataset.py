@@ -41,6 +41,7 @@ class IndexedDataset(ABC):
         default_std: Standard deviation per channel, as long as `default_mean`.
         in_memory: Whether the samples are held in memory.
         multi_label: Whether a sample belongs to any number of classes, and labels are 0 and 1 for each, uint8.
+        is_embedding: Whether the classes are the dimensions of an embedding, and no sample has a label.
         excluded: Positions in the source of samples that it leaves out, ascending; later samples move up.
         is_text: Whether the shared inputs are texts in UTF-8, (bytes,) uint8.
         vocabulary_size: where a shared input is a sequence of token ids, (tokens,): these are below it. None where it
@@ -50,6 +51,7 @@ class IndexedDataset(ABC):
     in_memory = False
     is_text = False
     multi_label = False
+    is_embedding = False
     excluded: tuple[int, ...] = ()
     vocabulary_size: int | None = None
 
@@ -141,6 +143,7 @@ class WrappedDataset(IndexedDataset):
         self.__dict__.update(dataset.__dict__)
         self.is_text, self.in_memory, self.multi_label = dataset.is_text, dataset.in_memory, dataset.multi_label
         self.vocabulary_size, self.excluded = dataset.vocabulary_size, dataset.excluded
+        self.is_embedding = dataset.is_embedding
         self._samples = dataset
 
     def __len__(self) -> int:

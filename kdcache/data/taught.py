@@ -23,7 +23,7 @@ class EmbeddingDataset(WrappedDataset):
 
     def __init__(self, dataset: IndexedDataset, width: int) -> None:
         super().__init__(dataset)
-        self.multi_label, self.classes = False, tuple(map(str, range(width)))
+        self.is_embedding, self.multi_label, self.classes = True, False, tuple(map(str, range(width)))
 
     def labels(self) -> NDArray[np.int64]:
         return np.full(len(self), UNLABELLED)
@@ -46,6 +46,6 @@ def as_taught(dataset: IndexedDataset, manifest: Manifest) -> IndexedDataset:
     whole = len(dataset) == record.length + len(record.excluded) and dataset.split == record.split
     if record.excluded and whole and not dataset.excluded:
         dataset = ReadableDataset(dataset, record.excluded)
-    if not manifest.is_embedding or isinstance(dataset, EmbeddingDataset):
+    if not manifest.is_embedding or dataset.is_embedding:
         return dataset
     return EmbeddingDataset(dataset, len(manifest.dataset.classes))

@@ -19,12 +19,14 @@ from kdcache.core.errors import DatasetError, KdcacheError
 from kdcache.core.plugins import describe
 from kdcache.data.augment import OBJECT, Transform, build_transform, describe_transform, draws_from_torch_only
 from kdcache.data.dataset import IndexedDataset
+from kdcache.data.kept_inputs import KeptDataset, KeptInputs
 from kdcache.data.mixup import Mix, parse_mix
 from kdcache.data.raw_input import Inputs, as_input, batch_crc32c, dtype_name
-from kdcache.data.shared_memo import RememberedRows
 from kdcache.store.manifest import NONE, ViewRecipe
 
 PROBES = 4
+# Inputs whose size tells that of all.
+MEASURED = 16
 _TORCH_BITS, _NUMPY_BITS = 63, 32
 
 
@@ -60,7 +62,7 @@ class Views:
     """
 
     def __init__(self, dataset: IndexedDataset, recipe: ViewRecipe, *, transform: Transform | None = None) -> None:
-        self.dataset = dataset
+        self.dataset = self._samples = dataset
         self._transform = build_transform(recipe.augment, dataset.input_shape) if transform is None else transform
         self._torch_only = draws_from_torch_only(self._transform)
         self._dtype: torch.dtype = getattr(torch, dataset.input_dtype)
@@ -73,7 +75,8 @@ class Views:
             plain_view=recipe.plain_view,
         )
         self.input_shape = dataset.input_shape
-        self._remembered: RememberedRows | None = None
+        self._kept: KeptInputs | None = None
+        self._kept_views: frozenset[int] = frozenset()
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -83,25 +86,44 @@ class Views:
         """A view to measure on: an augmented one, where there are any."""
         return 0 if self.recipe.is_plain(1) else 1
 
-    def remember(self, views: Sequence[int], limit_bytes: int) -> str:
-        """Keep the inputs of some views in memory, if they fit; returns a message about the decision.
+    def keep(self, kept: KeptInputs, views: Sequence[int], *, again: bool) -> str:
+        """Make inputs only once from now on: those of some views, if all of them fit, or else the plain ones that fit.
 
         Args:
-            limit_bytes: Memory budget; 0 keeps none.
+            kept: Memory with a slot for the plain inputs, and after it one for each view.
+            views: Views that will be used.
+            again: Whether a view is used more than once; else nothing is gained by keeping it.
+
+        Returns:
+            A message about the decision.
         """
-        if not limit_bytes:
-            return "augmented inputs are made at every use; --input-memory keeps them"
-        views = [view for view in views if not self.recipe.is_plain(view)]
-        shape, count = self.input_shape, len(views)
-        if shape is None or self.dataset.labels() is None:
-            what = "differ in size" if shape is None else "are of a dataset without a list of labels"
-            return f"augmented inputs {what}, and are made at every use"
-        row_bytes = math.prod(shape) * self._dtype.itemsize
-        needed = RememberedRows.bytes_needed(count, len(self), row_bytes)
-        if needed > limit_bytes:
-            return f"augmented inputs are made at every use: those of {count} views would take {needed:,} bytes"
-        self._remembered = RememberedRows(list(views), len(self), row_bytes)
-        return f"augmented inputs are kept in memory once they are made: {needed:,} bytes for {count} views"
+        views, limit = [view for view in views if not self.recipe.is_plain(view)], kept.limit_bytes
+        if self._samples.labels() is None:
+            return "inputs are of a dataset without a list of labels, and are made at every use"
+        needed = len(views) * self._kept_bytes(self.typical_view) if views else 0
+        if views and again and needed <= limit:
+            self._kept, self._kept_views = kept, frozenset(views)
+            return f"augmented inputs are kept in memory once they are made: {needed:,} bytes for {len(views)} views"
+        why = f"those of {len(views)} views would take {needed:,} bytes" if again else "each is used once"
+        lines = [f"augmented inputs are made at every use: {why}"] if views else []
+        if self._samples.in_memory:
+            return lines[0] if lines else "inputs are in memory as they are"
+        self.dataset = KeptDataset(self._samples, kept)
+        needed = self._kept_bytes(None)
+        part = "" if needed <= limit else f", of which {limit / needed:.0%} fit"
+        lines.append(f"decoded inputs are kept in memory once they are read: about {needed:,} bytes{part}")
+        return "; ".join(lines)
+
+    def _kept_bytes(self, view: int | None) -> int:
+        """Memory for the inputs of a view, or for the plain ones, from the sizes of a few."""
+        shape = self._samples.input_shape if view is None else self.input_shape
+        if shape is not None:
+            size: float = math.prod(shape) * self._dtype.itemsize
+        else:
+            few = rng.keyed_sample(len(self), MEASURED, 0, "input size")
+            inputs = self.dataset.shared_inputs(few) if view is None else self._augmented(view, few)[0]
+            size = sum(value.nbytes for value in inputs) / len(few)
+        return len(self) * KeptInputs.entry_bytes(size)
 
     def fetch(self, view: int, indices: NDArray[np.int64]) -> Shared:
         """Some samples as a view shows them. The same for the same view and index, whatever else is asked for.
@@ -143,7 +165,7 @@ class Views:
 
         Args and errors as for `fetch`.
         """
-        if len(views) == 1 or self._mix is not None or self._remembered is not None:
+        if len(views) == 1 or self._mix is not None or self._kept is not None:
             return [self.fetch(view, indices) for view in views]
         inputs, labels = self.dataset.fetch(indices)
         found = []
@@ -155,26 +177,15 @@ class Views:
 
     def _augmented(self, view: int, indices: NDArray[np.int64]) -> tuple[Inputs, Tensor]:
         """Augmented inputs and labels, before any mixing; from memory, where they are kept."""
-        remembered, labels = self._remembered, self.dataset.labels()
-        if remembered is None or labels is None or view not in remembered:
+        labels = self.dataset.labels()
+        if self._kept is None or labels is None or view not in self._kept_views:
             inputs, found = self.dataset.fetch(indices)
             return self._augment(view, indices, inputs), found
-        missing = remembered.missing(view, indices)
-        if missing.any():
-            wanted = np.unique(indices[missing])
-            images = self._augment(view, wanted, self.dataset.fetch(wanted)[0])
-            for index, image in zip(wanted, images, strict=True):
-                if image.shape != self.input_shape:
-                    raise DatasetError(
-                        f"sample {index} of {self.dataset.name} has shape {tuple(image.shape)} in view {view}",
-                        f"{self.input_shape}, as the first ones have, to be kept in memory",
-                        "leave out --input-memory",
-                    )
-            made = torch.stack(images)
-            remembered.put(view, wanted, made.view(torch.uint8).reshape(len(wanted), -1).numpy())
-        rows = torch.from_numpy(remembered.take(view, indices)).view(self._dtype)
-        assert self.input_shape is not None, "only inputs of one shape are kept"
-        return rows.reshape(len(indices), *self.input_shape), torch.from_numpy(labels[indices])
+
+        def make(wanted: NDArray[np.int64]) -> Inputs:
+            return self._augment(view, wanted, self.dataset.shared_inputs(wanted))
+
+        return self._kept.fetch(1 + view, indices, make, self._dtype), torch.from_numpy(labels[indices])
 
     def _augment(self, view: int, indices: NDArray[np.int64], inputs: Inputs) -> list[Tensor]:
         if self._transform is None:

@@ -9,7 +9,6 @@ from kdcache.core.config import StudentConfig
 from kdcache.core.errors import UsageError
 from kdcache.core.progress import log
 from kdcache.data.dataset import IndexedDataset
-from kdcache.data.taught import EmbeddingDataset
 from kdcache.distill.objective import LOSSES, ObjectiveSpec
 from kdcache.models.distributed import Processes
 from kdcache.store.encodings.base import Encoding, chosen_temperature
@@ -70,7 +69,7 @@ def check_kind_of_labels(specs: Sequence[ObjectiveSpec], dataset: IndexedDataset
     Raises:
         UsageError: an objective does not suit the labels, or multi-label inputs are mixed.
     """
-    if isinstance(dataset, EmbeddingDataset):
+    if dataset.is_embedding:
         if of_classes := [spec.name for spec in specs if not spec.loss.features]:
             raise UsageError(
                 f"--objective {of_classes[0]} compares classes, and the cache holds embeddings",

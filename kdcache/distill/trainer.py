@@ -24,7 +24,7 @@ from kdcache.distill.objective import Objective, objective_parameters
 from kdcache.distill.optim import AveragedWeights, build_optimizer, learning_rate_factor
 from kdcache.distill.run_state import Description, RunState, Stateful
 from kdcache.distill.step_records import StepRecords
-from kdcache.distill.training_data import TrainingData
+from kdcache.distill.training_data import TrainingData, keep_inputs
 from kdcache.distill.training_step import TrainingStep, count_hits
 from kdcache.models.device import (
     evaluation_mode,
@@ -94,6 +94,7 @@ def train(
         CacheBusy: another process trains into the run's folder.
     """
     data.views.probe()
+    keep_inputs(data, config)
 
     def described(epochs: int) -> dict[str, Any]:
         values = description(epochs) if callable(description) else description

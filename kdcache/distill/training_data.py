@@ -11,8 +11,11 @@ from numpy.typing import NDArray
 
 from kdcache.core.config import TrainConfig
 from kdcache.core.errors import DatasetError, UsageError
+from kdcache.core.progress import log
+from kdcache.core.specs import parse_bytes
 from kdcache.data.batch_sampler import EpochBatches, samples_record, split_validation
 from kdcache.data.dataset import IndexedDataset, labelled_samples
+from kdcache.data.kept_inputs import KeptInputs
 from kdcache.data.preprocess import Preprocessor, as_preprocessor
 from kdcache.data.views import Views, as_views
 from kdcache.distill.objective import Join
@@ -34,6 +37,7 @@ class TrainingData:
         views_per_sample: Views of each sample in a batch.
         join: Adds soft targets to each batch.
         teacher: Gives the teacher's logits of samples, for agreement on the held-out part; None without a teacher.
+        kept: Memory for inputs that other processes share; None for that of this run alone.
         verify_inputs: Batches that reach the join with checksums of their inputs: `all`, `sample` or `off`.
 
     Raises:
@@ -50,6 +54,7 @@ class TrainingData:
     verify_inputs: str = "off"
     views_per_sample: int = 1
     teacher: Callable[[NDArray[np.int64]], NDArray[Any]] | None = None
+    kept: KeptInputs | None = None
 
     def __post_init__(self) -> None:
         if self.views.recipe.mix != NONE and len(self.validation_indices):
@@ -69,6 +74,22 @@ class TrainingData:
             verify_inputs=self.verify_inputs,
             views_per_sample=self.views_per_sample,
         )
+
+
+def keep_inputs(data: TrainingData, config: TrainConfig) -> None:
+    """Let the views of a run keep their inputs in memory, as `config.input_memory` allows, and say which.
+
+    Raises:
+        UsageError: that is no size.
+    """
+    limit = parse_bytes(config.input_memory)
+    turns = [data.schedule(turn) for turn in range(config.epochs * data.views_per_sample)]
+    used = list(dict.fromkeys(turns))
+    if limit:
+        kept = data.kept or KeptInputs(2 + max(used), len(data.views), limit)
+        log(data.views.keep(kept, used, again=data.kept is not None or len(turns) > len(used)))
+    elif len(turns) > len(used) and not all(map(data.views.recipe.is_plain, used)):
+        log("augmented inputs are made at every use; --input-memory keeps them")
 
 
 def training_data(

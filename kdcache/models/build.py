@@ -20,7 +20,6 @@ from kdcache.data.dataset import IndexedDataset
 from kdcache.data.loader import BatchRequest, batch_loader
 from kdcache.data.preprocess import Preprocessor
 from kdcache.data.registry import open_dataset
-from kdcache.data.taught import EmbeddingDataset
 from kdcache.data.text_preprocess import is_sequences, recorded_tokenizer, sequence_preprocessor
 from kdcache.data.views import Views, as_views
 from kdcache.models.checkpoints import fits
@@ -283,7 +282,7 @@ def describe(built: BuiltModel, dataset: IndexedDataset) -> dict[str, Any]:
             "is_text": dataset.is_text,
             # Left out of others: what a run of an older version recorded is compared when it is continued.
             **({"multi_label": True} if dataset.multi_label else {}),
-            **({"embedding": True} if isinstance(dataset, EmbeddingDataset) else {}),
+            **({"embedding": True} if dataset.is_embedding else {}),
         }
     }
 

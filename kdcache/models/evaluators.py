@@ -6,7 +6,6 @@ from collections.abc import Callable
 
 from kdcache.core.errors import UsageError
 from kdcache.data.dataset import IndexedDataset
-from kdcache.data.taught import EmbeddingDataset
 from kdcache.models.evaluate import Evaluation, evaluate_model
 from kdcache.models.evaluate_embedding import EmbeddingEvaluation, evaluate_embedding
 from kdcache.models.evaluate_multi_label import MultiLabelEvaluation, evaluate_multi_label
@@ -16,7 +15,7 @@ AnyEvaluation = Evaluation | MultiLabelEvaluation | EmbeddingEvaluation
 
 def evaluator_of(dataset: IndexedDataset) -> Callable[..., AnyEvaluation]:
     """`evaluate_model`, or its counterpart for several classes per sample or for embeddings."""
-    if isinstance(dataset, EmbeddingDataset):
+    if dataset.is_embedding:
         return evaluate_embedding
     return evaluate_multi_label if dataset.multi_label else evaluate_model
 
@@ -31,7 +30,7 @@ def chosen_metric(dataset: IndexedDataset, asked: str, *, taught: bool) -> str:
     Raises:
         UsageError: there is no such score for this dataset, or not without a teacher.
     """
-    if isinstance(dataset, EmbeddingDataset):
+    if dataset.is_embedding:
         known = ["cosine", "retrieval"]
     else:
         known = ["map" if dataset.multi_label else "accuracy", "nll", *(["agreement"] if taught else [])]

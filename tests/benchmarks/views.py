@@ -21,6 +21,7 @@ from kdcache.core.config import DumpConfig, StudentConfig, TrainConfig
 from kdcache.core.run_dir import RunFolder
 from kdcache.data.batch_sampler import ShardBatches
 from kdcache.data.dataset import IndexedDataset
+from kdcache.data.kept_inputs import KeptInputs
 from kdcache.data.loader import batch_loader
 from kdcache.data.preprocess import Preprocessor
 from kdcache.data.registry import open_dataset
@@ -75,7 +76,7 @@ class _Scene:
             result = dump_teacher(teacher, train_data, out=path, preprocess=self.preprocess, config=config)
             print(f"cache of {result.rows:,} rows, {result.computed_rows:,} now in {result.seconds:.0f} s", flush=True)
             self.caches[name] = open_cache(path)
-        print(self.views.remember(range(VIEWS), 1 << 30))
+        print(self.views.keep(KeptInputs(1 + VIEWS, len(train_data), 1 << 30), range(VIEWS), again=True))
         manifest = self.caches["views"].manifest
         batches = ShardBatches(manifest, 256)
         batches.places = [(range(VIEWS), shard) for shard in range(manifest.shards)]

@@ -21,6 +21,7 @@ from kdcache.core import rng
 from kdcache.core.errors import CacheMismatch, DatasetError, KdcacheError, UsageError
 from kdcache.data.augment import PRESETS, describe_transform
 from kdcache.data.dataset import ArrayDataset, as_indexed
+from kdcache.data.kept_inputs import KeptInputs
 from kdcache.data.loader import BatchRequest, Fetcher, batch_loader
 from kdcache.data.preprocess import Preprocessor
 from kdcache.data.raw_input import batch_crc32c
@@ -423,7 +424,12 @@ def test_sizes_that_vary_are_given_as_they_are_and_stacked_after_a_resize():
         list(batch_loader(views, request, preprocessor=Preprocessor(Preprocess()), device=CPU))
     (batch,) = batch_loader(views, request, preprocessor=Preprocessor(Preprocess(resize=16)), device=CPU)
     assert batch.inputs.shape == (11, 3, 16, 16)
-    assert "differ in size" in views.remember([0, 1], 10**9)
+    kept = KeptInputs(3, len(COLOUR), 10**8)
+    assert "kept in memory" in views.keep(kept, [0, 1], again=True)
+    for _ in range(2):
+        (again,) = batch_loader(views, request, preprocessor=Preprocessor(Preprocess(resize=16)), device=CPU)
+        assert torch.equal(again.inputs, batch.inputs)
+    assert kept.kept(2)[:11].all()
     with pytest.raises(DatasetError, match="to be mixed"):
         probed_views(COLOUR, ViewRecipe(mix="mixup:1"), transform=grows)
 
@@ -810,10 +816,11 @@ class Counted:
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("mix", ["none", "cutmix:1"])
-def test_remembered_inputs_are_the_ones_that_are_made(workers, mix):
+def test_kept_inputs_are_the_ones_that_are_made(workers, mix):
     recipe = ViewRecipe(augment="affine", mix=mix)
     plain, kept = (probed_views(synthetic(80, shape=(1, 6, 6)), recipe) for _ in range(2))
-    assert "kept in memory" in kept.remember([0, 2], 2 * 80 * 37)
+    memory = KeptInputs(4, 80, 2 * 80 * KeptInputs.entry_bytes(36))
+    assert "kept in memory" in kept.keep(memory, [0, 2], again=True)
     requests = [BatchRequest(part, view, checksums=True) for view in (0, 1, 2) for part in np.split(np.arange(80), 8)]
     loaders = [
         batch_loader(views, requests, preprocessor=Preprocessor(Preprocess()), workers=workers, device=CPU)
@@ -828,13 +835,12 @@ def test_remembered_inputs_are_the_ones_that_are_made(workers, mix):
                 assert torch.equal(one.partner_labels, other.partner_labels)
                 assert torch.equal(one.mix_lambda, other.mix_lambda)
     # Workers filled what is shared with them.
-    assert not kept._remembered.missing(0, np.arange(80)).any()
-    assert not kept._remembered.missing(2, np.arange(80)).any()
+    assert [memory.kept(slot).sum() for slot in range(4)] == [0, 80, 0, 80]
 
 
-def test_remembered_inputs_are_made_once():
+def test_kept_inputs_are_made_once():
     views = probed_views(SAMPLES, ViewRecipe(), transform=Counted())
-    views.remember([1], 10**6)
+    views.keep(KeptInputs(3, 400, 10**6), [1], again=True)
     views._transform.calls = 0
     for order in (np.array([3, 3, 4]), np.arange(400), np.arange(399, -1, -1)):
         shared = views.fetch(1, order)
@@ -844,19 +850,22 @@ def test_remembered_inputs_are_made_once():
     assert views._transform.calls == 410
 
 
-def test_no_more_is_remembered_than_is_allowed():
-    views = probed_views(SAMPLES, ViewRecipe(augment="affine"))
-    needed = 2 * 400 * (36 + 1)
-    for limit, kept in ((0, False), (needed - 1, False), (needed, True)):
-        line = views.remember([0, 1], limit)
+def test_views_are_kept_where_all_of_them_fit_and_are_used_again():
+    needed = 2 * 400 * KeptInputs.entry_bytes(36)
+    for limit, again, kept in ((needed - 16, True, False), (needed, False, False), (needed, True, True)):
+        views = probed_views(SAMPLES, ViewRecipe(augment="affine"))
+        memory = KeptInputs(3, 400, limit)
+        line = views.keep(memory, [0, 1], again=again)
+        for view in (0, 1):
+            views.fetch(view, np.arange(400))
         assert ("kept in memory" in line) == kept
-        assert (views._remembered is not None) == kept
+        assert [memory.kept(slot).sum() for slot in range(3)] == [0, 400 * kept, 400 * kept]
 
 
-def test_what_cannot_be_remembered_is_not_said_to_be():
+def test_what_cannot_be_kept_is_not_said_to_be():
     # Without a list of labels a sample has to be read for its label.
     views = probed_views(as_indexed(Items(SAMPLES), name="items", split="train"), ViewRecipe(), transform=Counted())
-    line = views.remember([1], 10**6)
+    line = views.keep(KeptInputs(3, 400, 10**6), [1], again=True)
     views._transform.calls = 0
     views.fetch(1, np.arange(10))
     views.fetch(1, np.arange(10))
@@ -874,7 +883,7 @@ class RarelyTurned:
 
 
 @pytest.mark.parametrize("batch", [[0], [0, 1]])
-def test_an_input_of_a_rare_shape_is_never_remembered_as_another(batch):
+def test_an_input_of_a_rare_shape_is_never_kept_as_another(batch):
     dataset = synthetic(60, shape=(1, 4, 6))
     probed = set(rng.keyed_sample(60, 4, 0, "determinism").tolist())
     rare = next(at for at in range(60) if at not in probed)
@@ -882,8 +891,8 @@ def test_an_input_of_a_rare_shape_is_never_remembered_as_another(batch):
     transform = RarelyTurned(dataset[rare][0])
     plain = probed_views(dataset, ViewRecipe(), transform=transform).fetch(1, indices).inputs
     views = probed_views(dataset, ViewRecipe(), transform=transform)
-    views.remember([1], 10**6)
-    with contextlib.suppress(DatasetError):
+    views.keep(KeptInputs(3, 60, 10**6), [1], again=True)
+    for _ in range(2):
         kept = views.fetch(1, indices).inputs
         assert [image.shape for image in kept] == [image.shape for image in plain]
         assert batch_crc32c(kept) == batch_crc32c(plain)

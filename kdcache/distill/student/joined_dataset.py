@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import mmap
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,7 +19,6 @@ from kdcache.core.plugins import describe
 from kdcache.core.system import physical_memory_bytes
 from kdcache.data.augment import Transform
 from kdcache.data.dataset import IndexedDataset, Renumbered, as_indexed
-from kdcache.data.shared_memo import shared_memory
 from kdcache.data.taught import as_taught, known_classes
 from kdcache.data.views import Views, name_of
 from kdcache.distill.student.join_checks import SAMPLED_INPUTS, check_join
@@ -267,7 +268,7 @@ class _SharedView:
                 "use kdcache.train_student, which streams, or Cache.epoch, whose order a stream can follow",
             )
         self._arrays = {
-            array.name: shared_memory((len(cache), *array.row_shape), np.dtype(array.dtype)) for array in arrays
+            array.name: _shared_memory((len(cache), *array.row_shape), np.dtype(array.dtype)) for array in arrays
         }
         self._loaded = torch.tensor(-1).share_memory_()
         self.labels = cache.column("labels")
@@ -297,3 +298,11 @@ class _SharedView:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _SharedView, (self._cache, self._temperature)
+
+
+def _shared_memory(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
+    """An array of zeros in memory that forked processes share."""
+    # Anonymous, because the place for named shared memory is often small, and writing beyond it kills the process.
+    # An array of no bytes still needs a map of one.
+    size = math.prod(shape) * dtype.itemsize
+    return np.frombuffer(mmap.mmap(-1, max(size, 1)), dtype, math.prod(shape)).reshape(shape)

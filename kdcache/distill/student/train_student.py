@@ -22,10 +22,10 @@ from kdcache.core.json_records import canonical_json, to_json
 from kdcache.core.options import default_values
 from kdcache.core.progress import log
 from kdcache.core.run_dir import RunFolder
-from kdcache.core.specs import parse_bytes
 from kdcache.data.augment import Transform
 from kdcache.data.batch_sampler import samples_record, split_validation
 from kdcache.data.dataset import as_indexed
+from kdcache.data.kept_inputs import KeptInputs
 from kdcache.data.loader import BatchRequest, batch_loader
 from kdcache.data.preprocess import Preprocessor, as_preprocessor
 from kdcache.data.taught import as_taught, known_classes
@@ -68,6 +68,7 @@ def train_student(
     description: dict[str, Any] | None = None,
     on_step: OnStep | None = None,
     processes: Processes | None = None,
+    kept: KeptInputs | None = None,
 ) -> TrainResult:
     """Train a student in place from a cache. No teacher is needed or looked for.
 
@@ -85,6 +86,8 @@ def train_student(
         on_step: Called after each step with its number, from 0, and the loss and its parts.
         processes: Processes of `torch.distributed` that train the student together, each with its part of every batch;
             None for this one alone. Only the first one writes to `out`.
+        kept: Memory for inputs that is shared with other runs on the same samples and views, with a slot more than the
+            cache has views; None for one of this run's own. `config.input_memory` must not be 0.
 
     Raises:
         CacheNotFound, CacheIncomplete, CacheDamaged: the cache cannot be read.
@@ -92,7 +95,6 @@ def train_student(
         TrainingDiverged: a loss is not finite.
     """
     config, processes = config or StudentConfig(), processes or Processes()
-    input_memory = parse_bytes(config.input_memory)
     caches = _open_caches(cache, config)
     manifest = caches[0].manifest
     record = manifest.dataset
@@ -126,7 +128,6 @@ def train_student(
     check_join(caches[0], views, used=used, verify_inputs=config.verify_inputs)
     if not views.recipe.is_plain(1):
         log(f"{config.epochs} epochs over {len(used)} of {available} views: {', '.join(map(str, used[:12]))}")
-        log(views.remember(used, input_memory))
     samples = _samples(caches, used)
     labelled = samples
     if not manifest.multi_label:
@@ -178,6 +179,7 @@ def train_student(
             verify_inputs="off" if join is None or inputs_all_checked(views) else config.verify_inputs,
             record=samples_record(samples),
             teacher=caches[0].rows,
+            kept=kept,
         )
         return train(
             student,

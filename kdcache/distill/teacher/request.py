@@ -113,7 +113,7 @@ class DumpRequest:
         if self.config.skip_unreadable:
             samples = without_unreadable(samples, self.out, self.config.workers or 0)
         check_deterministic(samples)
-        if self.output_record.kind == EMBEDDING and not isinstance(samples, EmbeddingDataset):
+        if self.output_record.kind == EMBEDDING and not samples.is_embedding:
             # Labels say nothing about a vector, so that students need none.
             samples = EmbeddingDataset(samples, embedding_width(self._forward_pass(samples), samples))
         return samples

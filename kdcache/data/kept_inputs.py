@@ -1,0 +1,184 @@
+"""Inputs in memory that processes share, as far as they fit, so that each is made only once."""
+
+from __future__ import annotations
+
+import fcntl
+import math
+import mmap
+import os
+import tempfile
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from multiprocessing.context import get_spawning_popen
+from multiprocessing.reduction import DupFd
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from kdcache.data.dataset import IndexedDataset, Indices, WrappedDataset
+from kdcache.data.raw_input import Inputs
+
+# An entry is its number of dimensions, their sizes, and its bytes in C order.
+_HEADER_WORDS = 8
+_HEADER_BYTES, _ALIGNMENT = 4 * _HEADER_WORDS, 16
+
+# Makes the inputs of some samples.
+Make = Callable[[NDArray[np.int64]], Inputs]
+
+
+class KeptInputs:
+    """Inputs by slot and sample, such as a view of a dataset, kept when they are first made; full, it keeps no more.
+
+    Forked processes share the memory, and so do processes that get it while they are started; any other pickled copy
+    begins empty. It goes with its last process, however that ends.
+
+    Args:
+        slots: Number of slots.
+        samples: Number of samples in each.
+        limit_bytes: Most bytes of the inputs together.
+    """
+
+    def __init__(self, slots: int, samples: int, limit_bytes: int) -> None:
+        self._open(_memory_file(), slots, samples, limit_bytes)
+
+    def _open(self, file: int, slots: int, samples: int, limit_bytes: int) -> None:
+        weakref.finalize(self, os.close, file)
+        self._file, self.slots, self.samples, self.limit_bytes = file, slots, samples, limit_bytes
+        # Before the entries: the end of the last one, and where each begins, 0 if it is not kept.
+        start = _aligned(8 * (1 + slots * samples))
+        size = start + _aligned(limit_bytes)
+        # A file of zeros that takes no room before it is written to.
+        os.truncate(file, size)
+        memory = mmap.mmap(file, size)
+        numbers = np.frombuffer(memory, np.int64, 1 + slots * samples)
+        self._end, self._places = numbers[:1], numbers[1:].reshape(slots, samples)
+        self._bytes, self._words = np.frombuffer(memory, np.uint8), np.frombuffer(memory, np.int32)
+        self._start, self._size = start, size
+
+    @staticmethod
+    def entry_bytes(row_bytes: float) -> int:
+        """Bytes that an input of so many takes."""
+        return _aligned(_HEADER_BYTES + math.ceil(row_bytes))
+
+    def kept(self, slot: int) -> NDArray[np.bool_]:
+        """Which samples of a slot are kept, (samples,)."""
+        found: NDArray[np.bool_] = self._places[slot] != 0
+        return found
+
+    def fetch(self, slot: int, indices: NDArray[np.int64], make: Make, dtype: torch.dtype) -> Inputs:
+        """Inputs of some samples: kept ones as a copy, the others as `make` gives them, which are kept if they fit.
+
+        Args:
+            indices: Indices of the samples, (n,).
+            make: Called with the indices of samples that are not kept, each once, ascending.
+            dtype: Dtype of all inputs.
+        """
+        places = self._places[slot, indices]
+        if not len(indices) or places.all():
+            return self._copies(places, dtype)
+        wanted = np.unique(indices[places == 0])
+        made = dict(zip(wanted.tolist(), make(wanted), strict=True))
+        self._keep(slot, made)
+        return [
+            made[index] if not place else self._copies(np.array([place]), dtype)[0]
+            for index, place in zip(indices.tolist(), places.tolist(), strict=True)
+        ]
+
+    def _copies(self, places: NDArray[np.int64], dtype: torch.dtype) -> Inputs:
+        """Copies of kept inputs: one tensor if they are alike, else a list."""
+        headers = self._words[places[:, None] // 4 + np.arange(_HEADER_WORDS)]
+        if len(headers) and (headers == headers[0]).all():
+            shape = headers[0, 1 : 1 + headers[0, 0]].tolist()
+            found = torch.empty((len(places), *shape), dtype=dtype)
+            if found.numel():
+                rows = found.reshape(len(places), -1).view(torch.uint8).numpy()
+                for row, place in zip(rows, (places + _HEADER_BYTES).tolist(), strict=True):
+                    row[:] = self._bytes[place : place + len(row)]
+            return found
+        return [self._copies(place[None], dtype)[0] for place in places]
+
+    def _keep(self, slot: int, made: dict[int, Tensor]) -> None:
+        """Keep those of some inputs that fit and that no other process has kept meanwhile."""
+        places = self._places[slot]
+        with self._alone():
+            for sample, value in made.items():
+                shape, content = value.shape, b""
+                if value.numel():
+                    content = value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+                place = max(self._start, int(self._end[0]))
+                after = place + self.entry_bytes(len(content))
+                if places[sample] or after > self._size or len(shape) >= _HEADER_WORDS:
+                    continue
+                header = np.zeros(_HEADER_WORDS, np.int32)
+                header[: 1 + len(shape)] = len(shape), *shape
+                # Written, and not copied into the map: with no room left that is an error, and not the end of the
+                # process. The place is told last, so that a process that is killed here leaves nothing half kept.
+                if not _written(self._file, header.tobytes() + content, place):
+                    return
+                self._end[0] = after
+                places[sample] = place
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Keep other processes from adding something; a process that is killed lets go."""
+        fcntl.lockf(self._file, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            fcntl.lockf(self._file, fcntl.LOCK_UN)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        settings = (self.slots, self.samples, self.limit_bytes)
+        if get_spawning_popen() is None:
+            return KeptInputs, settings
+        return _handed_over, (DupFd(self._file), *settings)
+
+
+class KeptDataset(WrappedDataset):
+    """A dataset, with its labels known, whose inputs are kept in slot 0."""
+
+    def __init__(self, dataset: IndexedDataset, kept: KeptInputs) -> None:
+        super().__init__(dataset)
+        labels = dataset.labels()
+        assert labels is not None, "a sample would have to be read for its label"
+        self._labels, self._kept = labels, kept
+        self._dtype: torch.dtype = getattr(torch, dataset.input_dtype)
+
+    def labels(self) -> NDArray[np.int64]:
+        return self._labels
+
+    def fetch(self, indices: Indices) -> tuple[Inputs, Tensor]:
+        positions = np.asarray(indices, np.int64)
+        inputs = self._kept.fetch(0, positions, self._samples.shared_inputs, self._dtype)
+        return inputs, torch.from_numpy(self._labels[positions])
+
+
+def _memory_file() -> int:
+    """A file without a name, in memory where the system has such."""
+    if hasattr(os, "memfd_create"):
+        return os.memfd_create("kdcache")
+    with tempfile.TemporaryFile() as file:
+        return os.dup(file.fileno())
+
+
+def _handed_over(file: Any, slots: int, samples: int, limit_bytes: int) -> KeptInputs:
+    """The memory of the process that started this one."""
+    kept = KeptInputs.__new__(KeptInputs)
+    kept._open(file.detach(), slots, samples, limit_bytes)
+    return kept
+
+
+def _aligned(size: int) -> int:
+    return -(-size // _ALIGNMENT) * _ALIGNMENT
+
+
+def _written(file: int, content: bytes, place: int) -> bool:
+    """Whether all of it could be written."""
+    try:
+        return os.pwrite(file, content, place) == len(content)
+    except OSError:  # no room
+        return False
