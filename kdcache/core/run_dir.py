@@ -22,7 +22,7 @@ TOKENIZER, BOARD = "tokenizer.json", "tensorboard"
 # Settings that change how a run is carried out or where things lie, not what comes out of it.
 FREE_ON_RESUME = frozenset(
     {"out", "device", "workers", "data_root", "download", "cache", "plots", "tensorboard", "log_every", "save_every"}
-    | {"cache_dir", "cache_disk"}
+    | {"cache_dir", "cache_disk", "input_memory"}
 )
 
 # Settings that older versions recorded under other names, and a source of rows that is no more.

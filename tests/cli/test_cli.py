@@ -121,7 +121,9 @@ def test_resume_continues_to_the_same_numbers(pipeline, tmp_path):
         for folder in (part, pipeline.student)
     ]
     assert metrics[0] == metrics[1]
-    assert answer("train-student", "--out", part, "--resume")["test_accuracy"] == found["test_accuracy"]
+    # Where it runs may change, as on another machine, and not what it learns.
+    again = answer("train-student", "--out", part, "--resume", "--workers", 1, "--input-memory", "1GiB")
+    assert again["test_accuracy"] == found["test_accuracy"]
     message = refused(2, "train-student", "--out", part, "--resume", "--temperature", "1")
     assert "temperature was 3.0 and is 1.0" in message
 
