@@ -27,7 +27,8 @@ _ROUNDS = 3
 
 # What helps most where a stage takes most of the time.
 ADVICE = {
-    READ: "start --workers that read samples; several views of a sample are read once",
+    READ: "start --workers that read samples; several views of a sample are read once, and --input-memory keeps what a "
+    "student has read",
     AUGMENT: "start --workers that augment samples",
     PREPARE: "start --workers that resize samples",
     FORWARD: "leave --batch-size and --memory-format on auto; try --amp bf16 or --compile, or a GPU",

@@ -26,7 +26,7 @@ SHORT_PASS_S = 2.0
 _SIZES = {"cpu": (8, 16, 32, 64, 128, 256)}
 _ACCELERATOR_SIZES = (16, 32, 64, 128, 256, 512, 1024)
 # Time for all measurements, as a share of the pass and at most, and for one of them.
-_SHARE, _BUDGET_S, _REPEAT_S = 0.1, 8.0, 0.3
+_SHARE, _BUDGET_S, _REPEAT_S = 0.05, 8.0, 0.3
 # A larger batch is taken for so much more speed, and one that is so much slower than the best ends the search.
 _GAIN, _SLOWER = 1.03, 0.85
 

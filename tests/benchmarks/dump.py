@@ -15,20 +15,24 @@ from torch.utils.data import DataLoader
 from torchvision import datasets, models
 from torchvision.transforms import v2
 
+from kdcache.apps.stages import stage_lines, stage_seconds
 from kdcache.core.config import DumpConfig
 from kdcache.core.progress import muted
 from kdcache.data.dataset import IndexedDataset, WrappedDataset
 from kdcache.data.loader import batch_loader, consecutive_batches
 from kdcache.data.preprocess import Preprocessor
 from kdcache.data.registry import open_dataset
+from kdcache.data.views import as_views
 from kdcache.distill.teacher.dump import dump_teacher
 from kdcache.models.device import evaluation_mode, floating_dtype, resolve_device, synchronize
+from kdcache.models.forward import ForwardPass
+from kdcache.store.cache import open_cache
 from kdcache.store.manifest import Preprocess
 from tests.benchmarks.data import IMAGE, images, network
 from tests.benchmarks.stores import BATCH, logits, write_cache
 from tests.benchmarks.timing import side_by_side
 
-SAMPLES, PHOTOGRAPHS, VIEWED = 60_000, 512, 192
+SAMPLES, PHOTOGRAPHS, VIEWED = 60_000, 1024, 192
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 IMAGENET = Preprocess(resize=256, crop=224, mean=MEAN, std=STD)
 NETWORKS = {"resnet18": models.resnet18, "mobilenet_v3_large": models.mobilenet_v3_large}
@@ -116,7 +120,20 @@ def _against_a_script(name: str, teacher: nn.Module, root: Path, *, rounds: int,
         rounds=rounds,
         what=f"{name} over {PHOTOGRAPHS} photographs at 224 pixels, {target}",
         target={"dump, defaults": f"target ≤ {1 / float(speedup):.2f} (a speed-up of {speedup})"},
+        samples=PHOTOGRAPHS,
     )
+    _stages(teacher, dataset, target)
+
+
+def _stages(teacher: nn.Module, dataset: IndexedDataset, device: torch.device) -> None:
+    with tempfile.TemporaryDirectory() as folder, muted():
+        path = Path(folder) / "cache.zarr"
+        dump_teacher(teacher, dataset, out=path, preprocess=IMAGENET, config=DumpConfig(device=str(device)))
+        cache = open_cache(path)
+        network = ForwardPass(teacher, Preprocessor(IMAGENET), device, classes=len(dataset.classes))
+        network.use_memory_format(cache.manifest.memory_format)
+        found = stage_seconds(network, as_views(dataset), cache, Path(folder))
+    print("\n".join(f"  {line}" for line in stage_lines(found)))
 
 
 def _views(root: Path, *, rounds: int, device: str) -> None:
