@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from kdcache.distill.teacher.dump import DumpResult, dump_teacher, plan_dump
     from kdcache.distill.trainer import TrainResult
     from kdcache.store.cache import Cache, cache_splits, open_cache
-    from kdcache.store.manifest import Manifest, Preprocess
+    from kdcache.store.manifest import Manifest
+    from kdcache.store.records import Preprocess
     from kdcache.store.row_source import ReadOptions
 
 _HOMES = {
@@ -26,7 +27,7 @@ _HOMES = {
     "DumpResult": "kdcache.distill.teacher.dump",
     "KdcacheError": "kdcache.core.errors",
     "Manifest": "kdcache.store.manifest",
-    "Preprocess": "kdcache.store.manifest",
+    "Preprocess": "kdcache.store.records",
     "ReadOptions": "kdcache.store.row_source",
     "StudentConfig": "kdcache.core.config",
     "TrainConfig": "kdcache.core.config",

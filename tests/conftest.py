@@ -14,7 +14,8 @@ import pytest
 
 from kdcache.store.encodings.registry import encoding_named
 from kdcache.store.layout import build_arrays
-from kdcache.store.manifest import DatasetRecord, Manifest, Preprocess, TeacherRecord
+from kdcache.store.manifest import Manifest
+from kdcache.store.records import DatasetRecord, Preprocess, TeacherRecord
 from kdcache.store.writer import SplitWriter
 
 # A deadline fails a law because the machine was busy.

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from typer.testing import CliRunner, Result
 
 from kdcache.cli.app import app
+from kdcache.data.batch import Batch
 from kdcache.data.dataset import ArrayDataset
-from kdcache.data.loader import Batch
 from kdcache.data.preprocess import as_preprocessor
 from kdcache.data.views import Views
 from kdcache.distill.teacher.live_teacher import LiveTargets

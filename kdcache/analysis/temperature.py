@@ -13,14 +13,14 @@ from kdcache.analysis.distributions import entropy, softmax
 from kdcache.analysis.temperature_plot import HIGHEST, LOWEST, TemperatureCurves, draw_temperatures
 from kdcache.core.atomic_files import write_durable
 from kdcache.core.command_result import Report
-from kdcache.core.config import PlotTemperatureArgs
+from kdcache.core.commands import PlotTemperatureArgs
 from kdcache.core.errors import UsageError
 from kdcache.core.plugins import require_extra
 from kdcache.core.progress import Progress
 from kdcache.core.rng import keyed_sample
 from kdcache.core.text_table import text_table
 from kdcache.store.cache import Cache, open_cache
-from kdcache.store.manifest import ONE_CLASS
+from kdcache.store.records import ONE_CLASS
 
 FEWEST_PANELS, MOST_PANELS = 2, 6
 # Number of temperatures of the curves, evenly spaced on a logarithmic axis.

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 
 from kdcache.apps.stages import stage_lines, stage_seconds
 from kdcache.core.command_result import Report
-from kdcache.core.config import BenchArgs, DumpConfig, InputConfig, RuntimeConfig, StudentConfig
+from kdcache.core.commands import BenchArgs
+from kdcache.core.config import DumpConfig, InputConfig, RuntimeConfig, StudentConfig
 from kdcache.core.json_records import to_json
 from kdcache.core.options import narrow
 from kdcache.core.progress import log, muted
@@ -35,7 +36,7 @@ from kdcache.models.registry import BuiltModel, count_parameters
 from kdcache.models.teacher import check_checkpoint_key, load_teacher
 from kdcache.store.cache import open_cache
 from kdcache.store.layout import predicted_bytes
-from kdcache.store.manifest import OutputRecord, ViewRecipe
+from kdcache.store.records import OutputRecord, ViewRecipe
 
 LABELS, CACHE, LIVE = "labels only", "from the cache", "with the live teacher"
 

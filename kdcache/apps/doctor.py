@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from kdcache.core.command_result import Report
-from kdcache.core.config import DoctorArgs
+from kdcache.core.commands import DoctorArgs
 from kdcache.core.errors import StorageError
 from kdcache.core.system import core_count
 

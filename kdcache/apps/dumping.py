@@ -11,19 +11,16 @@ import numpy as np
 import torch
 
 from kdcache.core.command_result import Report
-from kdcache.core.config import (
-    DumpConfig,
-    DumpTeacherArgs,
-    RuntimeConfig,
-    VerifyArgs,
-)
+from kdcache.core.commands import DumpTeacherArgs, VerifyArgs
+from kdcache.core.config import DumpConfig, RuntimeConfig
 from kdcache.core.errors import CacheDamaged, DatasetError
 from kdcache.core.json_records import counted
 from kdcache.core.options import narrow
 from kdcache.core.text_table import text_table
 from kdcache.core.workers import Worker, worker_of
+from kdcache.data.batch import BatchRequest
 from kdcache.data.dataset import ANY_CLASS, IndexedDataset
-from kdcache.data.loader import BatchRequest, batch_loader
+from kdcache.data.loader import batch_loader
 from kdcache.data.taught import as_taught, known_classes
 from kdcache.data.views import Views
 from kdcache.distill.student.join_checks import check_join
@@ -42,7 +39,7 @@ from kdcache.models.teacher import load_teacher, recorded_classes
 from kdcache.store.cache import open_cache
 from kdcache.store.inspect import verify_cache
 from kdcache.store.layout import predicted_bytes
-from kdcache.store.manifest import EMBEDDING, ViewRecipe
+from kdcache.store.records import EMBEDDING, ViewRecipe
 
 
 def dump_teacher(settings: DumpTeacherArgs) -> Report:

@@ -17,12 +17,13 @@ from kdcache.apps.export_module import Deployable, metadata, trace
 from kdcache.core import rng
 from kdcache.core.atomic_files import write_durable
 from kdcache.core.command_result import Report
-from kdcache.core.config import ExportArgs
+from kdcache.core.commands import ExportArgs
 from kdcache.core.errors import DatasetError, ModelError, UsageError
 from kdcache.core.plugins import require_extra
 from kdcache.core.progress import log
+from kdcache.data.batch import BatchRequest
 from kdcache.data.dataset import IndexedDataset
-from kdcache.data.loader import BatchRequest, batch_loader
+from kdcache.data.loader import batch_loader
 from kdcache.models.device import evaluation_mode
 from kdcache.models.forward import ForwardPass
 from kdcache.models.from_run import TrainedNetwork, load_trained, open_split

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kdcache.core.command_result import Report
-from kdcache.core.config import PredictArgs
+from kdcache.core.commands import PredictArgs
 from kdcache.core.errors import DatasetError, ModelError, UsageError
 from kdcache.data.dataset import IndexedDataset, Indices
 from kdcache.data.folders import IMAGES, TEXTS, FileKind, LeftOut, find_files, printable

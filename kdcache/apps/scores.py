@@ -15,7 +15,7 @@ from kdcache.models.evaluate import Evaluation
 from kdcache.models.evaluate_embedding import NEIGHBOURS, EmbeddingEvaluation
 from kdcache.models.evaluate_multi_label import MultiLabelEvaluation
 from kdcache.models.evaluators import AnyEvaluation
-from kdcache.store.manifest import UNLABELLED
+from kdcache.store.records import UNLABELLED
 
 # Of the classes with the lowest accuracy, so many are printed; --json has all.
 WORST_CLASSES = 5

@@ -12,7 +12,8 @@ import torch
 
 from kdcache.core.atomic_files import write_durable
 from kdcache.core.text_table import text_table
-from kdcache.data.loader import Fetcher, consecutive_batches
+from kdcache.data.batch import consecutive_batches
+from kdcache.data.loader import Fetcher
 from kdcache.data.preprocess import Preprocessor
 from kdcache.data.views import Views
 from kdcache.models.device import evaluation_mode, synchronize

@@ -17,7 +17,8 @@ from kdcache.apps.bench import CACHE, LIVE, Measured, measure, teacher_input
 from kdcache.apps.sweep_workers import Job, Outcome, available_slots, run_all
 from kdcache.core.atomic_files import make_folder, storage_errors, write_durable
 from kdcache.core.command_result import Report
-from kdcache.core.config import StudentConfig, SweepArgs, TrainStudentArgs
+from kdcache.core.commands import SweepArgs, TrainStudentArgs
+from kdcache.core.config import StudentConfig
 from kdcache.core.errors import UsageError
 from kdcache.core.file_lock import PathLock
 from kdcache.core.json_records import to_json
@@ -32,7 +33,8 @@ from kdcache.data.taught import as_taught
 from kdcache.models.build import build, open_data
 from kdcache.models.teacher import load_teacher
 from kdcache.store.cache import open_cache
-from kdcache.store.manifest import NONE, Manifest
+from kdcache.store.manifest import Manifest
+from kdcache.store.records import NONE
 
 RESULT, HEAT_MAP = "sweep.json", "sweep.png"
 

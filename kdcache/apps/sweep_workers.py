@@ -20,7 +20,7 @@ from typing import Any
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from kdcache.core.atomic_files import storage_errors
-from kdcache.core.config import TrainStudentArgs
+from kdcache.core.commands import TrainStudentArgs
 from kdcache.core.errors import KdcacheError
 from kdcache.core.options import default_values
 from kdcache.core.plugins import describe

@@ -13,14 +13,8 @@ from numpy.typing import NDArray
 
 from kdcache.apps.scores import evaluation_text, measured, per_class, plot_matrix, samples_of, worst
 from kdcache.core.command_result import Report
-from kdcache.core.config import (
-    EvaluateArgs,
-    InferenceConfig,
-    StudentConfig,
-    TrainConfig,
-    TrainStudentArgs,
-    TrainTeacherArgs,
-)
+from kdcache.core.commands import EvaluateArgs, TrainStudentArgs, TrainTeacherArgs
+from kdcache.core.config import InferenceConfig, StudentConfig, TrainConfig
 from kdcache.core.errors import CacheNotFound
 from kdcache.core.json_records import to_json
 from kdcache.core.options import default_values, narrow
@@ -46,7 +40,7 @@ from kdcache.models.evaluators import evaluator_of
 from kdcache.models.from_run import load_trained, open_split
 from kdcache.models.registry import BuiltModel, count_parameters
 from kdcache.store.cache import cache_splits, open_cache
-from kdcache.store.manifest import Preprocess, ViewRecipe
+from kdcache.store.records import Preprocess, ViewRecipe
 
 # Gives the teacher's answers to the samples with given indices.
 Teacher = Callable[[NDArray[np.int64]], NDArray[Any]]

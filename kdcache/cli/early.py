@@ -9,7 +9,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from kdcache.core.config import DATASET_NAMES, MODEL_NAMES, DumpTeacherArgs, TrainStudentArgs, TrainTeacherArgs
+from kdcache.core.commands import DumpTeacherArgs, TrainStudentArgs, TrainTeacherArgs
+from kdcache.core.config import DATASET_NAMES, MODEL_NAMES
 from kdcache.core.errors import CheckpointError, DatasetError, ModelError, UsageError
 from kdcache.core.options import Settings
 from kdcache.core.plugins import did_you_mean

@@ -15,7 +15,7 @@ from kdcache.core.errors import DatasetError, KdcacheError, UsageError
 from kdcache.core.plugins import PREFIX, call_with_accepted, describe, did_you_mean, resolve
 from kdcache.core.specs import number, split_spec
 from kdcache.data.transform_fingerprint import describe_object, settings_of
-from kdcache.store.manifest import NONE
+from kdcache.store.records import NONE
 
 # From one plain uint8 image (C, H, W) to the shared one.
 Transform = Callable[[Tensor], Any]

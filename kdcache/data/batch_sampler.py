@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdcache.core import rng
-from kdcache.data.loader import BatchRequest, Share
+from kdcache.data.batch import BatchRequest, Share
 from kdcache.store.manifest import Manifest
 from kdcache.store.sampler import Sampler, Schedule, always, batch_count, batches_of
 

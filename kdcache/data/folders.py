@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from kdcache.core.errors import DatasetError
 from kdcache.core.progress import log
-from kdcache.store.manifest import UNLABELLED
+from kdcache.store.records import UNLABELLED
 
 
 class FileKind(NamedTuple):

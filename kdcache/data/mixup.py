@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kdcache.core.errors import UsageError
 from kdcache.core.specs import number, split_spec
-from kdcache.store.manifest import NONE
+from kdcache.store.records import NONE
 
 # Lambdas are multiples of 1 / WHOLE, so that blending bytes is exact integer arithmetic in every process.
 WHOLE = 1 << 16

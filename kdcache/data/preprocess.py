@@ -12,7 +12,7 @@ from torch import Tensor
 from kdcache.core.errors import DatasetError, ModelError
 from kdcache.data.raw_input import CHANNELS_FIRST, is_channels_last
 from kdcache.data.tokenizer import Tokenizer
-from kdcache.store.manifest import Preprocess
+from kdcache.store.records import Preprocess
 
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic")
 

@@ -18,8 +18,9 @@ from kdcache.core import rng
 from kdcache.core.errors import DatasetError, KdcacheError
 from kdcache.core.json_records import canonical_json
 from kdcache.core.plugins import PREFIX, call_with_accepted, describe, did_you_mean, require_extra, resolve
-from kdcache.data.dataset import ArrayDataset, IndexedDataset, as_indexed
+from kdcache.data.dataset import ArrayDataset, IndexedDataset
 from kdcache.data.folders import IMAGES, labelled_files
+from kdcache.data.map_dataset import as_indexed
 from kdcache.data.raw_input import batch_crc32c, dtype_name
 from kdcache.data.tables import ImageFiles, open_csv, open_huggingface
 from kdcache.data.text_files import open_imdb, open_text_folder

@@ -17,11 +17,12 @@ from kdcache.core.errors import DatasetError, KdcacheError
 from kdcache.core.json_records import brief
 from kdcache.core.plugins import describe, require_extra
 from kdcache.core.progress import log
-from kdcache.data.dataset import ANY_CLASS, IndexedDataset, as_indexed
+from kdcache.data.dataset import ANY_CLASS, IndexedDataset
 from kdcache.data.labels import label_vector
+from kdcache.data.map_dataset import as_indexed
 from kdcache.data.raw_input import read_image
 from kdcache.data.text_files import TextDataset
-from kdcache.store.manifest import UNLABELLED
+from kdcache.store.records import UNLABELLED
 
 # Columns of a csv file, by what they hold.
 PATH_COLUMNS, TEXT_COLUMNS, SPLIT_COLUMN = ("path", "image", "file"), ("text",), "split"

@@ -10,7 +10,8 @@ from torch import Tensor
 from kdcache.data.dataset import ANY_CLASS, IndexedDataset, Indices, WrappedDataset
 from kdcache.data.raw_input import Inputs
 from kdcache.data.readable import ReadableDataset
-from kdcache.store.manifest import UNLABELLED, Manifest
+from kdcache.store.manifest import Manifest
+from kdcache.store.records import UNLABELLED
 
 
 class EmbeddingDataset(WrappedDataset):

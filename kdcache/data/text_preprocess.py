@@ -12,7 +12,7 @@ from kdcache.core.progress import log
 from kdcache.data.dataset import IndexedDataset
 from kdcache.data.preprocess import Preprocessor
 from kdcache.data.tokenizer import Tokenizer, build_vocabulary, read_tokenizer
-from kdcache.store.manifest import Preprocess
+from kdcache.store.records import Preprocess
 
 DEFAULT_TOKENS = 256
 DEFAULT_VOCABULARY = 20_000

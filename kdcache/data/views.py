@@ -22,7 +22,7 @@ from kdcache.data.dataset import IndexedDataset
 from kdcache.data.kept_inputs import KeptDataset, KeptInputs
 from kdcache.data.mixup import Mix, parse_mix
 from kdcache.data.raw_input import Inputs, as_input, batch_crc32c, dtype_name
-from kdcache.store.manifest import NONE, ViewRecipe
+from kdcache.store.records import NONE, ViewRecipe
 
 PROBES = 4
 # Inputs whose size tells that of all.

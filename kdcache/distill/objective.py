@@ -13,7 +13,7 @@ from kdcache.core.config import StudentConfig
 from kdcache.core.errors import UsageError
 from kdcache.core.plugins import did_you_mean
 from kdcache.core.specs import number, split_options, split_spec
-from kdcache.data.loader import Batch
+from kdcache.data.batch import Batch
 from kdcache.data.soft_targets import SoftTargets
 from kdcache.distill import losses
 from kdcache.store.encodings.topk import CLASSES, VALUES

@@ -12,7 +12,8 @@ from kdcache.data.dataset import IndexedDataset
 from kdcache.distill.objective import LOSSES, ObjectiveSpec
 from kdcache.models.distributed import Processes
 from kdcache.store.encodings.base import Encoding, chosen_temperature
-from kdcache.store.manifest import NONE, Manifest, ViewRecipe
+from kdcache.store.manifest import Manifest
+from kdcache.store.records import NONE, ViewRecipe
 
 
 def check_encoding(encoding: Encoding, specs: Sequence[ObjectiveSpec], config: StudentConfig) -> None:

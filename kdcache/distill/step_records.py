@@ -10,7 +10,7 @@ from torch import Tensor
 from kdcache.core.config import TrainConfig
 from kdcache.core.errors import TrainingDiverged
 from kdcache.core.progress import Progress, log
-from kdcache.data.loader import Batch
+from kdcache.data.batch import Batch
 from kdcache.distill.run_state import RunState
 from kdcache.models.distributed import Processes
 

@@ -18,8 +18,9 @@ from kdcache.core.json_records import counted
 from kdcache.core.plugins import describe
 from kdcache.core.progress import Progress, log
 from kdcache.core.run_dir import RunFolder
+from kdcache.data.batch import Batch
 from kdcache.data.batch_sampler import RankBatches, cut_batch
-from kdcache.data.loader import Batch, batch_loader
+from kdcache.data.loader import batch_loader
 from kdcache.distill.objective import Objective, objective_parameters
 from kdcache.distill.optim import AveragedWeights, build_optimizer, learning_rate_factor
 from kdcache.distill.run_state import Description, RunState, Stateful

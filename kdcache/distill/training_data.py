@@ -19,7 +19,7 @@ from kdcache.data.kept_inputs import KeptInputs
 from kdcache.data.preprocess import Preprocessor, as_preprocessor
 from kdcache.data.views import Views, as_views
 from kdcache.distill.objective import Join
-from kdcache.store.manifest import NONE, Preprocess
+from kdcache.store.records import NONE, Preprocess
 from kdcache.store.sampler import ExactSampler, Sampler, Schedule, always
 
 

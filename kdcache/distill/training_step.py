@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from kdcache.core.config import TrainConfig
-from kdcache.data.loader import Batch
+from kdcache.data.batch import Batch
 from kdcache.distill.objective import Objective
 from kdcache.models.compiled import Compiled
 from kdcache.models.device import autocast

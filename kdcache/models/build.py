@@ -16,8 +16,9 @@ from kdcache.core.config import DatasetConfig, InputConfig
 from kdcache.core.errors import CheckpointError, DatasetError, ModelError, UsageError
 from kdcache.core.json_records import counted, from_json, to_json
 from kdcache.core.progress import log
+from kdcache.data.batch import BatchRequest
 from kdcache.data.dataset import IndexedDataset
-from kdcache.data.loader import BatchRequest, batch_loader
+from kdcache.data.loader import batch_loader
 from kdcache.data.preprocess import Preprocessor
 from kdcache.data.registry import open_dataset
 from kdcache.data.text_preprocess import is_sequences, recorded_tokenizer, sequence_preprocessor
@@ -37,7 +38,7 @@ from kdcache.models.teacher_outputs import (
     check_class_names,
     class_names,
 )
-from kdcache.store.manifest import Preprocess, ViewRecipe
+from kdcache.store.records import Preprocess, ViewRecipe
 
 DATA_ROOT = "data"
 

@@ -8,8 +8,9 @@ import numpy as np
 from torch import Tensor, nn
 
 from kdcache.core.errors import ModelError
+from kdcache.data.batch import BatchRequest
 from kdcache.data.dataset import IndexedDataset
-from kdcache.data.loader import BatchRequest, batch_loader
+from kdcache.data.loader import batch_loader
 from kdcache.models.device import evaluation_mode
 from kdcache.models.feature_hooks import PENULTIMATE, FeatureHooks
 from kdcache.models.forward import ForwardPass

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from kdcache.core.config import InferenceConfig
 from kdcache.core.errors import DatasetError
 from kdcache.core.progress import Progress
+from kdcache.data.batch import Batch, consecutive_batches
 from kdcache.data.dataset import IndexedDataset, labelled_samples
-from kdcache.data.loader import Batch, batch_loader, consecutive_batches
+from kdcache.data.loader import batch_loader
 from kdcache.data.preprocess import Preprocessor, as_preprocessor
 from kdcache.data.views import as_views
 from kdcache.models.device import evaluation_mode, memory_errors, move_to, resolve_device
@@ -25,7 +26,7 @@ from kdcache.models.distributed import Processes
 from kdcache.models.execution import DEFAULT_BATCH, choose_execution
 from kdcache.models.forward import ForwardPass
 from kdcache.models.loading import auto_workers
-from kdcache.store.manifest import UNLABELLED, Preprocess
+from kdcache.store.records import UNLABELLED, Preprocess
 
 SHOWN_SAMPLES = 5
 

@@ -15,12 +15,12 @@ from torch.nn import functional as F
 
 from kdcache.core.config import InferenceConfig
 from kdcache.core.errors import UsageError
+from kdcache.data.batch import Batch
 from kdcache.data.dataset import IndexedDataset
-from kdcache.data.loader import Batch
 from kdcache.data.preprocess import Preprocessor
 from kdcache.models.distributed import Processes
 from kdcache.models.evaluate import evaluated_columns
-from kdcache.store.manifest import Preprocess
+from kdcache.store.records import Preprocess
 
 # Neighbours that are compared, and samples among which they are looked for: all pairs are, so that more would cost the
 # square of their number.

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 from kdcache.core.config import InferenceConfig
 from kdcache.core.plugins import require_extra
+from kdcache.data.batch import Batch
 from kdcache.data.dataset import IndexedDataset
-from kdcache.data.loader import Batch
 from kdcache.data.preprocess import Preprocessor
 from kdcache.models.distributed import Processes
 from kdcache.models.evaluate import evaluated_columns
-from kdcache.store.manifest import Preprocess
+from kdcache.store.records import Preprocess
 
 
 @dataclass(frozen=True, kw_only=True)

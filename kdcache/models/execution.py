@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from kdcache.core.errors import KdcacheError
 from kdcache.core.progress import log
-from kdcache.data.loader import BatchRequest, batch_loader
+from kdcache.data.batch import BatchRequest
+from kdcache.data.loader import batch_loader
 from kdcache.data.views import Views
 from kdcache.models.device import evaluation_mode, synchronize
 from kdcache.models.forward import CHANNELS_LAST, CONTIGUOUS, ForwardPass

@@ -13,7 +13,7 @@ from kdcache.data.preprocess import Preprocessor
 from kdcache.models.compiled import Compiled
 from kdcache.models.device import autocast, floating_dtype
 from kdcache.models.teacher_outputs import to_logits
-from kdcache.store.manifest import OutputRecord
+from kdcache.store.records import OutputRecord
 
 CONTIGUOUS, CHANNELS_LAST = "contiguous", "channels-last"
 _MEMORY_FORMATS = {CONTIGUOUS: torch.contiguous_format, CHANNELS_LAST: torch.channels_last}

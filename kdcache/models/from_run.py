@@ -17,7 +17,7 @@ from kdcache.data.preprocess import Preprocessor
 from kdcache.data.taught import EmbeddingDataset
 from kdcache.models.build import check_classes, construct, open_data, recorded_preprocess
 from kdcache.models.checkpoints import fit_weights, read_checkpoint
-from kdcache.store.manifest import Preprocess
+from kdcache.store.records import Preprocess
 
 _FACTS = (
     "model",

@@ -16,7 +16,7 @@ from kdcache.core.plugins import require_extra
 from kdcache.data.preprocess import Preprocessor
 from kdcache.data.tokenizer import Tokenizer
 from kdcache.models.pretrained import Published, fitting_head
-from kdcache.store.manifest import Preprocess
+from kdcache.store.records import Preprocess
 
 DEFAULT_TOKENS = 512
 # Torch and Pillow resize uint8 images up to so many levels of 255 apart.

@@ -9,7 +9,8 @@ import numpy as np
 from kdcache.core.json_records import counted
 from kdcache.core.progress import log
 from kdcache.core.system import core_count
-from kdcache.data.loader import BatchRequest, Fetcher
+from kdcache.data.batch import BatchRequest
+from kdcache.data.loader import Fetcher
 from kdcache.data.preprocess import Preprocessor
 from kdcache.data.views import Views
 from kdcache.models.device import evaluation_mode, synchronize

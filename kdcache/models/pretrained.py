@@ -11,7 +11,7 @@ from torch import nn
 from kdcache.core.errors import KdcacheError, ModelError
 from kdcache.core.plugins import describe, did_you_mean, require_extra
 from kdcache.data.preprocess import INTERPOLATIONS
-from kdcache.store.manifest import Preprocess
+from kdcache.store.records import Preprocess
 
 
 class Published(NamedTuple):

@@ -22,7 +22,7 @@ from kdcache.models.cnn import NETWORKS
 from kdcache.models.huggingface import class_names, image_classifier, load_text_model
 from kdcache.models.pretrained import Published, timm_model, torchvision_model
 from kdcache.models.rnn import TEXT_NETWORKS, build_text_network, check_text_network
-from kdcache.store.manifest import OutputRecord, Preprocess
+from kdcache.store.records import OutputRecord, Preprocess
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -22,7 +22,7 @@ from kdcache.models.teacher_outputs import (
     read_class_map,
     resolve_columns,
 )
-from kdcache.store.manifest import EMBEDDING, LOGITS_KIND, OutputRecord, ViewRecipe
+from kdcache.store.records import EMBEDDING, LOGITS_KIND, OutputRecord, ViewRecipe
 
 
 def load_teacher(

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from kdcache.core.errors import ModelError, TeacherOutputError, UsageError
-from kdcache.store.manifest import EMBEDDING, LOGITS_KIND, PROBABILITIES, OutputRecord
+from kdcache.store.records import EMBEDDING, LOGITS_KIND, PROBABILITIES, OutputRecord
 
 # Of a sum of probabilities from 1: float32 sums to within 1e-6, a narrower dtype to within some 1e-2.
 _SUM_TOLERANCE, _SUM_TOLERANCE_NARROW = 1e-3, 2e-2

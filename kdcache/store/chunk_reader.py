@@ -13,7 +13,8 @@ from kdcache.core.errors import CacheDamaged, CacheIncomplete
 from kdcache.store.chunk_cache import ChunkCache
 from kdcache.store.layout import shard_key
 from kdcache.store.ledger import Ledger
-from kdcache.store.manifest import ArrayRecord, Manifest
+from kdcache.store.manifest import Manifest
+from kdcache.store.records import ArrayRecord
 from kdcache.store.shard_codec import (
     CRC_BYTES,
     BadChunk,

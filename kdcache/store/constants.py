@@ -13,7 +13,8 @@ from kdcache.store.chunk_reader import REPAIR
 from kdcache.store.encodings.base import Encoding
 from kdcache.store.encodings.registry import encoding_of
 from kdcache.store.layout import constant_key
-from kdcache.store.manifest import ConstantRecord, Manifest
+from kdcache.store.manifest import Manifest
+from kdcache.store.records import ConstantRecord
 from kdcache.store.shard_codec import CRC_BYTES
 from kdcache.store.storage.base import MissingKey, Storage
 

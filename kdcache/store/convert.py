@@ -18,7 +18,8 @@ from kdcache.store.encodings.registry import encoding_named
 from kdcache.store.facts import fact_names
 from kdcache.store.inspect import describe_fidelity
 from kdcache.store.layout import build_arrays
-from kdcache.store.manifest import ONE_CLASS, Manifest, SourceRecord, recorded_sha256
+from kdcache.store.manifest import Manifest, recorded_sha256
+from kdcache.store.records import ONE_CLASS, SourceRecord
 from kdcache.store.resume import ResumePolicy, find_dump
 from kdcache.store.seal import commit_outputs, seal
 from kdcache.store.storage.base import Storage

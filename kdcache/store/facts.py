@@ -14,7 +14,8 @@ from crc32c import crc32c
 from numpy.typing import NDArray
 
 from kdcache.store.encodings.base import Encoding
-from kdcache.store.manifest import FidelityRecord, Manifest
+from kdcache.store.manifest import Manifest
+from kdcache.store.records import FidelityRecord
 from kdcache.store.shard_codec import CRC_BYTES
 from kdcache.store.storage.base import MissingKey, Storage
 

@@ -16,7 +16,8 @@ from kdcache.store.chunk_reader import REPAIR
 from kdcache.store.encodings.registry import encoding_of
 from kdcache.store.ledger import Ledger
 from kdcache.store.local_paths import LocalPaths, read_local
-from kdcache.store.manifest import Manifest, Preprocess, cache_sha256, read_manifest, recorded_sha256
+from kdcache.store.manifest import Manifest, cache_sha256, read_manifest, recorded_sha256
+from kdcache.store.records import Preprocess
 from kdcache.store.storage.base import Storage
 from kdcache.store.storage.registry import Location, open_storage
 from kdcache.store.verify import SplitReport, verify_split

@@ -13,7 +13,8 @@ import numpy as np
 from kdcache.core.errors import UsageError
 from kdcache.core.specs import number, split_spec
 from kdcache.store.encodings.base import Encoding, StoredArray
-from kdcache.store.manifest import ArrayRecord, ConstantRecord, Manifest
+from kdcache.store.manifest import Manifest
+from kdcache.store.records import ArrayRecord, ConstantRecord
 
 # Larger chunks and shards gain no speed and cost memory: the reader holds several chunks, the writer several shards.
 CHUNK_ROWS, CHUNK_BYTES = 1024, 2 << 20

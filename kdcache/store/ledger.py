@@ -25,7 +25,8 @@ from kdcache.core.errors import CacheDamaged
 from kdcache.store.facts import zarr_facts_options
 from kdcache.store.layout import chunks_per_shard, zarr_array_options, zarr_constant_options
 from kdcache.store.ledger_parts import Entry, Part, has_part, list_parts, read_part, write_part
-from kdcache.store.manifest import METADATA, ArrayRecord, Manifest
+from kdcache.store.manifest import METADATA, Manifest
+from kdcache.store.records import ArrayRecord
 from kdcache.store.shard_codec import CRC_BYTES
 from kdcache.store.storage.base import MissingKey, Storage
 

@@ -8,7 +8,7 @@ from kdcache.core.errors import StorageError
 from kdcache.core.json_records import counted
 from kdcache.store.chunk_reader import ChunkReader
 from kdcache.store.layout import chunks_in_shard, chunks_per_shard, shard_key
-from kdcache.store.manifest import ArrayRecord
+from kdcache.store.records import ArrayRecord
 from kdcache.store.shard_codec import CRC_BYTES, BadChunk, chunk_stride, decode_index, index_bytes
 from kdcache.store.storage.base import MissingKey
 from kdcache.store.verify import check_places, committed_places, damaged_facts

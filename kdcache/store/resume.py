@@ -16,7 +16,6 @@ from kdcache.store.manifest import (
     ATTRIBUTE,
     METADATA,
     NOT_IDENTITY,
-    ChangeRecord,
     Manifest,
     enclosing_cache,
     is_cache,
@@ -24,6 +23,7 @@ from kdcache.store.manifest import (
     read_manifest,
     recorded_sha256,
 )
+from kdcache.store.records import ChangeRecord
 from kdcache.store.storage.base import MissingKey, Storage
 
 _TERMS = ("license", "citation")

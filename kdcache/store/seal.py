@@ -21,7 +21,8 @@ from kdcache.store.encodings.floats import as_floats
 from kdcache.store.encodings.registry import encoding_named
 from kdcache.store.facts import COUNTS, all_facts, fidelity_of, kl, measure_shard, temperatures_of
 from kdcache.store.ledger import Ledger
-from kdcache.store.manifest import NONE, UNLABELLED, ChangeRecord, Manifest, read_manifest, recorded_sha256
+from kdcache.store.manifest import Manifest, read_manifest, recorded_sha256
+from kdcache.store.records import NONE, UNLABELLED, ChangeRecord
 from kdcache.store.resume import COMMITTED, ResumePolicy
 from kdcache.store.storage.registry import Location, open_storage
 from kdcache.store.writer import SplitWriter

@@ -14,7 +14,8 @@ from numcodecs.blosc import SHUFFLE, Blosc  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 
 from kdcache.store.layout import chunks_per_shard, fill_value, is_sharded, row_bytes, zstd_level
-from kdcache.store.manifest import ArrayRecord, Manifest
+from kdcache.store.manifest import Manifest
+from kdcache.store.records import ArrayRecord
 
 CRC_BYTES = 4
 ABSENT = 2**64 - 1

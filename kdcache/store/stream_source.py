@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdcache.store.chunk_reader import ChunkReader
-from kdcache.store.manifest import ArrayRecord
+from kdcache.store.records import ArrayRecord
 from kdcache.store.sampler import Schedule, Window, WindowSampler
 from kdcache.store.shard_codec import stored_dtype
 

@@ -17,7 +17,8 @@ from kdcache.store.facts import facts_key, read_facts
 from kdcache.store.layout import chunks_in_shard, constant_key, shard_key
 from kdcache.store.ledger import NAME as LEDGER
 from kdcache.store.ledger import Ledger, create_arrays
-from kdcache.store.manifest import METADATA, ArrayRecord, Manifest, read_manifest
+from kdcache.store.manifest import METADATA, Manifest, read_manifest
+from kdcache.store.records import ArrayRecord
 from kdcache.store.shard_codec import ABSENT, CRC_BYTES, BadChunk, check_crc, chunk_stride, index_bytes
 from kdcache.store.storage.base import Storage
 

@@ -27,13 +27,12 @@ from kdcache.store.manifest import (
     ATTRIBUTE,
     METADATA,
     ROOT_MARK,
-    ArrayRecord,
-    ChangeRecord,
     Manifest,
     is_cache,
     manifest_attributes,
     read_manifest,
 )
+from kdcache.store.records import ArrayRecord, ChangeRecord
 from kdcache.store.resume import ResumePolicy, check_proof, find_dump, recorded_manifest
 from kdcache.store.shard_codec import encode_shard
 from kdcache.store.storage.base import KeyExists, MissingKey

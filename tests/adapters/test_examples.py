@@ -29,7 +29,7 @@ from kdcache.adapters.transformers import DistillationTrainer
 from kdcache.core.errors import UsageError
 from kdcache.data.preprocess import Preprocessor
 from kdcache.data.tokenizer import build_vocabulary
-from kdcache.store.manifest import Preprocess
+from kdcache.store.records import Preprocess
 from kdcache.store.sampler import ExactSampler
 from tests.helpers import Items, Network, answer, synthetic
 

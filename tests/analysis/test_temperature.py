@@ -11,7 +11,7 @@ from PIL import Image
 from kdcache.analysis.distributions import entropy, softmax
 from kdcache.analysis.temperature import plot_temperature, temperature_curves
 from kdcache.analysis.temperature_plot import draw_temperatures
-from kdcache.core.config import PlotTemperatureArgs
+from kdcache.core.commands import PlotTemperatureArgs
 from kdcache.core.errors import CacheNotFound, MissingExtra, UsageError
 
 

@@ -19,10 +19,11 @@ from kdcache.apps.export import export
 from kdcache.apps.export_formats import FORMATS, METADATA
 from kdcache.apps.export_module import Deployable
 from kdcache.cli.app import app
-from kdcache.core import config
+from kdcache.core import commands
 from kdcache.core.errors import DatasetError, KdcacheError, MissingExtra, ModelError, TargetExists, UsageError
 from kdcache.core.json_records import to_json
-from kdcache.data.loader import BatchRequest, batch_loader
+from kdcache.data.batch import BatchRequest
+from kdcache.data.loader import batch_loader
 from kdcache.data.registry import open_dataset
 from kdcache.data.tokenizer import Tokenizer
 from kdcache.models.from_run import load_trained
@@ -33,14 +34,14 @@ TEST_DATA = os.environ.get("KDCACHE_TEST_DATA")
 
 
 def teach(out, **settings):
-    training.train_teacher(config.TrainTeacherArgs(**{"out": str(out), "device": "cpu", "epochs": 1, **settings}))
+    training.train_teacher(commands.TrainTeacherArgs(**{"out": str(out), "device": "cpu", "epochs": 1, **settings}))
     return out
 
 
 def exported(run, out, form, **settings):
     suffix = FORMATS[form].suffix
     path = Path(out) / f"student{suffix}"
-    report = export(config.ExportArgs(**{"run": str(run), "format": form, "out": str(path), **settings}))
+    report = export(commands.ExportArgs(**{"run": str(run), "format": form, "out": str(path), **settings}))
     return path, report.data
 
 
@@ -421,7 +422,7 @@ def test_what_is_refused(cnn, tmp_path, monkeypatch, settings, error, parts):
         "def nine(): return make(8, 9)\n"
     )
     with pytest.raises(KdcacheError) as refused:
-        export(config.ExportArgs(**{"run": str(cnn), "out": "student.pt2", **settings}))
+        export(commands.ExportArgs(**{"run": str(cnn), "out": "student.pt2", **settings}))
     assert type(refused.value) is error
     for part in parts:
         assert part in str(refused.value)

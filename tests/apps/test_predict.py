@@ -17,7 +17,7 @@ from kdcache.apps import training
 from kdcache.apps.export import export
 from kdcache.apps.predict import _lines, predict
 from kdcache.cli.app import app
-from kdcache.core import config
+from kdcache.core import commands
 from kdcache.core.errors import CheckpointError, DatasetError, KdcacheError, ModelError, UsageError
 from kdcache.data.registry import open_dataset
 from kdcache.models.from_run import load_trained
@@ -27,7 +27,7 @@ WORDS = {CLASSES[0]: ["bad", "poor", "dull"], CLASSES[1]: ["good", "fine", "grea
 
 
 def teach(out, **settings):
-    training.train_teacher(config.TrainTeacherArgs(**{"out": str(out), "device": "cpu", "epochs": 1, **settings}))
+    training.train_teacher(commands.TrainTeacherArgs(**{"out": str(out), "device": "cpu", "epochs": 1, **settings}))
     return str(out)
 
 
@@ -88,7 +88,7 @@ def images(tmp_path_factory):
 
 def asked(run, *inputs, **settings):
     arguments = {"run": str(run), "inputs": tuple(map(str, inputs)), "device": "cpu", **settings}
-    return predict(config.PredictArgs(**arguments))
+    return predict(commands.PredictArgs(**arguments))
 
 
 def rows(text):
@@ -186,7 +186,7 @@ def test_odd_images_are_read_as_evaluate_reads_them(runs, tmp_path):
     found = asked(runs.photos, tmp_path / "test").data["predictions"]
     assert [each["answers"][0]["probability"] for each in found] == pytest.approx(wanted.max(1), rel=1e-4)
     right = [each["answers"][0]["class"] == dataset.classes[label] for each, label in zip(found, labels, strict=True)]
-    judged = training.evaluate(config.EvaluateArgs(run=runs.photos, dataset=f"folder:{tmp_path}", device="cpu"))
+    judged = training.evaluate(commands.EvaluateArgs(run=runs.photos, dataset=f"folder:{tmp_path}", device="cpu"))
     assert judged.data["test_accuracy"] == np.mean(right)
 
 
@@ -261,8 +261,8 @@ def test_data_that_has_moved_may_be_named(runs, monkeypatch):
     moved = photos.rename(runs.root / "moved")
     try:
         for refuse in (
-            lambda: training.evaluate(config.EvaluateArgs(run=runs.photos)),
-            lambda: export(config.ExportArgs(run=runs.photos, out=str(runs.root / "x.pt2"))),
+            lambda: training.evaluate(commands.EvaluateArgs(run=runs.photos)),
+            lambda: export(commands.ExportArgs(run=runs.photos, out=str(runs.root / "x.pt2"))),
         ):
             with pytest.raises(DatasetError, match="--dataset and --data-root say where it is"):
                 refuse()
@@ -282,7 +282,9 @@ def test_folders_of_deeper_images_are_refused_in_training_too(tmp_path):
             deep = np.full((9, 9), 70_000 if name == "b" else 300, np.int32).clip(0, 65_535).astype(np.uint16)
             Image.fromarray(deep).save(tmp_path / split / name / "0.png")
     with pytest.raises(DatasetError, match="8 bits a channel"):
-        training.train_teacher(config.TrainTeacherArgs(out=str(tmp_path / "run"), dataset=f"folder:{tmp_path}", size=8))
+        training.train_teacher(
+            commands.TrainTeacherArgs(out=str(tmp_path / "run"), dataset=f"folder:{tmp_path}", size=8)
+        )
 
 
 def test_the_command_prints_csv_or_one_json_object(runs, images):

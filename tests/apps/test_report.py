@@ -25,7 +25,7 @@ from kdcache.apps.report.cost import multiply_adds
 from kdcache.apps.report.metrics import evaluate_logits
 from kdcache.apps.report.samples import as_png, cards, excerpt
 from kdcache.cli.app import app
-from kdcache.core.config import DumpTeacherArgs, ReportArgs, TrainStudentArgs, TrainTeacherArgs
+from kdcache.core.commands import DumpTeacherArgs, ReportArgs, TrainStudentArgs, TrainTeacherArgs
 from kdcache.core.errors import CacheMismatch, CacheNotFound, CheckpointError, MissingExtra, UsageError
 from tests.helpers import synthetic
 

@@ -13,7 +13,7 @@ from kdcache.data.dataset import WrappedDataset
 from kdcache.data.preprocess import Preprocessor
 from kdcache.data.views import Views
 from kdcache.models.forward import ForwardPass
-from kdcache.store.manifest import Preprocess, ViewRecipe
+from kdcache.store.records import Preprocess, ViewRecipe
 from tests.helpers import Network, synthetic
 
 

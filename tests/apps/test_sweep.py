@@ -16,7 +16,8 @@ from kdcache.analysis.matrix_plots import draw_heat_map
 from kdcache.apps import sweep_workers
 from kdcache.apps.bench import bench
 from kdcache.apps.sweep import _rows, grid_of
-from kdcache.core.config import BenchArgs, StudentConfig, SweepArgs, TrainConfig
+from kdcache.core.commands import BenchArgs, SweepArgs
+from kdcache.core.config import StudentConfig, TrainConfig
 from kdcache.core.errors import UsageError
 from kdcache.core.file_lock import PathLock
 from kdcache.core.system import core_count
@@ -24,7 +25,7 @@ from kdcache.distill.objective import distillation_objective
 from kdcache.distill.student.train_student import train_student
 from kdcache.distill.trainer import train
 from kdcache.distill.training_data import training_data
-from kdcache.store.manifest import Preprocess
+from kdcache.store.records import Preprocess
 from tests.dying import die
 from tests.helpers import answer, kdcache, live_targets, refused, synthetic, tree
 

@@ -38,7 +38,7 @@ from kdcache.models.evaluate import evaluate_model
 from kdcache.models.registry import build_model
 from kdcache.store.cache import open_cache
 from kdcache.store.convert import convert_cache
-from kdcache.store.manifest import Preprocess, ViewRecipe
+from kdcache.store.records import Preprocess, ViewRecipe
 from kdcache.store.sampler import always, view_schedule
 from tests.helpers import logit_source
 

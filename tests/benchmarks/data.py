@@ -7,7 +7,7 @@ import torch
 
 from kdcache.data.dataset import ArrayDataset
 from kdcache.models.registry import build_model
-from kdcache.store.manifest import Preprocess
+from kdcache.store.records import Preprocess
 
 IMAGE = Preprocess(mean=(0.13,), std=(0.31,))
 

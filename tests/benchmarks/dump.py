@@ -18,8 +18,9 @@ from torchvision.transforms import v2
 from kdcache.apps.stages import stage_lines, stage_seconds
 from kdcache.core.config import DumpConfig
 from kdcache.core.progress import muted
+from kdcache.data.batch import consecutive_batches
 from kdcache.data.dataset import IndexedDataset, WrappedDataset
-from kdcache.data.loader import batch_loader, consecutive_batches
+from kdcache.data.loader import batch_loader
 from kdcache.data.preprocess import Preprocessor
 from kdcache.data.registry import open_dataset
 from kdcache.data.views import as_views
@@ -27,7 +28,7 @@ from kdcache.distill.teacher.dump import dump_teacher
 from kdcache.models.device import evaluation_mode, floating_dtype, resolve_device, synchronize
 from kdcache.models.forward import ForwardPass
 from kdcache.store.cache import open_cache
-from kdcache.store.manifest import Preprocess
+from kdcache.store.records import Preprocess
 from tests.benchmarks.data import IMAGE, images, network
 from tests.benchmarks.stores import BATCH, logits, write_cache
 from tests.benchmarks.timing import side_by_side

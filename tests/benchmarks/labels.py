@@ -17,7 +17,8 @@ import torch
 from torch import nn
 
 from kdcache.core.config import DumpConfig, StudentConfig, TrainConfig
-from kdcache.data.dataset import ArrayDataset, IndexedDataset, as_indexed
+from kdcache.data.dataset import ArrayDataset, IndexedDataset
+from kdcache.data.map_dataset import as_indexed
 from kdcache.data.registry import open_dataset
 from kdcache.data.views import Views
 from kdcache.distill.objective import label_objective
@@ -28,7 +29,7 @@ from kdcache.distill.training_data import training_data
 from kdcache.models.evaluate import evaluate_model
 from kdcache.models.evaluate_multi_label import evaluate_multi_label
 from kdcache.models.registry import build_model
-from kdcache.store.manifest import UNLABELLED, Preprocess, ViewRecipe
+from kdcache.store.records import UNLABELLED, Preprocess, ViewRecipe
 
 SEEDS, LABELLED, CANVASES = 3, 600, {"train": 10_000, "test": 4_000}
 TEACHER = TrainConfig(device="cpu", epochs=4, learning_rate=2e-3, schedule="cosine")

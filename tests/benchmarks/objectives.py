@@ -28,7 +28,7 @@ from kdcache.distill.training_data import training_data
 from kdcache.models.evaluate import evaluate_model
 from kdcache.models.registry import build_model, count_parameters
 from kdcache.store.layout import predicted_bytes
-from kdcache.store.manifest import Preprocess
+from kdcache.store.records import Preprocess
 from tests.benchmarks.data import IMAGE, images, network
 from tests.benchmarks.timing import side_by_side
 

@@ -22,7 +22,8 @@ import numpy as np
 from kdcache.store.cache import Cache, open_cache
 from kdcache.store.encodings.registry import KINDS
 from kdcache.store.layout import build_arrays
-from kdcache.store.manifest import DatasetRecord, Manifest, Preprocess, TeacherRecord
+from kdcache.store.manifest import Manifest
+from kdcache.store.records import DatasetRecord, Preprocess, TeacherRecord
 from kdcache.store.row_source import ReadOptions
 from kdcache.store.storage.object_store import ObjectStorage
 from kdcache.store.storage.registry import open_storage

@@ -10,7 +10,8 @@ import numpy as np
 
 from kdcache.store.encodings.registry import encoding_named
 from kdcache.store.layout import build_arrays
-from kdcache.store.manifest import DatasetRecord, Manifest, Preprocess, TeacherRecord
+from kdcache.store.manifest import Manifest
+from kdcache.store.records import DatasetRecord, Preprocess, TeacherRecord
 from kdcache.store.writer import SplitWriter
 
 ROWS, CLASSES, BATCH = 200_000, 1000, 256

@@ -19,7 +19,7 @@ from kdcache.distill.trainer import TrainResult, train
 from kdcache.distill.training_data import training_data
 from kdcache.models.device import resolve_device
 from kdcache.models.registry import build_model
-from kdcache.store.manifest import Preprocess
+from kdcache.store.records import Preprocess
 from tests.benchmarks.data import IMAGE, images, network
 from tests.benchmarks.dump import make_photographs
 from tests.benchmarks.timing import side_by_side

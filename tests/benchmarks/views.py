@@ -35,7 +35,7 @@ from kdcache.models.checkpoints import load_weights
 from kdcache.models.evaluate import evaluate_model
 from kdcache.models.registry import build_model
 from kdcache.store.cache import Cache, open_cache
-from kdcache.store.manifest import Preprocess, ViewRecipe
+from kdcache.store.records import Preprocess, ViewRecipe
 from kdcache.store.sampler import Schedule, always, view_schedule
 from tests.helpers import logit_source
 

@@ -12,7 +12,7 @@ import pytest
 
 from kdcache.core import options
 from kdcache.core.atomic_files import storage_errors
-from kdcache.core.config import DumpTeacherArgs, TrainStudentArgs
+from kdcache.core.commands import DumpTeacherArgs, TrainStudentArgs
 from kdcache.core.errors import CacheNotFound, StorageError, TargetExists, UsageError
 from kdcache.core.json_records import counted
 from kdcache.core.options import PATHS, SPECS
@@ -68,9 +68,9 @@ def test_options_that_are_called_paths_are_treated_as_paths():
     """An option whose help speaks of a folder, a file or weights is among those that are expanded."""
     import dataclasses
 
-    from kdcache.core import config
+    from kdcache.core import commands
 
-    classes = [each for each in vars(config).values() if dataclasses.is_dataclass(each)]
+    classes = [each for each in vars(commands).values() if dataclasses.is_dataclass(each)]
     words = ("Folder ", "folder ", "a cache made", "The file", "weights: .pt", "The page", "The picture")
     for settings_class in classes:
         for each in dataclasses.fields(settings_class):

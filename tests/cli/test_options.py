@@ -14,14 +14,14 @@ from kdcache.cli import early
 from kdcache.cli import options as cli_options
 from kdcache.cli.app import app
 from kdcache.cli.options import PANELS, SETTINGS_CLASSES
-from kdcache.core import config, json_records, options
+from kdcache.core import commands, config, json_records, options
 from kdcache.core.errors import UsageError
 from kdcache.core.options import ALIASES, Settings, check_effective, flag_of, suggestion
 from tests.helpers import answer, kdcache, refused
 
-MACHINERY = {module.__file__ for module in (cli_options, config, dataclasses, early, json_records, options)} | {
-    "<string>"
-}
+MACHINERY = {
+    module.__file__ for module in (cli_options, commands, config, dataclasses, early, json_records, options)
+} | {"<string>"}
 
 # What each command is run with, so that together every setting is read. bench and sweep: tests of their own.
 RUNS = {
@@ -172,9 +172,9 @@ def test_no_distill_with_an_objective_is_refused_from_python_too():
 
 
 def test_beside_what_they_need_they_are_taken():
-    check_effective(config.TrainStudentArgs(optimizer="sgd"), ["momentum"])
-    check_effective(config.DumpTeacherArgs(mix="uniform"), ["view_seed", "plain_view"])
-    check_effective(config.VerifyArgs(teacher="cnn"), ["rows", "device"])
+    check_effective(commands.TrainStudentArgs(optimizer="sgd"), ["momentum"])
+    check_effective(commands.DumpTeacherArgs(mix="uniform"), ["view_seed", "plain_view"])
+    check_effective(commands.VerifyArgs(teacher="cnn"), ["rows", "device"])
 
 
 # ---- names that other tools use
@@ -206,8 +206,8 @@ def test_an_alias_is_no_setting_and_means_one():
     names = {each.name for cls in SETTINGS_CLASSES.values() for each in dataclasses.fields(cls)}
     assert set(ALIASES) & names == set()
     assert set(ALIASES.values()) <= names
-    assert suggestion("model", config.TrainStudentArgs) == "did you mean --student?"
-    assert suggestion("no-such-thing-at-all", config.TrainStudentArgs) == ""
+    assert suggestion("model", commands.TrainStudentArgs) == "did you mean --student?"
+    assert suggestion("no-such-thing-at-all", commands.TrainStudentArgs) == ""
 
 
 # ---- the help
@@ -233,5 +233,5 @@ def test_every_shared_setting_has_a_panel():
             vars(settings_class)["__annotations__"]
         )
         assert inherited - {"tensorboard"} <= set(placed)
-    shown = (config.DumpTeacherArgs, config.TrainStudentArgs, config.ConvertArgs)
+    shown = (commands.DumpTeacherArgs, commands.TrainStudentArgs, commands.ConvertArgs)
     assert set(placed) <= {name for settings_class in shown for name in typing.get_type_hints(settings_class)}

@@ -13,13 +13,15 @@ from PIL import Image
 from torch.utils.data import Dataset, IterableDataset, Subset, TensorDataset
 
 from kdcache.core.errors import DatasetError, MissingExtra, ModelError
-from kdcache.data.dataset import ArrayDataset, as_indexed
+from kdcache.data.batch import BatchRequest
+from kdcache.data.dataset import ArrayDataset
 from kdcache.data.determinism import check_deterministic
-from kdcache.data.loader import BatchRequest, batch_loader
+from kdcache.data.loader import batch_loader
+from kdcache.data.map_dataset import as_indexed
 from kdcache.data.preprocess import Preprocessor
 from kdcache.data.raw_input import input_crc32c
 from kdcache.data.registry import _read_digits, fingerprint_labels, fingerprint_samples, open_dataset
-from kdcache.store.manifest import Preprocess
+from kdcache.store.records import Preprocess
 
 CPU = torch.device("cpu")
 needs_data = pytest.mark.skipif("KDCACHE_TEST_DATA" not in os.environ, reason="KDCACHE_TEST_DATA is not set")

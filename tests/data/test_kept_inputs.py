@@ -15,11 +15,11 @@ import pytest
 import torch
 
 from kdcache import DumpConfig, StudentConfig, dump_teacher, train_student
-from kdcache.data.dataset import as_indexed
 from kdcache.data.kept_inputs import KeptDataset, KeptInputs
+from kdcache.data.map_dataset import as_indexed
 from kdcache.data.views import Views
 from kdcache.models.registry import build_model
-from kdcache.store.manifest import Preprocess, ViewRecipe
+from kdcache.store.records import Preprocess, ViewRecipe
 from tests.counted_reads import SAMPLES, CountedReads, reads
 from tests.helpers import Network, answer, probed_views, synthetic
 

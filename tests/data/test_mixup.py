@@ -9,13 +9,15 @@ import torch
 from kdcache import StudentConfig, losses
 from kdcache.core import rng
 from kdcache.core.errors import DatasetError, UsageError
-from kdcache.data.dataset import ArrayDataset, as_indexed
-from kdcache.data.loader import Batch, BatchRequest, batch_loader
+from kdcache.data.batch import Batch, BatchRequest
+from kdcache.data.dataset import ArrayDataset
+from kdcache.data.loader import batch_loader
+from kdcache.data.map_dataset import as_indexed
 from kdcache.data.mixup import WHOLE, Draw, Mix, parse_mix
 from kdcache.data.preprocess import Preprocessor
 from kdcache.data.soft_targets import SoftTargets
 from kdcache.distill.objective import distillation_objective, label_objective
-from kdcache.store.manifest import Preprocess, ViewRecipe
+from kdcache.store.records import Preprocess, ViewRecipe
 from tests.helpers import generator_states, probed_views, synthetic
 
 CPU = torch.device("cpu")

@@ -3,7 +3,7 @@ import torch
 
 from kdcache.core.errors import ModelError
 from kdcache.data.preprocess import Preprocessor
-from kdcache.store.manifest import Preprocess
+from kdcache.store.records import Preprocess
 
 MEAN, STD = (0.1, 0.4, 0.7), (0.2, 0.5, 0.3)
 

@@ -13,6 +13,7 @@ import kdcache
 from kdcache import DumpConfig, dump_teacher, open_cache
 from kdcache.core.errors import CacheMismatch, DatasetError, UnreadableSample
 from kdcache.core.workers import Worker
+from kdcache.data.map_dataset import as_indexed
 from kdcache.data.readable import ReadableDataset, find_unreadable
 from kdcache.data.registry import open_dataset
 from kdcache.store.manifest import read_manifest
@@ -67,7 +68,7 @@ def test_other_faults_are_not_passed_over():
             return torch.zeros(3), 9 if index == 33 else 0
 
     with pytest.raises(DatasetError, match="label of sample 33"):
-        find_unreadable(kdcache.data.dataset.as_indexed(Wrong(), name="wrong", split="train"))
+        find_unreadable(as_indexed(Wrong(), name="wrong", split="train"))
 
 
 def test_nothing_is_left_of_none():
@@ -81,7 +82,7 @@ def test_nothing_is_left_of_none():
             raise OSError("gone")
 
     with pytest.raises(UnreadableSample, match="gone"):
-        kdcache.data.dataset.as_indexed(Broken(), name="broken", split="train")
+        as_indexed(Broken(), name="broken", split="train")
     assert find_unreadable(synthetic(20)) == ()
 
 

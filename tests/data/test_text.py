@@ -21,8 +21,9 @@ from kdcache import DumpConfig, StudentConfig, dump_teacher, open_cache, train_s
 from kdcache.cli.app import app
 from kdcache.core.config import InputConfig
 from kdcache.core.errors import CacheMismatch, DatasetError, KdcacheError, ModelError
-from kdcache.data.dataset import as_indexed
-from kdcache.data.loader import BatchRequest, batch_loader
+from kdcache.data.batch import BatchRequest
+from kdcache.data.loader import batch_loader
+from kdcache.data.map_dataset import as_indexed
 from kdcache.data.preprocess import Preprocessor
 from kdcache.data.registry import open_dataset
 from kdcache.data.soft_targets import SoftTargets
@@ -34,7 +35,7 @@ from kdcache.models.build import build, dataset_preprocess
 from kdcache.models.checkpoints import load_weights, read_checkpoint, save_checkpoint
 from kdcache.models.device import evaluation_mode
 from kdcache.models.rnn import build_text_network
-from kdcache.store.manifest import Preprocess
+from kdcache.store.records import Preprocess
 from tests.helpers import synthetic
 
 CPU = torch.device("cpu")

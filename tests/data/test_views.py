@@ -20,9 +20,11 @@ from kdcache import DumpConfig, StudentConfig, dump_teacher, open_cache, train_s
 from kdcache.core import rng
 from kdcache.core.errors import CacheMismatch, DatasetError, KdcacheError, UsageError
 from kdcache.data.augment import PRESETS, describe_transform
-from kdcache.data.dataset import ArrayDataset, as_indexed
+from kdcache.data.batch import BatchRequest
+from kdcache.data.dataset import ArrayDataset
 from kdcache.data.kept_inputs import KeptInputs
-from kdcache.data.loader import BatchRequest, Fetcher, batch_loader
+from kdcache.data.loader import Fetcher, batch_loader
+from kdcache.data.map_dataset import as_indexed
 from kdcache.data.preprocess import Preprocessor
 from kdcache.data.raw_input import batch_crc32c
 from kdcache.data.versions import package_versions
@@ -31,7 +33,7 @@ from kdcache.distill.objective import distillation_objective
 from kdcache.distill.student.join_checks import SAMPLED_INPUTS
 from kdcache.distill.trainer import train
 from kdcache.distill.training_data import training_data
-from kdcache.store.manifest import Preprocess, ViewRecipe
+from kdcache.store.records import Preprocess, ViewRecipe
 from kdcache.store.sampler import ExactSampler, view_schedule
 from tests.helpers import Items, Network, generator_states, live_targets, probed_views, synthetic
 

@@ -13,7 +13,7 @@ from kdcache import DumpConfig, dump_teacher, open_cache, plan_dump
 from kdcache.core.errors import CacheIncomplete, DatasetError, StorageError, TargetExists, TeacherOutputError
 from kdcache.data.dataset import ArrayDataset
 from kdcache.store.cache import cache_splits
-from kdcache.store.manifest import Preprocess
+from kdcache.store.records import Preprocess
 from tests.helpers import (
     Interrupted,
     Items,

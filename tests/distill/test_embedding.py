@@ -17,7 +17,7 @@ from kdcache.models.evaluate_embedding import evaluate_embedding, retrieval_agre
 from kdcache.models.feature_hooks import PENULTIMATE, FeatureHooks
 from kdcache.models.teacher import load_teacher
 from kdcache.store.convert import ConvertConfig, convert_cache
-from kdcache.store.manifest import EMBEDDING, OutputRecord, Preprocess, ViewRecipe
+from kdcache.store.records import EMBEDDING, OutputRecord, Preprocess, ViewRecipe
 from tests.helpers import Items, Network, answer, plain_forward, refused, synthetic, tensors
 from tests.helpers import kdcache as command
 

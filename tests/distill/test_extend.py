@@ -29,7 +29,7 @@ from kdcache.distill.student.soft_targets import CachedTargets
 from kdcache.store.facts import all_facts
 from kdcache.store.layout import predicted_bytes
 from kdcache.store.ledger import Ledger
-from kdcache.store.manifest import ViewRecipe
+from kdcache.store.records import ViewRecipe
 from kdcache.store.resume import ResumePolicy
 from kdcache.store.row_source import MemorySource, ReadOptions
 from kdcache.store.sampler import view_schedule

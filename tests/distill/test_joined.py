@@ -17,9 +17,9 @@ from torchvision.transforms import v2
 import kdcache
 from kdcache import DumpConfig, dump_teacher
 from kdcache.core.errors import CacheMismatch, DatasetError, KdcacheError, UsageError
-from kdcache.data.dataset import as_indexed
+from kdcache.data.map_dataset import as_indexed
 from kdcache.data.registry import open_dataset
-from kdcache.store.manifest import Preprocess
+from kdcache.store.records import Preprocess
 from tests.helpers import Items, Network, changed, plain_forward, synthetic, tensors
 
 SAMPLES = synthetic(150)

@@ -16,7 +16,7 @@ import kdcache
 from kdcache import DumpConfig, StudentConfig, TrainConfig, dump_teacher, losses, open_cache, train_student
 from kdcache.apps.export_module import metadata
 from kdcache.core.errors import CacheMismatch, DatasetError, UsageError
-from kdcache.data.dataset import as_indexed
+from kdcache.data.map_dataset import as_indexed
 from kdcache.data.registry import open_dataset
 from kdcache.distill.objective import label_objective
 from kdcache.distill.trainer import train
@@ -24,7 +24,7 @@ from kdcache.distill.training_data import training_data
 from kdcache.models.evaluate_multi_label import MultiLabelEvaluation, evaluate_multi_label
 from kdcache.models.from_run import load_trained
 from kdcache.store.inspect import verify_cache
-from kdcache.store.manifest import Preprocess
+from kdcache.store.records import Preprocess
 from tests.helpers import Network, answer, refused, synthetic, tensors
 from tests.helpers import kdcache as run_command
 from tests.processes import together

@@ -20,7 +20,7 @@ from kdcache.models.checkpoints import read_checkpoint
 from kdcache.models.feature_hooks import PENULTIMATE, FeatureHooks, list_layers, pool_features
 from kdcache.store.inspect import inspect_cache
 from kdcache.store.layout import predicted_bytes
-from kdcache.store.manifest import ViewRecipe
+from kdcache.store.records import ViewRecipe
 from kdcache.store.storage.local import LocalStorage
 from kdcache.store.verify import verify_split
 from tests.helpers import Items, synthetic, tree

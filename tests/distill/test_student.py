@@ -9,7 +9,7 @@ from torch import nn
 import kdcache
 from kdcache import DumpConfig, StudentConfig, dump_teacher, losses, open_cache, train_student
 from kdcache.core.errors import CacheMismatch, UsageError
-from kdcache.data.loader import Batch
+from kdcache.data.batch import Batch
 from kdcache.data.raw_input import input_crc32c
 from kdcache.data.registry import open_dataset
 from kdcache.data.soft_targets import SoftTargets
@@ -21,7 +21,7 @@ from kdcache.distill.trainer import train
 from kdcache.distill.training_data import training_data
 from kdcache.models.checkpoints import read_checkpoint
 from kdcache.models.registry import build_model
-from kdcache.store.manifest import Preprocess
+from kdcache.store.records import Preprocess
 from kdcache.store.row_source import ReadOptions
 from kdcache.store.sampler import always
 from tests.helpers import Items, Network, changed, live_targets, logit_source, synthetic, tensors, tree

@@ -20,7 +20,7 @@ from kdcache.distill.trainer import train
 from kdcache.distill.training_data import training_data
 from kdcache.models.checkpoints import read_checkpoint
 from kdcache.models.evaluate import Evaluation
-from kdcache.store.manifest import Preprocess
+from kdcache.store.records import Preprocess
 from kdcache.store.sampler import ExactSampler
 from tests.helpers import Interrupted, Network, Watcher, generator_states, synthetic
 

@@ -17,7 +17,7 @@ from kdcache.distill.optim import build_optimizer
 from kdcache.distill.trainer import train
 from kdcache.distill.training_data import training_data
 from kdcache.models.checkpoints import read_checkpoint
-from kdcache.store.manifest import Preprocess
+from kdcache.store.records import Preprocess
 from tests.distill.test_processes import Plain
 from tests.helpers import Network, answer, refused, synthetic
 from tests.processes import together

@@ -13,14 +13,14 @@ from PIL import Image
 import kdcache
 from kdcache import DumpConfig, StudentConfig, TrainConfig, dump_teacher, open_cache, train_student
 from kdcache.core.errors import DatasetError, UsageError
-from kdcache.data.dataset import as_indexed
+from kdcache.data.map_dataset import as_indexed
 from kdcache.data.registry import open_dataset
 from kdcache.distill.objective import label_objective
 from kdcache.distill.student.joined_items import ItemKeys
 from kdcache.distill.trainer import train
 from kdcache.distill.training_data import training_data
 from kdcache.models.evaluate import evaluate_model
-from kdcache.store.manifest import Preprocess
+from kdcache.store.records import Preprocess
 from tests.distill.test_processes import Plain
 from tests.helpers import Network, answer, changed, refused, synthetic, tensors
 from tests.helpers import kdcache as command

@@ -15,7 +15,7 @@ from kdcache.models import execution
 from kdcache.models.device import memory_errors, move_to, resolve_device, to_host
 from kdcache.models.execution import choose_execution
 from kdcache.models.forward import ForwardPass
-from kdcache.store.manifest import Preprocess
+from kdcache.store.records import Preprocess
 from tests.helpers import Network, synthetic
 
 PLAIN = Preprocess()

@@ -10,7 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from kdcache import StudentConfig, TrainConfig, losses
 from kdcache.core.errors import KdcacheError
-from kdcache.data.loader import Batch, BatchRequest, batch_loader
+from kdcache.data.batch import Batch, BatchRequest
+from kdcache.data.loader import batch_loader
 from kdcache.data.preprocess import Preprocessor
 from kdcache.data.soft_targets import SoftTargets
 from kdcache.distill.objective import distillation_objective, label_objective
@@ -20,7 +21,7 @@ from kdcache.distill.trainer import _Loop
 from kdcache.distill.training_data import training_data
 from kdcache.models import device
 from kdcache.models.distributed import Processes
-from kdcache.store.manifest import Preprocess
+from kdcache.store.records import Preprocess
 from tests.helpers import Network, synthetic
 
 

@@ -19,7 +19,7 @@ from kdcache.data.dataset import ArrayDataset, WrappedDataset
 from kdcache.data.taught import EmbeddingDataset
 from kdcache.models.evaluate import Evaluation, evaluate_model
 from kdcache.models.evaluators import chosen_metric
-from kdcache.store.manifest import Preprocess
+from kdcache.store.records import Preprocess
 from tests.helpers import refused, synthetic
 
 MANY = 60_000

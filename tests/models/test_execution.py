@@ -12,7 +12,7 @@ from torch import nn
 
 import kdcache.models.execution as execution
 from kdcache import DumpConfig, dump_teacher, open_cache
-from kdcache.core.config import EvaluateArgs
+from kdcache.core.commands import EvaluateArgs
 from kdcache.core.errors import TargetExists, UsageError
 from kdcache.core.options import merge
 from kdcache.core.workers import Worker
@@ -22,7 +22,7 @@ from kdcache.distill.teacher import plan
 from kdcache.models import loading
 from kdcache.models.execution import Execution, choose_execution
 from kdcache.models.forward import ForwardPass
-from kdcache.store.manifest import Preprocess, ViewRecipe
+from kdcache.store.records import Preprocess, ViewRecipe
 from kdcache.store.storage.registry import open_storage
 from tests.helpers import Items, Network, answer, refused, synthetic, tree
 from tests.helpers import kdcache as command

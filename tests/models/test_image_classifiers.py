@@ -13,7 +13,7 @@ from kdcache.core.errors import ModelError, UsageError
 from kdcache.models.registry import build_model
 from kdcache.models.teacher import load_teacher
 from kdcache.store.cache import open_cache
-from kdcache.store.manifest import ViewRecipe
+from kdcache.store.records import ViewRecipe
 from tests.helpers import answer, refused, synthetic
 
 transformers = pytest.importorskip("transformers")

@@ -13,7 +13,7 @@ from kdcache.core.errors import CheckpointError, KdcacheError, MissingExtra, Mod
 from kdcache.models.checkpoints import load_weights, read_checkpoint, save_checkpoint
 from kdcache.models.cnn import NETWORKS
 from kdcache.models.registry import build_model, count_parameters, weights_sha256
-from kdcache.store.manifest import Preprocess
+from kdcache.store.records import Preprocess
 
 
 def build(spec, *, num_classes=10, input_shape=(3, 32, 32), seed=0, default=None, replace_head=False, **settings):

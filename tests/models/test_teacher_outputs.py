@@ -17,7 +17,8 @@ from kdcache.distill.teacher.class_agreement import accuracy_lines, best_permuta
 from kdcache.distill.teacher.dump import dump_teacher
 from kdcache.models.teacher_outputs import check_class_names, class_names, read_class_map, resolve_columns, to_logits
 from kdcache.store.cache import open_cache
-from kdcache.store.manifest import OutputRecord, TeacherRecord, manifest_sha256
+from kdcache.store.manifest import manifest_sha256
+from kdcache.store.records import OutputRecord, TeacherRecord
 from tests.helpers import answer, kdcache, refused, stored_manifest, synthetic
 
 CONFIG = DumpConfig(device="cpu", batch_size=8, shard_rows=16, encoding="float32")

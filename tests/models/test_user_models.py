@@ -9,7 +9,7 @@ from kdcache.core.errors import KdcacheError, ModelError
 from kdcache.models.checkpoints import load_weights
 from kdcache.models.evaluate import evaluate_model
 from kdcache.models.registry import weights_sha256
-from kdcache.store.manifest import Preprocess
+from kdcache.store.records import Preprocess
 from tests.helpers import Interrupted, answer, refused, synthetic
 
 MODELS = """

@@ -19,9 +19,10 @@ from torch.utils.data import DataLoader
 from kdcache import DumpConfig, StudentConfig, dump_teacher, open_cache, train_student
 from kdcache.apps.report.runs import CachedTeacher
 from kdcache.core.errors import CacheDamaged, MissingExtra, StorageError, UsageError
-from kdcache.data.loader import batch_loader, consecutive_batches
+from kdcache.data.batch import consecutive_batches
+from kdcache.data.loader import batch_loader
 from kdcache.data.preprocess import as_preprocessor
-from kdcache.store.manifest import Preprocess
+from kdcache.store.records import Preprocess
 from kdcache.store.storage.base import KeyExists, MissingKey, WrongSize
 from kdcache.store.storage.object_store import ObjectStorage
 from kdcache.store.storage.registry import open_storage, storage_options

@@ -16,7 +16,7 @@ from kdcache.apps.report.samples import cards
 from kdcache.apps.report.study import Study
 from kdcache.core.atomic_files import write_durable
 from kdcache.core.command_result import Report
-from kdcache.core.config import ReportArgs
+from kdcache.core.commands import ReportArgs
 from kdcache.core.errors import UsageError
 from kdcache.core.plugins import require_extra
 from kdcache.core.progress import log

@@ -14,8 +14,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from kdcache.core.config import RuntimeConfig
 from kdcache.core.rng import keyed_sample
+from kdcache.data.batch import BatchRequest
 from kdcache.data.dataset import IndexedDataset
-from kdcache.data.loader import BatchRequest, batch_loader
+from kdcache.data.loader import batch_loader
 from kdcache.models.device import evaluation_mode, floating_dtype, move_to, resolve_device, synchronize
 from kdcache.models.evaluate import predict_batches
 from kdcache.models.forward import ForwardPass

@@ -20,7 +20,7 @@ from kdcache.data.views import Views
 from kdcache.distill.student.join_checks import check_ensemble, check_join
 from kdcache.models.from_run import TrainedNetwork, load_trained
 from kdcache.store.cache import Cache, cache_splits, open_cache
-from kdcache.store.manifest import TeacherRecord
+from kdcache.store.records import TeacherRecord
 
 TEACHER, ALONE, DISTILLED = "teacher", "student alone", "student distilled"
 

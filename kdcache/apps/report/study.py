@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from kdcache.apps.report.cost import logits_of, measure_cost
 from kdcache.apps.report.metrics import Agreement, MeasuredRun, Predictions, agree, evaluate_logits
 from kdcache.apps.report.runs import CachedTeacher, Run, open_runs, teacher_of
-from kdcache.core.config import ReportArgs
+from kdcache.core.commands import ReportArgs
 from kdcache.core.errors import CacheNotFound, DatasetError, UsageError
 from kdcache.core.progress import log
 from kdcache.core.rng import keyed_sample

@@ -10,14 +10,15 @@ from torch import Tensor, nn
 
 from kdcache.core import rng
 from kdcache.core.errors import CacheMismatch, ModelError, UsageError
-from kdcache.data.loader import Batch
+from kdcache.data.batch import Batch
 from kdcache.distill.objective import BATCH, LABELS, NEGATIVES, SOFT_TARGETS, STUDENT, TEACHER, ObjectiveSpec
 from kdcache.models.device import evaluation_mode, floating_dtype
 from kdcache.models.distributed import Processes
 from kdcache.models.feature_hooks import PENULTIMATE, FeatureHooks, pool_features
 from kdcache.models.forward import output_logits
 from kdcache.store.encodings.base import EMBEDDINGS
-from kdcache.store.manifest import NONE, FeatureRecord, Manifest
+from kdcache.store.manifest import Manifest
+from kdcache.store.records import NONE, FeatureRecord
 
 # The answer itself, in place of a layer.
 OUTPUT = "output"

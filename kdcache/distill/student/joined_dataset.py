@@ -18,7 +18,8 @@ from kdcache.core.json_records import brief
 from kdcache.core.plugins import describe
 from kdcache.core.system import physical_memory_bytes
 from kdcache.data.augment import Transform
-from kdcache.data.dataset import IndexedDataset, Renumbered, as_indexed
+from kdcache.data.dataset import IndexedDataset, Renumbered
+from kdcache.data.map_dataset import as_indexed
 from kdcache.data.taught import as_taught, known_classes
 from kdcache.data.views import Views, name_of
 from kdcache.distill.student.join_checks import SAMPLED_INPUTS, check_join
@@ -27,7 +28,7 @@ from kdcache.store.cache import Cache
 from kdcache.store.chunk_reader import check_indices
 from kdcache.store.encodings.base import chosen_temperature
 from kdcache.store.layout import row_bytes
-from kdcache.store.manifest import NONE
+from kdcache.store.records import NONE
 from kdcache.store.sampler import Schedule
 from kdcache.store.sampler import view_schedule as make_schedule
 

@@ -13,9 +13,9 @@ from torch.utils.data import ConcatDataset, Subset
 
 from kdcache.core.errors import CacheMismatch, DatasetError
 from kdcache.core.json_records import brief
-from kdcache.data.dataset import is_bare_input
 from kdcache.data.labels import label_vector
-from kdcache.store.manifest import UNLABELLED
+from kdcache.data.map_dataset import is_bare_input
+from kdcache.store.records import UNLABELLED
 
 Key = str | int
 

@@ -11,14 +11,14 @@ from torch import Tensor
 
 from kdcache.core.errors import UsageError
 from kdcache.core.rng import key
-from kdcache.data.loader import Batch
+from kdcache.data.batch import Batch
 from kdcache.data.soft_targets import SoftTargets
 from kdcache.distill.student.join_checks import check_crcs, known_column, label_mismatch
 from kdcache.models.device import memory_errors
 from kdcache.store.cache import Cache
 from kdcache.store.chunk_reader import ChunkReader
 from kdcache.store.encodings.base import EMBEDDINGS
-from kdcache.store.manifest import UNLABELLED
+from kdcache.store.records import UNLABELLED
 from kdcache.store.row_source import Rows, RowSource
 from kdcache.store.sampler import Schedule, always
 

@@ -23,10 +23,11 @@ from kdcache.core.options import default_values
 from kdcache.core.progress import log
 from kdcache.core.run_dir import RunFolder
 from kdcache.data.augment import Transform
+from kdcache.data.batch import BatchRequest
 from kdcache.data.batch_sampler import samples_record, split_validation
-from kdcache.data.dataset import as_indexed
 from kdcache.data.kept_inputs import KeptInputs
-from kdcache.data.loader import BatchRequest, batch_loader
+from kdcache.data.loader import batch_loader
+from kdcache.data.map_dataset import as_indexed
 from kdcache.data.preprocess import Preprocessor, as_preprocessor
 from kdcache.data.taught import as_taught, known_classes
 from kdcache.data.views import Views
@@ -47,7 +48,7 @@ from kdcache.distill.training_data import TrainingData
 from kdcache.models.device import floating_dtype, memory_errors, move_to, resolve_device
 from kdcache.models.distributed import Processes
 from kdcache.store.cache import Cache, open_cache
-from kdcache.store.manifest import UNLABELLED, Preprocess
+from kdcache.store.records import UNLABELLED, Preprocess
 from kdcache.store.row_source import ReadOptions, plan_reading
 from kdcache.store.sampler import ExactSampler, Sampler, Schedule, view_schedule
 

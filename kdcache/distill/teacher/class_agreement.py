@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from kdcache.store.manifest import UNLABELLED
+from kdcache.store.records import UNLABELLED
 
 _SHOWN = 8
 

@@ -24,7 +24,8 @@ from kdcache.store.cache import check_complete
 from kdcache.store.claims import UNSEALED
 from kdcache.store.ledger import Ledger
 from kdcache.store.local_paths import LocalPaths
-from kdcache.store.manifest import Manifest, OutputRecord, Preprocess, read_manifest, recorded_sha256
+from kdcache.store.manifest import Manifest, read_manifest, recorded_sha256
+from kdcache.store.records import OutputRecord, Preprocess
 from kdcache.store.repair import prepare_repair
 from kdcache.store.resume import ResumePolicy
 from kdcache.store.seal import seal

@@ -23,7 +23,8 @@ from kdcache.store.encodings.head import FEATURES
 from kdcache.store.facts import fact_names
 from kdcache.store.layout import build_arrays
 from kdcache.store.local_paths import portable_spec
-from kdcache.store.manifest import ONE_CLASS, DatasetRecord, FeatureRecord, Manifest, PrecisionRecord, TeacherRecord
+from kdcache.store.manifest import Manifest
+from kdcache.store.records import ONE_CLASS, DatasetRecord, FeatureRecord, PrecisionRecord, TeacherRecord
 
 
 def build_manifest(

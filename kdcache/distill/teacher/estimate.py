@@ -8,7 +8,8 @@ import numpy as np
 
 from kdcache.core.errors import KdcacheError
 from kdcache.core.rng import keyed_sample
-from kdcache.data.loader import batch_loader, consecutive_batches
+from kdcache.data.batch import consecutive_batches
+from kdcache.data.loader import batch_loader
 from kdcache.distill.teacher.plan import EncodingEstimate, PreparedDump
 from kdcache.distill.teacher.probe import find_head
 from kdcache.distill.teacher.teacher_pass import HEAD_ERROR, Rows

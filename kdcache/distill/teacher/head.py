@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from kdcache.core.errors import ModelError, TeacherOutputError
 from kdcache.models.forward import ForwardPass
 from kdcache.store.encodings.head import BIAS, WEIGHT
-from kdcache.store.manifest import PROBABILITIES
+from kdcache.store.records import PROBABILITIES
 
 # Largest difference between the logits and those of the head, relative to 1 + |logit|; for narrow dtypes the second.
 TOLERANCE, NARROW_TOLERANCE = 1e-3, 5e-2

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from kdcache.data.loader import Batch, BatchRequest, Fetcher
+from kdcache.data.batch import Batch, BatchRequest
+from kdcache.data.loader import Fetcher
 from kdcache.data.soft_targets import SoftTargets
 from kdcache.models.forward import ForwardPass
 from kdcache.store.sampler import Schedule, always

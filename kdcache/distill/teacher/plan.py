@@ -16,7 +16,8 @@ from kdcache.models.forward import ForwardPass
 from kdcache.store.encodings.base import Encoding
 from kdcache.store.encodings.registry import encoding_named
 from kdcache.store.layout import predicted_bytes
-from kdcache.store.manifest import NONE, ONE_CLASS, Manifest
+from kdcache.store.manifest import Manifest
+from kdcache.store.records import NONE, ONE_CLASS
 from kdcache.store.resume import find_dump
 from kdcache.store.storage.base import Storage
 from kdcache.store.storage.registry import open_storage

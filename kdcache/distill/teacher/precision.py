@@ -7,12 +7,13 @@ from numpy.typing import NDArray
 
 from kdcache.core.progress import log
 from kdcache.core.rng import keyed_sample
-from kdcache.data.loader import batch_loader, consecutive_batches
+from kdcache.data.batch import consecutive_batches
+from kdcache.data.loader import batch_loader
 from kdcache.data.views import Views
 from kdcache.models.device import evaluation_mode
 from kdcache.models.forward import ForwardPass
 from kdcache.store.facts import TEMPERATURES, kl
-from kdcache.store.manifest import FidelityRecord, PrecisionRecord
+from kdcache.store.records import FidelityRecord, PrecisionRecord
 
 # Samples that are compared: at most a sixteenth of all, because each is computed twice.
 _FEWEST, _MOST, _SHARE = 32, 256, 16

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from kdcache.core.errors import ModelError
-from kdcache.data.loader import Batch, BatchRequest, batch_loader
+from kdcache.data.batch import Batch, BatchRequest
+from kdcache.data.loader import batch_loader
 from kdcache.data.views import Views
 from kdcache.distill.teacher.head import Head
 from kdcache.distill.teacher.teacher_pass import HEAD_ERROR, Rows, TeacherPass

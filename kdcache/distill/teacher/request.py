@@ -12,8 +12,9 @@ from torch import nn
 from kdcache.core.config import DumpConfig
 from kdcache.core.errors import CacheDamaged, TeacherOutputError, UsageError
 from kdcache.data.augment import Transform
-from kdcache.data.dataset import ANY_CLASS, IndexedDataset, as_indexed
+from kdcache.data.dataset import ANY_CLASS, IndexedDataset
 from kdcache.data.determinism import check_deterministic
+from kdcache.data.map_dataset import as_indexed
 from kdcache.data.preprocess import Preprocessor, as_preprocessor
 from kdcache.data.readable import ReadableDataset, find_unreadable
 from kdcache.data.taught import EmbeddingDataset
@@ -22,19 +23,17 @@ from kdcache.distill.teacher.teacher_pass import TeacherPass
 from kdcache.models.device import move_to, resolve_device
 from kdcache.models.embedding import embedding_width
 from kdcache.models.forward import ForwardPass
-from kdcache.store.manifest import (
+from kdcache.store.manifest import Manifest, is_cache, read_manifest
+from kdcache.store.records import (
     EMBEDDING,
     LOGITS_KIND,
     NONE,
     ONE_CLASS,
     SEVERAL_CLASSES,
     FeatureRecord,
-    Manifest,
     OutputRecord,
     Preprocess,
     ViewRecipe,
-    is_cache,
-    read_manifest,
 )
 from kdcache.store.resume import ResumePolicy
 from kdcache.store.storage.base import Storage

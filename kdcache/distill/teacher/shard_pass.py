@@ -11,9 +11,10 @@ from itertools import chain
 import numpy as np
 
 from kdcache.core.progress import Progress, log
+from kdcache.data.batch import Batch
 from kdcache.data.batch_sampler import ShardBatches
 from kdcache.data.determinism import check_rows, sampled_crc32c
-from kdcache.data.loader import Batch, batch_loader
+from kdcache.data.loader import batch_loader
 from kdcache.distill.teacher.class_agreement import accuracy_lines
 from kdcache.distill.teacher.plan import PreparedDump
 from kdcache.distill.teacher.teacher_pass import HEAD_ERROR, Rows
@@ -21,7 +22,7 @@ from kdcache.models.loading import auto_workers
 from kdcache.models.teacher_outputs import check_stored_kind, looks_like_sigmoid
 from kdcache.store.claims import Unit
 from kdcache.store.encodings.base import LOGITS
-from kdcache.store.manifest import EMBEDDING, NONE
+from kdcache.store.records import EMBEDDING, NONE
 from kdcache.store.seal import commit_outputs
 from kdcache.store.writer import SplitWriter
 

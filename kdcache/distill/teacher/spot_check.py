@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from kdcache.core.config import RuntimeConfig
 from kdcache.core.errors import TeacherOutputError
 from kdcache.core.rng import keyed_sample
-from kdcache.data.loader import batch_loader, consecutive_batches
+from kdcache.data.batch import consecutive_batches
+from kdcache.data.loader import batch_loader
 from kdcache.data.preprocess import Preprocessor
 from kdcache.data.tokenizer import Tokenizer
 from kdcache.data.views import Views

@@ -10,13 +10,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kdcache.data.loader import Batch
+from kdcache.data.batch import Batch
 from kdcache.distill.teacher.head import Head
 from kdcache.models.device import evaluation_mode, to_host
 from kdcache.models.feature_hooks import PENULTIMATE, FeatureHooks, pool_features
 from kdcache.models.forward import ForwardPass
 from kdcache.store.encodings.base import LOGITS
-from kdcache.store.manifest import FeatureRecord
+from kdcache.store.records import FeatureRecord
 
 Rows = dict[str, NDArray[Any]]
 

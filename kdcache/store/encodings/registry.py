@@ -12,7 +12,8 @@ from kdcache.store.encodings.floats import FloatEncoding
 from kdcache.store.encodings.head import HeadEncoding
 from kdcache.store.encodings.quantized import QuantizedEncoding
 from kdcache.store.encodings.topk import TopKEncoding
-from kdcache.store.manifest import EMBEDDING, ONE_CLASS, SEVERAL_CLASSES, Manifest
+from kdcache.store.manifest import Manifest
+from kdcache.store.records import EMBEDDING, ONE_CLASS, SEVERAL_CLASSES
 
 # By name: takes the number behind the colon (None without one), the number of classes, and temperatures.
 Factory = Callable[[int | None, int, tuple[float, ...]], Encoding]
