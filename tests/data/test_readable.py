@@ -111,6 +111,8 @@ def test_both_stages_agree(images, tmp_path, monkeypatch):
     verified = command("verify", "c.zarr", "--teacher", "mlp", "--checkpoint", "t/best.pt", "--device", "cpu")
     assert verified.exit_code == 0, verified.output
     assert "0, 7, 19" in command("inspect", "c.zarr").stdout
+    (reported,) = answer("report", "s", "--out", "r.html", "--device", "cpu")["runs"]
+    assert [reported["agreement"][split]["samples"] for split in ("test", "train")] == [17, 17]
     cache = open_cache("c.zarr")
     for data in (ImageFolder("images/train"), ImageFolder("readable/train")):
         joined = kdcache.join(data, cache)

@@ -16,6 +16,7 @@ from kdcache.core.errors import CacheMismatch, UsageError
 from kdcache.core.run_dir import read_config, read_metrics, read_result
 from kdcache.data.dataset import IndexedDataset
 from kdcache.data.soft_targets import mean_logits
+from kdcache.data.taught import as_taught
 from kdcache.data.views import Views
 from kdcache.distill.student.join_checks import check_ensemble, check_join
 from kdcache.models.from_run import TrainedNetwork, load_trained
@@ -157,6 +158,11 @@ class CachedTeacher:
                 "--plain-view keeps those as view 0."
             )
         return None
+
+    def answered(self, dataset: IndexedDataset) -> IndexedDataset:
+        """A split without the samples that the teacher left out."""
+        caches = self._splits.get(dataset.split)
+        return dataset if caches is None else as_taught(dataset, caches[0].manifest)
 
     def logits(self, dataset: IndexedDataset, indices: NDArray[np.int64]) -> NDArray[np.float32]:
         """Mean logits for plain samples of a split, (n, classes); only where `why_not` returns None.

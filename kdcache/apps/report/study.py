@@ -122,6 +122,8 @@ class Study:
             except DatasetError as problem:
                 self._miss(f"Nothing is measured on the {split} split: {problem.found}.")
                 continue
+            for teacher in self._distinct:
+                found = teacher.answered(found)
             if found.multi_label:
                 raise UsageError(
                     f"the samples of {found.name} have any number of classes each",
