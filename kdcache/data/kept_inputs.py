@@ -25,6 +25,8 @@ from kdcache.data.raw_input import Inputs
 # An entry is its number of dimensions, their sizes, and its bytes in C order.
 _HEADER_WORDS = 8
 _HEADER_BYTES, _ALIGNMENT = 4 * _HEADER_WORDS, 16
+# Of all entries together: where the last one ends, and whether any two differ in shape.
+_END, _DIFFER, _STATES = 0, 1, 2
 
 # Makes the inputs of some samples.
 Make = Callable[[NDArray[np.int64]], Inputs]
@@ -48,14 +50,14 @@ class KeptInputs:
     def _open(self, file: int, slots: int, samples: int, limit_bytes: int) -> None:
         weakref.finalize(self, os.close, file)
         self._file, self.slots, self.samples, self.limit_bytes = file, slots, samples, limit_bytes
-        # Before the entries: the end of the last one, and where each begins, 0 if it is not kept.
-        start = _aligned(8 * (1 + slots * samples))
+        # Before the entries: the state of all, and where each begins, 0 if it is not kept.
+        start = _aligned(8 * (_STATES + slots * samples))
         size = start + _aligned(limit_bytes)
         # A file of zeros that takes no room before it is written to.
         os.truncate(file, size)
         memory = mmap.mmap(file, size)
-        numbers = np.frombuffer(memory, np.int64, 1 + slots * samples)
-        self._end, self._places = numbers[:1], numbers[1:].reshape(slots, samples)
+        numbers = np.frombuffer(memory, np.int64, _STATES + slots * samples)
+        self._state, self._places = numbers[:_STATES], numbers[_STATES:].reshape(slots, samples)
         self._bytes, self._words = np.frombuffer(memory, np.uint8), np.frombuffer(memory, np.int32)
         self._start, self._size = start, size
 
@@ -84,22 +86,36 @@ class KeptInputs:
         made = dict(zip(wanted.tolist(), make(wanted), strict=True))
         self._keep(slot, made)
         return [
-            made[index] if not place else self._copies(np.array([place]), dtype)[0]
+            made[index] if not place else self._copy(place, dtype)
             for index, place in zip(indices.tolist(), places.tolist(), strict=True)
         ]
 
     def _copies(self, places: NDArray[np.int64], dtype: torch.dtype) -> Inputs:
         """Copies of kept inputs: one tensor if they are alike, else a list."""
-        headers = self._words[places[:, None] // 4 + np.arange(_HEADER_WORDS)]
-        if len(headers) and (headers == headers[0]).all():
-            shape = headers[0, 1 : 1 + headers[0, 0]].tolist()
-            found = torch.empty((len(places), *shape), dtype=dtype)
-            if found.numel():
-                rows = found.reshape(len(places), -1).view(torch.uint8).numpy()
-                for row, place in zip(rows, (places + _HEADER_BYTES).tolist(), strict=True):
-                    row[:] = self._bytes[place : place + len(row)]
-            return found
-        return [self._copies(place[None], dtype)[0] for place in places]
+        if self._state[_DIFFER] or not len(places):
+            return [self._copy(place, dtype) for place in places.tolist()]
+        shape, size = self._shape(int(places[0]), dtype)
+        if not size:
+            return torch.empty((len(places), *shape), dtype=dtype)
+        # The entries are the rows of a table.
+        entry = self.entry_bytes(size)
+        count = (self._size - self._start) // entry
+        table = self._bytes[self._start : self._start + count * entry].reshape(count, entry)
+        rows = table.take((places - self._start) // entry, axis=0)
+        contents = np.ascontiguousarray(rows[:, _HEADER_BYTES : _HEADER_BYTES + size])
+        return torch.from_numpy(contents).view(dtype).reshape(len(places), *shape)
+
+    def _copy(self, place: int, dtype: torch.dtype) -> Tensor:
+        (shape, size), place = self._shape(place, dtype), place + _HEADER_BYTES
+        if not size:
+            return torch.empty(shape, dtype=dtype)
+        return torch.from_numpy(self._bytes[place : place + size].copy()).view(dtype).reshape(shape)
+
+    def _shape(self, place: int, dtype: torch.dtype) -> tuple[list[int], int]:
+        """Shape of a kept input, and its bytes."""
+        dimensions, *sizes = self._words[place // 4 : place // 4 + _HEADER_WORDS].tolist()
+        shape = sizes[:dimensions]
+        return shape, math.prod(shape) * dtype.itemsize
 
     def _keep(self, slot: int, made: dict[int, Tensor]) -> None:
         """Keep those of some inputs that fit and that no other process has kept meanwhile."""
@@ -109,7 +125,7 @@ class KeptInputs:
                 shape, content = value.shape, b""
                 if value.numel():
                     content = value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-                place = max(self._start, int(self._end[0]))
+                place = max(self._start, int(self._state[_END]))
                 after = place + self.entry_bytes(len(content))
                 if places[sample] or after > self._size or len(shape) >= _HEADER_WORDS:
                     continue
@@ -119,7 +135,9 @@ class KeptInputs:
                 # process. The place is told last, so that a process that is killed here leaves nothing half kept.
                 if not _written(self._file, header.tobytes() + content, place):
                     return
-                self._end[0] = after
+                if header.tolist() != self._words[self._start // 4 :][:_HEADER_WORDS].tolist():
+                    self._state[_DIFFER] = 1
+                self._state[_END] = after
                 places[sample] = place
 
     @contextmanager

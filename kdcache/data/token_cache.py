@@ -6,7 +6,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from kdcache.data.kept_inputs import KeptInputs
 from kdcache.data.preprocess import Preprocessor
@@ -28,6 +27,9 @@ class Sequences:
 
     def __init__(self, preprocessor: Preprocessor, samples: int, name: str) -> None:
         self._preprocessor, self._name = preprocessor, name
+        assert preprocessor.record.max_tokens is not None, "a network that takes sequences"
+        # How many there are, and then the ids, filled up: of one length, because that is the fastest to copy.
+        self._width = 1 + preprocessor.record.max_tokens
         self._kept = KeptInputs(1, samples, KEPT_BYTES)
 
     def batch(self, indices: NDArray[np.int64], inputs: Inputs, *, plain: bool) -> Tensor:
@@ -40,20 +42,23 @@ class Sequences:
         Raises:
             DatasetError: an input is neither text nor token ids.
         """
-        given = dict(zip(indices.tolist(), inputs, strict=True))
 
         def make(wanted: NDArray[np.int64]) -> list[Tensor]:
-            return [self._ids(given[index], index) for index in wanted.tolist()]
+            given = dict(zip(indices.tolist(), inputs, strict=True))
+            return [self._row(given[index], index) for index in wanted.tolist()]
 
         if plain:
             rows = self._kept.fetch(0, indices, make, torch.int32)
         else:
-            rows = [self._ids(value, index) for index, value in zip(indices.tolist(), inputs, strict=True)]
-        # One token at least.
-        padding = torch.full((1,), self._preprocessor.record.pad_id, dtype=torch.int32)
-        filled = pad_sequence([*rows, padding], batch_first=True, padding_value=float(padding))
-        return filled[:-1]
+            rows = [self._row(value, index) for index, value in zip(indices.tolist(), inputs, strict=True)]
+        rows = rows if isinstance(rows, Tensor) else torch.stack(rows)
+        longest = max(1, int(rows[:, 0].max()))
+        return rows[:, 1 : 1 + longest].contiguous()
 
-    def _ids(self, value: Tensor, index: int) -> Tensor:
-        """Token ids of one input, (tokens,) int32."""
-        return torch.from_numpy(self._preprocessor.token_ids(value, f"sample {index} of {self._name}"))
+    def _row(self, value: Tensor, index: int) -> Tensor:
+        """Number of token ids, and the ids, filled up, (width,) int32."""
+        ids = self._preprocessor.token_ids(value, f"sample {index} of {self._name}")
+        row = torch.full((self._width,), self._preprocessor.record.pad_id, dtype=torch.int32)
+        row[0] = len(ids)
+        row[1 : 1 + len(ids)] = torch.from_numpy(ids)
+        return row

@@ -119,7 +119,7 @@ def test_processes_that_fill_it_at_the_same_time_keep_each_input_once(method):
         worker.join()
     assert [worker.exitcode for worker in workers] == [0, 0, 0]
     assert kept.kept(1).all()
-    assert int(kept._end[0]) - kept._start == sum(KeptInputs.entry_bytes(8 * (at % 3 + 1)) for at in range(400))
+    assert int(kept._state[0]) - kept._start == sum(KeptInputs.entry_bytes(8 * (at % 3 + 1)) for at in range(400))
     assert all_alike(kept.fetch(1, np.arange(400), None, torch.int16), numbered(range(400)))
 
 
