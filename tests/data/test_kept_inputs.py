@@ -231,14 +231,15 @@ def test_the_students_of_a_sweep_share_what_is_read(tmp_path):
         return {row["name"]: row["test_accuracy"] for row in found["settings"]}, reads(tmp_path).total()
 
     one = ("--temperature", 1, "--epochs", 1, "--input-memory", "10MiB")
-    four = ("--temperature", "1,2", "--seeds", 2, "--epochs", 4)
+    four = ("--temperature", "1,2", "--seeds", 2, "--epochs", 4, "--jobs", 2)
     _, alone = swept(*one)
     accuracy, often = swept(*four)
     shared_accuracy, shared = swept(*four, "--input-memory", "10MiB")
     assert accuracy == shared_accuracy
-    # What each looks at to compare with the cache, and the test split, is not shared.
-    assert shared == 4 * alone - 3 * SAMPLES
-    assert often - shared == (4 * 4 - 1) * SAMPLES
+    # What each looks at to compare with the cache, and the test split, is not shared. Two students begin together, and
+    # may read the same samples at the same time.
+    assert 4 * alone - 3 * SAMPLES <= shared <= 4 * alone - 2 * SAMPLES
+    assert often == 4 * alone + 4 * 3 * SAMPLES
 
 
 def test_a_teacher_that_augments_decodes_each_sample_once(tmp_path):
