@@ -17,7 +17,9 @@ import torch
 from kdcache import DumpConfig, StudentConfig, dump_teacher, train_student
 from kdcache.data.kept_inputs import KeptDataset, KeptInputs
 from kdcache.data.map_dataset import as_indexed
+from kdcache.data.taught import EmbeddingDataset
 from kdcache.data.views import Views
+from kdcache.models.evaluators import evaluator_of
 from kdcache.models.registry import build_model
 from kdcache.store.records import Preprocess, ViewRecipe
 from tests.counted_reads import SAMPLES, CountedReads, reads
@@ -248,3 +250,37 @@ def test_a_teacher_that_augments_decodes_each_sample_once(tmp_path):
     other, once = answer(*command, "--input-memory", "10MiB", "--out", tmp_path / "other"), reads(tmp_path).total()
     assert one["test_nll"] == other["test_nll"]
     assert often - once == 4 * SAMPLES
+
+
+class Several(CountedReads):
+    """Two classes for each image."""
+
+    def __init__(self, data_root):
+        super().__init__(data_root)
+        self.targets = np.eye(4, dtype=np.uint8)[[number % 3 for number in range(SAMPLES)]] | [0, 0, 0, 1]
+
+    def __getitem__(self, index):
+        return torch.full((3, 4, 4 + index % 2), index, dtype=torch.uint8), self.targets[index]
+
+
+def test_a_kept_dataset_is_what_the_dataset_is(tmp_path, photos):
+    several = as_indexed(
+        [(image, [label % 3, 3]) for image, label in map(photos.__getitem__, ALL)],
+        name="s",
+        split="train",
+        classes="abcd",
+    )
+    vectors = EmbeddingDataset(photos, 7)
+    for dataset in (photos, several, vectors):
+        kept = KeptDataset(dataset, KeptInputs(1, SAMPLES, 10**6))
+        assert evaluator_of(kept) is evaluator_of(dataset)
+        assert (kept.classes, kept.multi_label, kept.is_embedding) == (
+            dataset.classes,
+            dataset.multi_label,
+            dataset.is_embedding,
+        )
+        for _ in range(2):
+            (inputs, labels), (expected, answers) = kept.fetch(ALL), dataset.fetch(ALL)
+            assert all_alike(list(inputs), list(expected))
+            assert labels.dtype == answers.dtype
+            assert torch.equal(labels, answers)
