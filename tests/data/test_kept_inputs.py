@@ -264,21 +264,13 @@ class Several(CountedReads):
 
 
 def test_a_kept_dataset_is_what_the_dataset_is(tmp_path, photos):
-    several = as_indexed(
-        [(image, [label % 3, 3]) for image, label in map(photos.__getitem__, ALL)],
-        name="s",
-        split="train",
-        classes="abcd",
-    )
+    several = as_indexed(Several(tmp_path), name="s", split="train")
     vectors = EmbeddingDataset(photos, 7)
     for dataset in (photos, several, vectors):
         kept = KeptDataset(dataset, KeptInputs(1, SAMPLES, 10**6))
         assert evaluator_of(kept) is evaluator_of(dataset)
-        assert (kept.classes, kept.multi_label, kept.is_embedding) == (
-            dataset.classes,
-            dataset.multi_label,
-            dataset.is_embedding,
-        )
+        for fact in ("classes", "multi_label", "is_embedding", "input_dtype", "input_shape"):
+            assert getattr(kept, fact) == getattr(dataset, fact)
         for _ in range(2):
             (inputs, labels), (expected, answers) = kept.fetch(ALL), dataset.fetch(ALL)
             assert all_alike(list(inputs), list(expected))
