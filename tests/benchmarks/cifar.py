@@ -91,6 +91,8 @@ ARMS: Mapping[str, Mapping[str, tuple[str, dict[str, Any]]]] = {
         "quantized:4": ("quantized:4", {}),
         "topk:5": ("topk:5", {}),
         "topk:3": ("topk:3", {}),
+        "topk:3, uniform tail": ("topk:3", {"tail": "uniform"}),
+        "head": ("head", {}),
     },
 }
 
@@ -151,10 +153,13 @@ class _Scene:
         dump_teacher(teacher, self.data, out=self.paths["plain"], preprocess=SCALE, config=common)
         views = replace(common, views=VIEWS, augment="crop-flip", features=("penultimate",))
         dump_teacher(teacher, self.data, out=self.paths["views"], preprocess=SCALE, config=views)
-        for encoding in ARMS["encodings, consistent views"]:
-            self.paths[encoding] = folder / f"{encoding.replace(':', '-')}.zarr"
-            config = ConvertConfig(encoding=encoding, drop_features=True)
-            convert_cache(self.paths["views"], self.paths[encoding], config)
+        for encoding, _ in ARMS["encodings, consistent views"].values():
+            path = self.paths[encoding] = folder / f"{encoding.replace(':', '-')}.zarr"
+            if encoding == "head":  # which only the teacher itself can give
+                config = replace(views, features=(), encoding=encoding)
+                dump_teacher(teacher, self.data, out=path, preprocess=SCALE, config=config)
+            else:
+                convert_cache(self.paths["views"], path, ConvertConfig(encoding=encoding, drop_features=True))
 
     def _teacher(self, folder: Path, whole: ArrayDataset) -> nn.Module:
         torch.manual_seed(0)
