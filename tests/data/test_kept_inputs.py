@@ -131,13 +131,20 @@ def hold(kept, file):
         time.sleep(60)
 
 
-def test_a_process_that_is_killed_while_it_adds_something_does_not_stop_the_others(tmp_path):
-    kept = KeptInputs(1, 5, 10**5)
-    worker = get_context("fork").Process(target=hold, args=(kept, tmp_path / "held"))
+def test_processes_add_one_after_the_other_and_one_that_is_killed_does_not_stop_the_others(tmp_path):
+    kept, context = KeptInputs(1, 5, 10**5), get_context("fork")
+    worker = context.Process(target=hold, args=(kept, tmp_path / "held"))
     worker.start()
     while not (tmp_path / "held").exists():
         time.sleep(0.01)
+    waiting = context.Process(target=kept.fetch, args=(0, np.arange(3), numbered, torch.int16))
+    waiting.start()
+    waiting.join(1)
+    assert waiting.is_alive()
+    assert not kept.kept(0).any()
     os.kill(worker.pid, signal.SIGKILL)
+    waiting.join()
+    assert kept.kept(0).tolist() == [True] * 3 + [False] * 2
     assert all_alike(kept.fetch(0, np.arange(5), numbered, torch.int16), numbered(range(5)))
     worker.join()
     assert kept.kept(0).all()
