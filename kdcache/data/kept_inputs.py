@@ -50,14 +50,16 @@ class KeptInputs:
     def _open(self, file: int, slots: int, samples: int, limit_bytes: int) -> None:
         weakref.finalize(self, os.close, file)
         self._file, self.slots, self.samples, self.limit_bytes = file, slots, samples, limit_bytes
-        # Before the entries: the state of all, and where each begins, 0 if it is not kept.
-        start = _aligned(8 * (_STATES + slots * samples))
+        # Before the entries: the state of all, labels, and where each begins, 0 if it is not kept.
+        counts = (_STATES, samples, slots * samples)
+        start = _aligned(8 * sum(counts))
         size = start + _aligned(limit_bytes)
         # A file of zeros that takes no room before it is written to.
         os.truncate(file, size)
         memory = mmap.mmap(file, size)
-        numbers = np.frombuffer(memory, np.int64, _STATES + slots * samples)
-        self._state, self._places = numbers[:_STATES], numbers[_STATES:].reshape(slots, samples)
+        numbers = np.frombuffer(memory, np.int64, sum(counts))
+        self._state, self._labels, places = np.split(numbers, np.cumsum(counts)[:-1])
+        self._places = places.reshape(slots, samples)
         self._bytes, self._words = np.frombuffer(memory, np.uint8), np.frombuffer(memory, np.int32)
         self._start, self._size = start, size
 
@@ -89,6 +91,30 @@ class KeptInputs:
             made[index] if not place else self._copy(place, dtype)
             for index, place in zip(indices.tolist(), places.tolist(), strict=True)
         ]
+
+    def fetch_labelled(
+        self,
+        slot: int,
+        indices: NDArray[np.int64],
+        make: Callable[[NDArray[np.int64]], tuple[Inputs, Tensor]],
+        dtype: torch.dtype,
+        known: NDArray[np.int64] | None,
+    ) -> tuple[Inputs, Tensor]:
+        """Inputs of some samples as `fetch` gives them, and their labels.
+
+        Args:
+            make: Gives inputs and labels.
+            known: Labels of all samples; None takes those that `make` gave, (n,) int64.
+        """
+
+        def inputs_of(wanted: NDArray[np.int64]) -> Inputs:
+            inputs, labels = make(wanted)
+            if known is None:
+                self._labels[wanted] = labels.numpy()
+            return inputs
+
+        inputs = self.fetch(slot, indices, inputs_of, dtype)
+        return inputs, torch.from_numpy((self._labels if known is None else known)[indices])
 
     def _copies(self, places: NDArray[np.int64], dtype: torch.dtype) -> Inputs:
         """Copies of kept inputs: one tensor if they are alike, else a list."""
@@ -157,22 +183,19 @@ class KeptInputs:
 
 
 class KeptDataset(WrappedDataset):
-    """A dataset, with its labels known, whose inputs are kept in slot 0."""
+    """A dataset whose inputs are kept in slot 0."""
 
     def __init__(self, dataset: IndexedDataset, kept: KeptInputs) -> None:
         super().__init__(dataset)
-        labels = dataset.labels()
-        assert labels is not None, "a sample would have to be read for its label"
-        self._labels, self._kept = labels, kept
+        self._known_labels, self._kept = dataset.labels(), kept
         self._dtype: torch.dtype = getattr(torch, dataset.input_dtype)
 
-    def labels(self) -> NDArray[np.int64]:
-        return self._labels
+    def labels(self) -> NDArray[np.int64] | None:
+        return self._known_labels
 
     def fetch(self, indices: Indices) -> tuple[Inputs, Tensor]:
         positions = np.asarray(indices, np.int64)
-        inputs = self._kept.fetch(0, positions, self._samples.shared_inputs, self._dtype)
-        return inputs, torch.from_numpy(self._labels[positions])
+        return self._kept.fetch_labelled(0, positions, self._samples.fetch, self._dtype, self._known_labels)
 
 
 def _memory_file() -> int:

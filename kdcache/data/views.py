@@ -98,8 +98,10 @@ class Views:
             A message about the decision.
         """
         views, limit = [view for view in views if not self.recipe.is_plain(view)], kept.limit_bytes
-        if self._samples.labels() is None:
-            return "inputs are of a dataset without a list of labels, and are made at every use"
+        if self._samples.labels() is None and self._samples.multi_label:
+            return (
+                "inputs have several labels and are of a dataset without a table of these: they are made at every use"
+            )
         needed = len(views) * self._kept_bytes(self.typical_view) if views else 0
         if views and again and needed <= limit:
             self._kept, self._kept_views = kept, frozenset(views)
@@ -177,15 +179,14 @@ class Views:
 
     def _augmented(self, view: int, indices: NDArray[np.int64]) -> tuple[Inputs, Tensor]:
         """Augmented inputs and labels, before any mixing; from memory, where they are kept."""
-        labels = self.dataset.labels()
-        if self._kept is None or labels is None or view not in self._kept_views:
-            inputs, found = self.dataset.fetch(indices)
-            return self._augment(view, indices, inputs), found
 
-        def make(wanted: NDArray[np.int64]) -> Inputs:
-            return self._augment(view, wanted, self.dataset.shared_inputs(wanted))
+        def make(wanted: NDArray[np.int64]) -> tuple[Inputs, Tensor]:
+            inputs, labels = self.dataset.fetch(wanted)
+            return self._augment(view, wanted, inputs), labels
 
-        return self._kept.fetch(1 + view, indices, make, self._dtype), torch.from_numpy(labels[indices])
+        if self._kept is None or view not in self._kept_views:
+            return make(indices)
+        return self._kept.fetch_labelled(1 + view, indices, make, self._dtype, self.dataset.labels())
 
     def _augment(self, view: int, indices: NDArray[np.int64], inputs: Inputs) -> list[Tensor]:
         if self._transform is None:

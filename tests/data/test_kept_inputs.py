@@ -23,7 +23,7 @@ from kdcache.models.evaluators import evaluator_of
 from kdcache.models.registry import build_model
 from kdcache.store.records import Preprocess, ViewRecipe
 from tests.counted_reads import SAMPLES, CountedReads, reads
-from tests.helpers import Network, answer, probed_views, synthetic
+from tests.helpers import Items, Network, answer, probed_views, synthetic
 
 SIZE = Preprocess(resize=8, crop=8)
 ALL = np.arange(SAMPLES)
@@ -272,8 +272,9 @@ class Several(CountedReads):
 
 def test_a_kept_dataset_is_what_the_dataset_is(tmp_path, photos):
     several = as_indexed(Several(tmp_path), name="s", split="train")
+    unknown = as_indexed(Items(synthetic(SAMPLES)), name="s", split="train")
     vectors = EmbeddingDataset(photos, 7)
-    for dataset in (photos, several, vectors):
+    for dataset in (photos, several, unknown, vectors):
         kept = KeptDataset(dataset, KeptInputs(1, SAMPLES, 10**6))
         assert evaluator_of(kept) is evaluator_of(dataset)
         for fact in ("classes", "multi_label", "is_embedding", "input_dtype", "input_shape"):
@@ -283,3 +284,12 @@ def test_a_kept_dataset_is_what_the_dataset_is(tmp_path, photos):
             assert all_alike(list(inputs), list(expected))
             assert labels.dtype == answers.dtype
             assert torch.equal(labels, answers)
+
+
+def test_several_labels_that_only_reading_tells_are_not_kept(tmp_path):
+    dataset = Several(tmp_path)
+    dataset.targets = [np.flatnonzero(label).tolist() for label in dataset.targets]
+    views = Views(as_indexed(dataset, name="s", split="train"), ViewRecipe())
+    assert "made at every use" in views.keep(KeptInputs(1, SAMPLES, 10**6), [0], again=True)
+    _, labels = views.dataset.fetch([0, 1])
+    assert labels.tolist() == [[1, 0, 0, 1], [0, 1, 0, 1]]
