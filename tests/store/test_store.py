@@ -1049,3 +1049,40 @@ def test_a_killed_dump_gives_the_lock_free_while_its_workers_still_live(tmp_path
         PathLock(tmp_path).release()
     finally:
         os.kill(int(dump.stdout), signal.SIGKILL)
+
+
+@pytest.mark.parametrize("method", ["write", "create"])
+@pytest.mark.parametrize("number", range(16))
+def test_an_object_is_written_whose_folder_another_worker_removes_meanwhile(tmp_path, monkeypatch, method, number):
+    storage, calls = LocalStorage(tmp_path), []
+
+    def vanishing(original):
+        def act(*arguments, **options):
+            calls.append(original.__name__)
+            if len(calls) == number + 1:
+                with monkeypatch.context() as quiet:
+                    for name, real in originals.items():
+                        quiet.setattr(os, name, real)
+                    storage.delete_below("unsealed")
+            return original(*arguments, **options)
+
+        return act
+
+    originals = {name: getattr(os, name) for name in ("open", "fsync", "replace", "link", "mkdir")}
+    for name, original in originals.items():
+        monkeypatch.setattr(os, name, vanishing(original))
+    getattr(storage, method)("unsealed/workers/one", b"alive")
+    monkeypatch.undo()
+    # Where the folder goes before the last step, in which its names are flushed, it goes with what was written.
+    if number != len(calls) - 1:
+        assert storage.read("unsealed/workers/one") == b"alive"
+    assert {path.name for path in tmp_path.rglob("*") if path.is_file()} <= {"one"}
+
+
+def test_a_folder_that_cannot_be_made_is_not_tried_for_ever(tmp_path, monkeypatch):
+    def missing(*_, **__):
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+
+    monkeypatch.setattr(os, "fsync", missing)
+    with pytest.raises(StorageError, match="No such file"):
+        LocalStorage(tmp_path).write("one", b"")

@@ -7,7 +7,7 @@ import errno
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
@@ -21,6 +21,7 @@ from kdcache.core.atomic_files import (
     sync_folder,
     write_durable,
 )
+from kdcache.core.errors import StorageError
 from kdcache.core.file_lock import NAME as LOCK_NAME
 from kdcache.core.file_lock import PathLock
 from kdcache.core.paths import local_path
@@ -29,6 +30,9 @@ from kdcache.store.storage.base import Bytes, KeyExists, MissingKey, Storage, Wr
 
 # What file systems answer that have no hard links.
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK, errno.EXDEV)
+
+# Of a write into a folder that vanishes: more than workers that seal a split at the same time.
+_ATTEMPTS = 100
 
 
 def _suffix() -> str:
@@ -47,6 +51,17 @@ def _is_abandoned(name: str) -> bool:
 def _is_transient(name: str) -> bool:
     """Whether a file is no object: the lock, or what a killed process had begun to write."""
     return name == LOCK_NAME or name.endswith(TEMPORARY)
+
+
+def _while_folders_vanish(write: Callable[[], None]) -> None:
+    """Write, again where another worker removes the folder meanwhile, as each does that seals the split."""
+    for left in reversed(range(_ATTEMPTS)):
+        try:
+            write()
+            return
+        except StorageError as problem:
+            if not left or not isinstance(problem.__cause__, FileNotFoundError):
+                raise
 
 
 class LocalStorage(Storage):
@@ -84,9 +99,12 @@ class LocalStorage(Storage):
                 os.close(descriptor)
 
     def write(self, key: str, data: Bytes) -> None:
-        write_durable(self._root / key, data, suffix=_suffix())
+        _while_folders_vanish(lambda: write_durable(self._root / key, data, suffix=_suffix()))
 
     def create(self, key: str, data: Bytes) -> None:
+        _while_folders_vanish(lambda: self._create(key, data))
+
+    def _create(self, key: str, data: Bytes) -> None:
         path = self._root / key
         # Written beside, then linked: a link fails where its name is taken, and the object is never seen half.
         beside = path.with_name(f"{path.name}.new{_suffix()}")
@@ -101,7 +119,7 @@ class LocalStorage(Storage):
                     raise
                 self._create_unlinked(key, data)
             finally:
-                beside.unlink()
+                beside.unlink(missing_ok=True)
             sync_folder(path.parent)
 
     def _create_unlinked(self, key: str, data: Bytes) -> None:
