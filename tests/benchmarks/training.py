@@ -68,7 +68,7 @@ def _epochs(
 
         later = {}
         if not dataset.in_memory:
-            kept = replace(config, epochs=2, input_memory="4GiB")
+            kept = replace(config, epochs=3, input_memory="4GiB")
             later["from the cache with --input-memory, after the first epoch"] = lambda: cached(kept)
 
         def alone(objective: Any, join: Any) -> float:
