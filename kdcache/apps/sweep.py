@@ -96,8 +96,8 @@ def sweep(settings: SweepArgs) -> Report:
             "one process, which starts the students, one a GPU or several side by side",
             "start it without torchrun; train-student trains one student on several GPUs",
         )
-    for path in settings.cache:
-        manifest = open_cache(path, allow_partial=settings.allow_partial).manifest
+    manifests = [open_cache(path, allow_partial=settings.allow_partial).manifest for path in settings.cache]
+    for path, manifest in zip(settings.cache, manifests, strict=True):
         _check_embedding(settings, manifest)
         mix = manifest.recipe.mix
         if settings.val_fraction and mix != NONE:
@@ -110,7 +110,7 @@ def sweep(settings: SweepArgs) -> Report:
     with storage_errors("create", out):
         make_folder(out)
     with PathLock(out, "sweep"):
-        return _sweep(settings, out)
+        return _sweep(settings, out, manifests)
 
 
 def _check(settings: SweepArgs) -> None:
@@ -149,7 +149,7 @@ def _check_embedding(settings: SweepArgs, manifest: Manifest) -> None:
         )
 
 
-def _sweep(settings: SweepArgs, out: Path) -> Report:
+def _sweep(settings: SweepArgs, out: Path, manifests: Sequence[Manifest]) -> Report:
     grid = grid_of(settings)
     seeds = range(settings.seed, settings.seed + settings.seeds)
     jobs = [
@@ -160,7 +160,7 @@ def _sweep(settings: SweepArgs, out: Path) -> Report:
     # First, because what it refuses should not be known only after hours of training.
     live = None if settings.teacher is None else _live_cost(settings, threads=slots[0].threads)
     log(f"students: {len(jobs)}, settings: {len(grid)}, at once: {len(slots)}; each logs to {out}/NAME.log")
-    outcomes = run_all(jobs, out, slots, kept=_shared_inputs(settings))
+    outcomes = run_all(jobs, out, slots, kept=_shared_inputs(settings, manifests))
     rows = _rows(grid, seeds, outcomes)
     data: dict[str, Any] = {
         "sorted_by": "validation" if settings.val_fraction else "grid",
@@ -178,12 +178,11 @@ def _sweep(settings: SweepArgs, out: Path) -> Report:
     return Report(data | {"out": str(out)}, "\n".join(lines), exit_code=1 if data["failed"] else 0)
 
 
-def _shared_inputs(settings: SweepArgs) -> KeptInputs | None:
+def _shared_inputs(settings: SweepArgs, manifests: Sequence[Manifest]) -> KeptInputs | None:
     """Memory for inputs that all students share."""
     limit = parse_bytes(settings.input_memory)
     if not limit:
         return None
-    manifests = [open_cache(path, allow_partial=settings.allow_partial).manifest for path in settings.cache]
     return KeptInputs(1 + max(each.views for each in manifests), manifests[0].dataset.length, limit)
 
 
@@ -274,8 +273,8 @@ def _live_cost(settings: SweepArgs, *, threads: int) -> dict[str, Any]:
 def _plain(settings: SweepArgs) -> StudentConfig:
     """The sweep's way of training, with one temperature and alpha: neither changes what a step costs."""
     shared = to_json(settings)
-    # The measured cache is one of plain samples and of the one live teacher.
-    elsewhere = {"views", "view_schedule", "cache_weights", "allow_partial"}
+    # The measured cache is one of plain samples and of the one live teacher, and no sample is read twice in an epoch.
+    elsewhere = {"views", "view_schedule", "cache_weights", "allow_partial", "input_memory"}
     names = {each.name for each in fields(StudentConfig)} - {"temperature", "alpha", "objective"} - elsewhere
     return merge(StudentConfig, {name: shared[name] for name in names if name in shared}, where="sweep")
 

@@ -33,7 +33,7 @@ Make = Callable[[NDArray[np.int64]], Inputs]
 
 
 class KeptInputs:
-    """Inputs by slot and sample, such as a view of a dataset, kept when they are first made; full, it keeps no more.
+    """Inputs by slot (such as a view) and sample, kept when they are first made, until the memory is full.
 
     Forked processes share the memory, and so do processes that get it while they are started; any other pickled copy
     begins empty. It goes with its last process, however that ends.
@@ -158,7 +158,7 @@ class KeptInputs:
                 header = np.zeros(_HEADER_WORDS, np.int32)
                 header[: 1 + len(shape)] = len(shape), *shape
                 # Written, and not copied into the map: with no room left that is an error, and not the end of the
-                # process. The place is told last, so that a process that is killed here leaves nothing half kept.
+                # process. The place is published last, so that no process ever reads an unfinished entry.
                 if not _written(self._file, header.tobytes() + content, place):
                     return
                 if header.tolist() != self._words[self._start // 4 :][:_HEADER_WORDS].tolist():

@@ -61,7 +61,7 @@ class MapDataset(IndexedDataset):
         self.input_shape = shapes.pop() if len(shapes) == 1 and not self.is_text else None
         channels = {shape[0] for shape in shapes if len(shape) == 3}
         if self.input_shape is None and self.input_dtype == "uint8" and len(channels) == 1:
-            # Normalises nothing, and tells how many channels images of differing sizes have.
+            # The identity; its length gives the number of channels of images that differ in size.
             (count,) = channels
             self.default_mean, self.default_std = (0.0,) * count, (1.0,) * count
         self.vocabulary_size = getattr(dataset, "vocabulary_size", None)

@@ -25,7 +25,7 @@ from kdcache.data.raw_input import Inputs, as_input, batch_crc32c, dtype_name
 from kdcache.store.records import NONE, ViewRecipe
 
 PROBES = 4
-# Inputs whose size tells that of all.
+# Number of inputs that are measured to estimate the size of all.
 MEASURED = 16
 _TORCH_BITS, _NUMPY_BITS = 63, 32
 

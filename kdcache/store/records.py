@@ -224,7 +224,7 @@ class FidelityRecord:
     Attributes:
         temperature: T.
         mean_kl: Mean over all rows.
-        p99_kl: 99th percentile over the rows of a shard, of the worst shard.
+        p99_kl: 99th percentile over the rows of a shard, maximum over shards.
         max_kl: Maximum over all rows.
     """
 
